@@ -1,0 +1,28 @@
+# `make train` and `make test` need nothing but Python 3.11 to 3.13: they create .venv first.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: train test lint clean
+train: $(READY)
+	$(BIN)/mor train demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.13 is needed (or name one: make PYTHON=...)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' \
+		--constraint constraints/$$($(BIN)/python -c 'import sys; print("python%d.%d" % sys.version_info[:2])').txt
+	touch $@
+
+clean:
+	rm -rf .venv .jax_cache build dist
