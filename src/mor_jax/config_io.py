@@ -1,0 +1,99 @@
+"""Strict JSON round trip of the configuration: ``load(save(x)) == x``, unknown keys are refused by name."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar
+
+from mor_jax.errors import UserError, suggest
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration dataclass as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type[T], values: object, where: str = "") -> T:
+    """Build ``kind`` from what ``to_dict`` gave.
+
+    Args:
+        kind: a configuration dataclass.
+        values: its JSON object.
+        where: dotted path of the object, for messages.
+
+    Returns:
+        The dataclass; fields that are absent take their defaults.
+
+    Raises:
+        UserError: an unknown field (with the nearest known name), a value of the wrong type, or a broken rule.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where or kind.__name__}={values!r} is not an object")
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
+    built = {}
+    for name, value in values.items():
+        path = f"{where}.{name}" if where else name
+        if name not in known:
+            raise UserError(f"unknown field {path!r}{suggest(name, known)}")
+        built[name] = _convert(hints[name], value, path)
+    return kind(**built)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, path)
+    if origin in (typing.Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not NoneType), value, path)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise UserError(f"{path}={value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path}={value!r} is not a list")
+        return tuple(_convert(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise UserError(f"{path}={value!r} is not of type {hint.__name__}")
+    return value
+
+
+def save(config: Any, path: Path) -> None:
+    """Write a configuration as indented JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def load(kind: type[T], path: Path) -> T:
+    """Read what ``save`` wrote.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or does not describe ``kind``.
+    """
+    try:
+        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable configuration file ({error})") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Name every field that differs between two configurations, as ``path: old -> new``."""
+    lines = []
+    for f in dataclasses.fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        path = f"{where}.{f.name}" if where else f.name
+        if dataclasses.is_dataclass(a):
+            lines += differences(a, b, path)
+        elif a != b:
+            lines.append(f"{path}: {a!r} -> {b!r}")
+    return lines
