@@ -1,0 +1,191 @@
+"""Grouped-query attention over a description of its mask: causal by row, within segments (letters: B T S N K H)."""
+
+import functools
+import logging
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+
+from mor_jax.config import AttentionBackend, ModelConfig, PerfConfig
+from mor_jax.errors import require
+from mor_jax.model.layers import Rotary, apply_rotary, normal_init
+from mor_jax.model.rows import Selection, merge_rows, take_rows
+
+logger = logging.getLogger(__name__)
+KeyValue = tuple[jax.Array, jax.Array]
+_CUDNN_BLOCK = 128
+
+
+@struct.dataclass
+class TokenView:
+    """Which tokens of each row a [B, C, ...] tensor holds, in ascending order of row index."""
+
+    rows_BC: jax.Array
+    """int32 index in the row: what causality compares."""
+    positions_BC: jax.Array
+    """int32 position: what rotary embedding rotates by (restarts at every document)."""
+    segments_BC: jax.Array | None = None
+    """int32 document number: attention stays inside one; None attends across."""
+    valid_BC: jax.Array | None = None
+    """bool: whether the token may be attended to; None is all."""
+
+    def take(self, selection: Selection) -> "TokenView":
+        """The view of the selected tokens."""
+        return jax.tree.map(lambda a_BT: take_rows(a_BT, selection.index_BC), self)
+
+
+@struct.dataclass
+class LayerContext:
+    """What every layer of one pass over the block shares."""
+
+    queries: TokenView
+    """The tokens that the layer computes."""
+    rotary: Rotary
+    """Tables at the queries' positions."""
+    keys: TokenView | None = None
+    """Rows of the cached keys and values; None attends among the queries themselves."""
+    update: Selection | None = None
+    """Cached rows that are replaced by fresh keys and values of the queries (compact queries)."""
+    fresh_BS: jax.Array | None = None
+    """bool: cached rows that are replaced by fresh ones (full-length queries)."""
+    keep_kv: bool = struct.field(pytree_node=False, default=False)
+    """Whether the layer returns its keys and values for later recursions."""
+
+
+def attention_mask(queries: TokenView, keys: TokenView | None) -> jax.Array | None:
+    """bool [B, 1, T, S]: key row <= query row, same segment, key valid; None if causality among the queries is all.
+
+    Among the queries themselves slots are compared, not rows: they ascend alike, and slots without a token stand last.
+    """
+    if keys is None and queries.segments_BC is None and queries.valid_BC is None:
+        return None
+    if keys is None:
+        keys = queries
+        slots_T = jnp.arange(queries.rows_BC.shape[1])
+        mask_BTS = jnp.broadcast_to(
+            slots_T[None, None, :] <= slots_T[None, :, None], (*queries.rows_BC.shape, slots_T.size)
+        )
+    else:
+        mask_BTS = keys.rows_BC[:, None, :] <= queries.rows_BC[:, :, None]
+    if queries.segments_BC is not None and keys.segments_BC is not None:
+        mask_BTS &= keys.segments_BC[:, None, :] == queries.segments_BC[:, :, None]
+    if keys.valid_BC is not None:
+        mask_BTS &= keys.valid_BC[:, None, :]
+    return mask_BTS[:, None]
+
+
+@functools.cache
+def resolve_backend(backend: AttentionBackend, dtype: str, head_dim: int) -> AttentionBackend:
+    """Choose the attention kernel for this process's device, and log it once.
+
+    `cudnn` needs a GPU, bfloat16 and a head_dim that is a multiple of 8 up to 256; `xla` runs everywhere and holds the
+    [T, S] scores in memory.
+
+    Raises:
+        UserError: `cudnn` was asked for where it cannot run.
+    """
+    fits = jax.default_backend() == "gpu" and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 256
+    require(
+        backend != "cudnn" or fits,
+        f"perf.attention_backend='cudnn' needs a GPU, dtype='bfloat16' and head_dim a multiple of 8 up to 256, not "
+        f"device={jax.default_backend()!r}, dtype={dtype!r}, head_dim={head_dim}",
+    )
+    chosen: AttentionBackend = ("cudnn" if fits else "xla") if backend == "auto" else backend
+    logger.info("attention backend: %s (asked for %s)", chosen, backend)
+    return chosen
+
+
+def _pad_length(x: jax.Array, axis: int, value: float | bool = 0) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % _CUDNN_BLOCK)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _cudnn(query_BTNH: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Lengths are padded to the kernel's block; padding stands last, so causality or the mask hides it."""
+    length = query_BTNH.shape[1]
+    query_BTNH, keys, values = (_pad_length(x, 1) for x in (query_BTNH, keys, values))
+    if mask is not None:
+        mask = _pad_length(_pad_length(mask, 3, False), 2, True)
+    out_BTNH = jax.nn.dot_product_attention(
+        query_BTNH, keys, values, mask=mask, is_causal=mask is None, implementation="cudnn"
+    )
+    return out_BTNH[:, :length]
+
+
+def attend(
+    query_BTNH: jax.Array,
+    keys_BSKH: jax.Array,
+    values_BSKH: jax.Array,
+    queries: TokenView,
+    keys: TokenView | None,
+    backend: AttentionBackend,
+) -> jax.Array:
+    """Softmax attention, scores scaled by H^-0.5 and normalised in float32.
+
+    Args:
+        query_BTNH: queries; query head n reads key/value head n // (N / K).
+        keys_BSKH: rotated keys.
+        values_BSKH: values.
+        queries: the queries' tokens.
+        keys: the keys' tokens; None when they are the queries' own.
+        backend: a resolved backend.
+
+    Returns:
+        [B, T, N, H] in the queries' dtype. Queries without any visible key return an arbitrary finite value.
+    """
+    mask_B1TS = attention_mask(queries, keys)
+    if backend == "cudnn":
+        return _cudnn(query_BTNH, keys_BSKH, values_BSKH, mask_B1TS)
+    return jax.nn.dot_product_attention(
+        query_BTNH, keys_BSKH, values_BSKH, mask=mask_B1TS, is_causal=mask_B1TS is None, implementation="xla"
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embedding and the three key/value strategies (paper section 2.2.2)."""
+
+    config: ModelConfig
+    perf: PerfConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None
+    ) -> tuple[jax.Array, KeyValue | None]:
+        """Attend from [B, C, D]; also return keys and values [B, S, K, H] if the context keeps them."""
+        config = self.config
+        width, heads, kv_heads, head_dim = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+        query = self.param("query", normal_init(config, "embed", "heads", "head_dim"), (width, heads, head_dim))
+        key_value = self.param(
+            "key_value", normal_init(config, "embed", None, "kv_heads", "head_dim"), (width, 2, kv_heads, head_dim)
+        )
+        output = self.param("output", normal_init(config, "heads", "head_dim", "embed"), (heads, head_dim, width))
+
+        query_BCNH = apply_rotary(jnp.einsum("BCD,DNH->BCNH", x_BCD, query.astype(x_BCD.dtype)), context.rotary)
+        keys, values = self._key_value(x_BCD, key_value, context, cached)
+        backend = resolve_backend(self.perf.attention_backend, config.dtype, head_dim)
+        query_BCNH, keys, values = (
+            checkpoint_name(a, n) for a, n in ((query_BCNH, "query"), (keys, "key"), (values, "value"))
+        )
+        out_BCNH = attend(query_BCNH, keys, values, context.queries, context.keys, backend)
+        out_BCNH = checkpoint_name(out_BCNH, "attention")
+        out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output.astype(x_BCD.dtype))
+        return out_BCD, (keys, values) if context.keep_kv else None
+
+    def _key_value(
+        self, x_BCD: jax.Array, key_value: jax.Array, context: LayerContext, cached: KeyValue | None
+    ) -> KeyValue:
+        if cached is not None and context.update is None and context.fresh_BS is None:
+            return cached
+        fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value.astype(x_BCD.dtype))
+        keys, values = apply_rotary(fresh[:, :, 0], context.rotary), fresh[:, :, 1]
+        if cached is None:
+            return keys, values
+        if context.update is not None:
+            return merge_rows(keys, cached[0], context.update), merge_rows(values, cached[1], context.update)
+        assert context.fresh_BS is not None
+        fresh_BS11 = context.fresh_BS[:, :, None, None]
+        return jnp.where(fresh_BS11, keys, cached[0]), jnp.where(fresh_BS11, values, cached[1])

@@ -1,0 +1,20 @@
+"""Eight fake CPU devices, strict rank promotion, and a compilation cache shared by all tests."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # fake devices share few threads: collectives that run in different orders on different devices wait for ever
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "--xla_backend_optimization_level=0",  # tests compile far longer than they compute
+)
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_threefry_partitionable", True)
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
