@@ -1,0 +1,1 @@
+"""Text to batches: tokenizers, sources, packing, ``prepare`` and the Grain pipeline."""
