@@ -1,0 +1,140 @@
+"""Device mesh, logical axis rules, and the shardings of parameters, optimiser state and batch.
+
+The batch is split over `data` and `fsdp`; parameters and optimiser state over `fsdp` (width) and `tensor` (heads,
+feed-forward, vocabulary). Routing never leaves its row, so it stays local to a batch shard.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mor_jax.config import Config, MeshConfig
+from mor_jax.errors import require
+
+Device = Any
+"""A ``jax.Device``, which type checkers do not take for a type."""
+MESH_AXES = ("data", "fsdp", "tensor")
+
+LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "ffn": "tensor",
+    "layers": None,
+    "recursions": None,
+}
+"""Mesh axes of every logical axis."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
+    """Arrange the devices as (data, fsdp, tensor), all axes Auto.
+
+    Args:
+        config: sizes; data = -1 takes what the others leave.
+        devices: devices to use; None takes all.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, others = len(devices), config.fsdp * config.tensor
+    sizes = f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor}"
+    require(count % others == 0, f"{sizes}: {others} does not divide the {count} devices")
+    data = count // others if config.data == -1 else config.data
+    require(data * others == count, f"{sizes} does not multiply to the {count} devices")
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """Refuse a mesh whose axes do not divide the batch or the model.
+
+    Raises:
+        UserError: names the field, its value and the mesh axis that does not divide it.
+    """
+    train, model = config.train, config.model
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = train.batch_size // train.accumulation
+    require(
+        rows % shards == 0,
+        f"train.batch_size={train.batch_size} / train.accumulation={train.accumulation} = {rows} rows per micro-batch "
+        f"is not divisible by mesh data x fsdp = {shards}",
+    )
+    for name, axis in (
+        ("num_heads", "tensor"),
+        ("num_kv_heads", "tensor"),
+        ("d_ff", "tensor"),
+        ("vocab_size", "tensor"),
+        ("d_model", "fsdp"),
+    ):
+        value, size = getattr(model, name), mesh.shape[axis]
+        require(value % size == 0, f"model.{name}={value} is not divisible by mesh.{axis}={size}")
+
+
+def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
+    """Translate logical axis names to mesh axes."""
+    return PartitionSpec(*(None if name is None else LOGICAL_RULES[name] for name in logical_axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of arrays whose first axis is the batch."""
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of small values that every device holds."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def params_shardings(mesh: Mesh, logical_axes: Any) -> Any:
+    """Return a tree of ``NamedSharding`` for a tree of tuples of logical axis names."""
+    return jax.tree.map(
+        lambda axes: NamedSharding(mesh, partition_spec(axes)), logical_axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def state_shardings(mesh: Mesh, state: Any, logical_axes: Any) -> Any:
+    """Shard a train state: every leaf that mirrors a parameter (moments too) like the parameter, the rest replicated.
+
+    A leaf mirrors the parameter whose path its own path ends with, as the moments of optax do.
+
+    Args:
+        mesh: from ``make_mesh``.
+        state: any tree of arrays or ``jax.ShapeDtypeStruct`` that holds parameters and optimiser state.
+        logical_axes: the parameters' tree of tuples of logical axis names.
+    """
+    by_path = {
+        _dict_keys(path): sharding for path, sharding in jax.tree.leaves_with_path(params_shardings(mesh, logical_axes))
+    }
+    everywhere = replicated(mesh)
+
+    def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        keys = _dict_keys(path)
+        suffixes = (keys[start:] for start in range(len(keys)))
+        return next((by_path[suffix] for suffix in suffixes if suffix in by_path), everywhere)
+
+    return jax.tree.map_with_path(sharding, state)
+
+
+def _dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Put this process's rows on its devices as a part of the global batch.
+
+    Args:
+        mesh: from ``make_mesh``.
+        batch: arrays [rows of this process, ...].
+
+    Returns:
+        Global arrays [rows of all processes, ...], split over `data` and `fsdp`.
+    """
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -1,0 +1,1 @@
+"""Training: state, loss, optimiser, pure step, loop, checkpoints, metrics."""

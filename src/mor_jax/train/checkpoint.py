@@ -1,0 +1,193 @@
+"""Asynchronous checkpoints of a train state and its data position, verified leaf by leaf when they are restored.
+
+A thin wrapper over Orbax: one folder per step, complete or ignored. Beside the arrays lie the shape, dtype and
+fingerprint of every leaf, so that a damaged or foreign checkpoint is named instead of silently used.
+"""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mor_jax.errors import UserError
+from mor_jax.train.fingerprint import fingerprints
+from mor_jax.train.state import TrainState
+
+_log = logging.getLogger(__name__)
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What ``Checkpoints.restore`` found."""
+
+    state: TrainState
+    """On the shardings that were asked for."""
+    data_step: int
+    """Next step of the data pipeline."""
+    data_hash: str
+    """Of the corpus that the run was trained on."""
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or whose bits changed."""
+
+
+def _storable(state: TrainState) -> dict[str, Any]:
+    """Return plain arrays only: the random key as its data."""
+    return {**vars(state), "key": jax.random.key_data(state.key)}
+
+
+def _from_storable(tree: dict[str, Any]) -> TrainState:
+    return TrainState(**{**tree, "key": jax.random.wrap_key_data(tree["key"])})
+
+
+def _abstract_storable(state: TrainState) -> dict[str, Any]:
+    shapes = jax.eval_shape(_storable, state)
+    keep = {**vars(state), "key": jax.ShapeDtypeStruct(shapes["key"].shape, shapes["key"].dtype)}
+    keep["key"] = jax.ShapeDtypeStruct(keep["key"].shape, keep["key"].dtype, sharding=state.key.sharding)
+    return keep
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def _describe(tree: Any) -> dict[str, dict[str, Any]]:
+    prints = _leaves(jax.device_get(fingerprints(tree)))
+    return {
+        name: {"shape": list(x.shape), "dtype": str(x.dtype), "fingerprint": int(prints[name])}
+        for name, x in _leaves(tree).items()
+    }
+
+
+def _tree_differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> list[str]:
+    """Say in words which leaves a checkpoint lacks, has in excess, or has in another shape or dtype."""
+    lines = [f"{name} is missing" for name in wanted if name not in saved]
+    lines += [f"{name} is not in the model" for name in saved if name not in wanted]
+    for name in wanted.keys() & saved.keys():
+        was = (list(saved[name]["shape"]), saved[name]["dtype"])
+        now = (list(wanted[name].shape), str(wanted[name].dtype))
+        if was != now:
+            lines.append(f"{name} is {was[1]}{was[0]} but the model needs {now[1]}{now[0]}")
+    return sorted(lines)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        folder: created if missing; half-written checkpoints in it are removed.
+        keep: newest checkpoints kept.
+        pinned_steps: steps never deleted.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, pinned_steps: tuple[int, ...] = ()) -> None:
+        self.folder = folder.absolute()
+        policies = [
+            ocp.checkpoint_managers.LatestN(keep),
+            ocp.checkpoint_managers.CustomSteps(list(pinned_steps)),
+        ]
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                create=True,
+                cleanup_tmp_directories=True,
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            ),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()},
+        )
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, *, data_step: int, data_hash: str) -> None:
+        """Start to save; the arrays are copied before this returns, so the state may be donated afterwards.
+
+        Args:
+            state: after ``state.step`` steps.
+            data_step: next step of the data pipeline.
+            data_hash: content hash of the corpus.
+        """
+        tree = _storable(state)
+        about = {"data_step": data_step, "data_hash": data_hash, "leaves": _describe(tree)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about))
+        self._manager.save(int(state.step), args=items)
+
+    def restore(self, abstract_state: TrainState) -> Restored | None:
+        """Restore the newest good checkpoint onto the shardings of ``abstract_state``.
+
+        A damaged one is named in a warning, the one before it is taken, and the damaged folder is set aside.
+
+        Args:
+            abstract_state: of ``abstract_train_state``.
+
+        Returns:
+            None when the folder holds no checkpoint.
+
+        Raises:
+            UserError: the checkpoint belongs to another model, or none of the checkpoints is good.
+        """
+        damaged: list[int] = []
+        for step in reversed(self.steps()):
+            try:
+                restored = self._restore_step(step, abstract_state)
+            except DamagedCheckpointError as error:
+                _log.warning("checkpoint %d is damaged and skipped: %s", step, str(error))
+                damaged.append(step)
+                continue
+            self._set_aside(damaged)
+            return restored
+        if damaged:
+            raise UserError(f"{self.folder}: all checkpoints are damaged (steps {damaged}); nothing was changed")
+        return None
+
+    def _restore_step(self, step: int, abstract_state: TrainState) -> Restored:
+        wanted = _abstract_storable(abstract_state)
+        about = self._read(step, "about", ocp.args.JsonRestore())
+        try:
+            saved, data_step, data_hash = about["leaves"], int(about["data_step"]), str(about["data_hash"])
+            lines = _tree_differences(saved, _leaves(wanted))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedCheckpointError(f"its description cannot be used ({error!r})") from error
+        if lines:
+            more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+            raise UserError(f"{self.folder / str(step)} is of another model: {'; '.join(lines[:_LISTED])}{more}")
+        tree = self._read(step, "state", ocp.args.StandardRestore(wanted))
+        now = _describe(tree)
+        changed = [name for name, leaf in now.items() if leaf["fingerprint"] != saved[name]["fingerprint"]]
+        if changed:
+            raise DamagedCheckpointError(f"the bits of {', '.join(changed[:_LISTED])} differ from what was saved")
+        return Restored(_from_storable(tree), data_step, data_hash)
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable bytes
+            reason = str(error).strip().splitlines()
+            raise DamagedCheckpointError(
+                f"{item} cannot be read ({type(error).__name__}: {reason[0] if reason else ''})"
+            ) from error
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            target = self.folder.parent / "checkpoints-damaged" / str(step)
+            if jax.process_index() == 0:
+                target.parent.mkdir(exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                (self.folder / str(step)).rename(target)
+        if steps:
+            self._manager.reload()
+
+    def wait(self) -> None:
+        """Block until the last save is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Complete the last save and release the threads."""
+        self._manager.close()

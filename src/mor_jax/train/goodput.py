@@ -1,0 +1,103 @@
+"""A ledger of where the wall-clock time of a run went, throughput, and utilisation against a named peak."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from mor_jax.config import Config
+from mor_jax.parallel import Device
+
+ACTIVITIES = ("init", "compile", "data_wait", "step", "checkpoint", "eval")
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 FLOP/s per device, as the makers state them, by ``jax.Device.device_kind``."""
+
+
+class Ledger:
+    """Seconds per activity since the ledger was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.seconds: dict[str, float] = dict.fromkeys(ACTIVITIES, 0.0)
+
+    @contextmanager
+    def measure(self, activity: str) -> Iterator[None]:
+        """Charge the time of the block to an activity of ``ACTIVITIES``."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[activity] += time.monotonic() - start
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the ledger was made."""
+        return time.monotonic() - self._start
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time that went into training steps."""
+        return self.seconds["step"] / max(self.elapsed, 1e-9)
+
+    def summary(self) -> str:
+        """Return one line: seconds per activity, the rest, and the goodput."""
+        parts = [f"{name} {seconds:.1f}" for name, seconds in self.seconds.items()]
+        other = self.elapsed - sum(self.seconds.values())
+        return f"seconds: {', '.join(parts)}, other {other:.1f}; goodput {self.goodput:.0%}"
+
+
+class Throughput:
+    """Tokens per second and utilisation between two readings.
+
+    Args:
+        config: of the run.
+        ledger: whose step and data time counts.
+        devices: devices of the mesh.
+    """
+
+    def __init__(self, config: Config, ledger: Ledger, devices: Sequence[Device]) -> None:
+        self._ledger = ledger
+        self._tokens_per_step = config.train.batch_size * config.model.context_length
+        peak = PEAK_FLOPS.get(devices[0].device_kind)
+        self._peak = None if peak is None else peak * len(devices)
+        self._flops_per_token = None if peak is None else _train_flops_per_token(config)
+        self._mark()
+
+    def _mark(self) -> None:
+        self._step_seconds, self._wait_seconds = self._ledger.seconds["step"], self._ledger.seconds["data_wait"]
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Return the figures of the ``steps`` steps since the last reading; `mfu` only on a known device."""
+        wait = self._ledger.seconds["data_wait"] - self._wait_seconds
+        seconds = max(self._ledger.seconds["step"] - self._step_seconds + wait, 1e-9)
+        self._mark()
+        rate = steps * self._tokens_per_step / seconds
+        values = {"tokens_per_second": rate, "data_wait_seconds": wait, "goodput": self._ledger.goodput}
+        if self._peak is not None and self._flops_per_token is not None:
+            values["mfu"] = rate * self._flops_per_token / self._peak
+        return values
+
+
+def _train_flops_per_token(config: Config) -> float:
+    from mor_jax.model.flops import train_flops_per_token
+
+    return float(train_flops_per_token(config.model))
+
+
+def describe_peak(device: Device) -> str:
+    """Return the peak that MFU is measured against, or "unknown device"."""
+    peak = PEAK_FLOPS.get(device.device_kind)
+    return f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown device"

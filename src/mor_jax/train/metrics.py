@@ -1,0 +1,129 @@
+"""Where metrics go: JSON lines always, TensorBoard beside them, anything else behind ``MetricWriter``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from mor_jax.errors import UserError
+
+Values = Mapping[str, float | int | list[float]]
+
+
+class MetricWriter(Protocol):
+    """Receives the metrics of a step."""
+
+    def write(self, step: int, values: Values) -> None:
+        """Record ``values`` as they were after ``step`` optimiser steps."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release."""
+        ...
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl, none if it does not exist; a last line that was cut off is left out.
+
+    Raises:
+        UserError: another line is not a JSON object with a `step`.
+    """
+    if not path.exists():
+        return []
+    values = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            values.append(json.loads(line))
+            values[-1]["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}, line {number}: not a JSON object with a step ({error!r})") from error
+    return values
+
+
+class JsonlWriter:
+    """Appends one JSON object a line, flushed at once.
+
+    Args:
+        path: of metrics.jsonl.
+        restored_step: lines after this step are dropped first: the resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, restored_step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= restored_step]
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        part.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Values) -> None:
+        """Append ``{"step": step, **values}``."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Writes scalars as TensorBoard events; the entries of a list get a tag each.
+
+    Args:
+        folder: of the event files.
+        restored_step: TensorBoard hides events after this step that an interrupted start wrote.
+    """
+
+    def __init__(self, folder: Path, restored_step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=restored_step + 1)
+
+    def write(self, step: int, values: Values) -> None:
+        """Write every value as a scalar."""
+        for name, value in values.items():
+            entries = value if isinstance(value, list) else [value]
+            tags = [f"{name}/{i}" for i in range(len(entries))] if isinstance(value, list) else [name]
+            for tag, entry in zip(tags, entries, strict=True):
+                self._writer.add_scalar(tag, entry, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class Writers:
+    """Several writers as one.
+
+    Args:
+        writers: each receives everything.
+    """
+
+    def __init__(self, *writers: MetricWriter) -> None:
+        self._writers = writers
+
+    def write(self, step: int, values: Values) -> None:
+        """Write to each."""
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def close(self) -> None:
+        """Close each."""
+        for writer in self._writers:
+            writer.close()
+
+
+def make_writers(folder: Path, *, restored_step: int, tensorboard: bool, primary: bool = True) -> Writers:
+    """Open the writers of a run folder.
+
+    Args:
+        folder: the run's.
+        restored_step: step that the run continues from; 0 at the start.
+        tensorboard: whether to write event files under `tensorboard/`.
+        primary: only the primary process writes.
+    """
+    if not primary:
+        return Writers()
+    writers: list[MetricWriter] = [JsonlWriter(folder / "metrics.jsonl", restored_step)]
+    if tensorboard:
+        writers.append(TensorBoardWriter(folder / "tensorboard", restored_step))
+    return Writers(*writers)

@@ -1,0 +1,102 @@
+"""The folder of a run: who owns it, and refusing to mix two configurations in one."""
+
+import errno
+import fnmatch
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mor_jax import config_io
+from mor_jax.config import Config
+from mor_jax.errors import UserError
+
+MAY_DIFFER = (
+    "perf.*",
+    "mesh.*",
+    "data.workers",
+    "data.cache",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.save_every",
+    "train.keep",
+    "train.pinned_steps",
+    "train.runs",
+    "train.name",
+    "train.tensorboard",
+)
+"""Fields that a resumed run may change; `train.steps` may grow."""
+
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+_CANNOT_WRITE_WORDS = ("No space left on device", "Read-only file system", "Disk quota exceeded", "Permission denied")
+
+
+def run_folder(config: Config) -> Path:
+    """Return the run's folder: ``train.runs / (train.name or preset)``."""
+    return Path(config.train.runs) / (config.train.name or config.preset)
+
+
+def check_run_folder(config: Config) -> Path:
+    """Return the run's folder if this configuration may start or continue a run there; writes nothing.
+
+    Raises:
+        UserError: the folder holds a run of another configuration (names the fields), or checkpoints of nobody.
+    """
+    folder = run_folder(config)
+    path, checkpoints = folder / "config.json", folder / "checkpoints"
+    if path.exists():
+        _check_same(config_io.load(Config, path), config, folder)
+    elif checkpoints.is_dir() and any(checkpoints.iterdir()):
+        raise UserError(f"{folder} holds checkpoints but no config.json, so it cannot be told whose they are")
+    return folder
+
+
+def claim_run_folder(config: Config) -> Path:
+    """Create the run's folder if it is missing and save the configuration in it, in one rename.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = run_folder(config)
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "config.json.part"
+        config_io.save(config, part)
+        part.replace(folder / "config.json")
+    return folder
+
+
+def _check_same(old: Config, new: Config, folder: Path) -> None:
+    lines = [
+        line
+        for line in config_io.differences(old, new)
+        if not any(fnmatch.fnmatchcase(line.split(":")[0], pattern) for pattern in MAY_DIFFER)
+        and not (line.startswith("train.steps:") and new.train.steps > old.train.steps)
+    ]
+    if lines:
+        raise UserError(
+            f"{folder} holds a run of another configuration: {'; '.join(lines)} (choose another --train.name)"
+        )
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn "disk full", "read-only" and the like into one ``UserError``; other errors pass.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise UserError(f"{error.filename or folder} cannot be written: {os.strerror(error.errno)}") from error
+    except Exception as error:  # TensorStore reports a full disk as ValueError
+        words = next((words for words in _CANNOT_WRITE_WORDS if words in str(error)), None)
+        if words is None:
+            raise
+        raise UserError(f"{folder} cannot be written: {words}") from error

@@ -1,0 +1,220 @@
+"""The pure training step: loss, gradient accumulation, optimiser, loss-free router bias.
+
+Letters: A micro-batches, B rows of the whole batch, T positions, R recursions.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from mor_jax.array_types import Params
+from mor_jax.config import Config
+from mor_jax.model.trace import RoutingLosses, RoutingStatistics
+from mor_jax.model.transformer import apply_trunk, head_matrix
+from mor_jax.parallel import batch_sharding, replicated
+from mor_jax.train.loss import fused_cross_entropy, target_mask
+from mor_jax.train.optimizer import make_optimizer, make_schedule
+from mor_jax.train.state import TrainState, abstract_train_state
+
+Batch = Mapping[str, jax.Array]
+"""int32 [B, T+1] arrays `tokens`, `segment_ids` (1-based, 0 = padding) and `positions` (restarting per document)."""
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class LossParts:
+    """What the loss of a (micro-)batch is made of; adds up over micro-batches to the figures of the whole batch."""
+
+    lm: jax.Array
+    """Summed negative log-likelihood over the target tokens of the whole batch, in nats per token."""
+    logit_z: jax.Array
+    """Summed squared log-sum-exp of the logits over the same tokens."""
+    total: jax.Array
+    """What is minimised: lm + weighted router losses + logit z-loss, without the auxiliary router's."""
+    losses: RoutingLosses | None
+    """Unweighted router losses / A; None without a router."""
+    statistics: RoutingStatistics | None
+    """Routing statistics / A; None without a router."""
+
+
+def count_targets(config: Config, batch: Batch) -> jax.Array:
+    """Return how many targets of the batch count, float32 scalar."""
+    return jnp.sum(target_mask(config.model, batch["segment_ids"]), dtype=jnp.float32)
+
+
+def loss_fn(
+    config: Config,
+    params: Params,
+    router_bias_R: jax.Array,
+    batch: Batch,
+    key: jax.Array,
+    step: jax.Array | None,
+    *,
+    targets: jax.Array | None = None,
+    micro_batches: int = 1,
+) -> tuple[jax.Array, LossParts]:
+    """Compute the training loss of a batch, or of one micro-batch as its share of the whole batch's loss.
+
+    The language-model loss is a sum divided by the target tokens of the whole batch, so micro-batches add up to the
+    big batch exactly. Router losses are means over a micro-batch, averaged over micro-batches: equal to the big batch
+    when every row counts as many active tokens, except token-choice's balancing loss, which multiplies two means and
+    therefore is defined per micro-batch.
+
+    Args:
+        config: model, routing coefficients, ``train.logit_z_loss`` and ``perf``.
+        params: parameter tree.
+        router_bias_R: float32 [R], token-choice's loss-free bias.
+        batch: see ``Batch``.
+        key: random key of a random router.
+        step: int32 scalar, 0-based optimiser step that drives the warm-ups; None is after them.
+        targets: target tokens of the whole batch; None counts this one's.
+        micro_batches: how many micro-batches the whole batch has.
+
+    Returns:
+        (loss to differentiate, parts). The first is ``parts.total`` plus the auxiliary router's loss, whose gradient
+        reaches `aux_router` only.
+    """
+    model, routing = config.model, config.model.routing
+    targets = count_targets(config, batch) if targets is None else targets
+    output = apply_trunk(
+        model,
+        config.perf,
+        params,
+        batch["tokens"][:, :-1],
+        positions_BT=batch["positions"][:, :-1],
+        segment_ids_BT=batch["segment_ids"][:, :-1],
+        router_bias_R=router_bias_R,
+        step=step,
+        key=key,
+    )
+    entropy = fused_cross_entropy(
+        output.hidden_BTD,
+        head_matrix(model, params),
+        batch["tokens"][:, 1:],
+        target_mask(model, batch["segment_ids"]).astype(jnp.float32),
+        chunk=config.perf.loss_chunk,
+        z_coefficient=config.train.logit_z_loss,
+    )
+    scale = 1.0 / jnp.maximum(targets, 1.0)
+    total = entropy.loss_sum * scale
+    lm, logit_z = entropy.nll_sum * scale, entropy.z_sum * scale
+    if output.trace is None:
+        return total, LossParts(lm=lm, logit_z=logit_z, total=total, losses=None, statistics=None)
+    losses, statistics = jax.tree.map(lambda x: x / micro_batches, (output.trace.losses, output.trace.statistics))
+    total += routing.sampling_coefficient * losses.sampling
+    total += routing.balancing_coefficient * losses.balancing
+    total += routing.z_loss_coefficient * losses.router_z
+    parts = LossParts(lm=lm, logit_z=logit_z, total=total, losses=losses, statistics=statistics)
+    return total + losses.aux_router, parts
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """Split [B, ...] into [A, B / A, ...]: every A-th row, so that each device keeps the rows it has."""
+    return {name: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1) for name, x in batch.items()}
+
+
+def _gradients(config: Config, state: TrainState, batch: Batch, step: jax.Array | None) -> tuple[Params, LossParts]:
+    """Differentiate the loss of the whole batch, one micro-batch at a time."""
+    count = config.train.accumulation
+    targets = count_targets(config, batch)
+    step_key = jax.random.fold_in(state.key, state.step)
+
+    def differentiate(index: jax.Array, rows: Batch) -> tuple[Params, LossParts]:
+        def loss(params: Params) -> tuple[jax.Array, LossParts]:
+            key = jax.random.fold_in(step_key, index)
+            bias_R = state.router_bias_R
+            return loss_fn(config, params, bias_R, rows, key, step, targets=targets, micro_batches=count)
+
+        return jax.grad(loss, has_aux=True)(state.params)
+
+    if count == 1:
+        return differentiate(jnp.zeros((), jnp.int32), batch)
+
+    def add(sums: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, differentiate(*inputs)), None
+
+    inputs = (jnp.arange(count), _micro_batches(batch, count))
+    first = jax.tree.map(lambda x: x[0], inputs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, *first))
+    sums, _ = jax.lax.scan(add, zeros, inputs)
+    return sums
+
+
+def _update_bias(config: Config, state: TrainState, statistics: RoutingStatistics | None) -> jax.Array:
+    """Loss-free balancing: move every depth's bias by u towards the mean load of the global batch (table 14)."""
+    routing = config.model.routing
+    if statistics is None or routing.kind != "token" or routing.balancing != "loss_free":
+        return state.router_bias_R
+    load_R = statistics.load_R
+    moved_R = state.router_bias_R + routing.bias_update_rate * jnp.sign(jnp.mean(load_R) - load_R)
+    warm = state.step + 1 >= routing.balance_warmup_steps  # before, no router chose the depths
+    return jnp.where(warm, moved_R, state.router_bias_R)
+
+
+def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """Do one optimiser step. Pure: jit it with ``config`` closed over and ``state`` donated.
+
+    Args:
+        config: static. While a warm-up of routing runs (``model.capacity.warmup_steps``), ``perf.execution`` must be
+            `scan`, whose shapes do not depend on the step.
+        state: before the step.
+        batch: the whole optimiser step's rows, [B, T+1]; split into ``train.accumulation`` micro-batches here.
+
+    Returns:
+        (state after the step, metrics as float32 scalars or [R] and [R+1] arrays).
+    """
+    step = state.step if config.perf.execution == "scan" else None
+    gradients, parts = _gradients(config, state, batch, step)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics: Metrics = {
+        "loss": parts.lm,
+        "total_loss": parts.total,
+        "grad_norm": optax.tree.norm(gradients),
+        "param_norm": optax.tree.norm(params),
+        "learning_rate": make_schedule(config.optimizer, config.train.steps)(state.step),
+        "target_tokens": count_targets(config, batch),
+    }
+    if config.train.logit_z_loss:
+        metrics["logit_z"] = parts.logit_z
+    if parts.losses is not None and parts.statistics is not None:
+        metrics |= {f"{name}_loss": value for name, value in vars(parts.losses).items()}
+        metrics |= vars(parts.statistics)
+    new_state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        router_bias_R=_update_bias(config, state, parts.statistics),
+    )
+    return new_state, metrics
+
+
+def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile ``train_step`` ahead of time for a mesh; the state's buffers are donated.
+
+    Args:
+        config: of the run.
+        mesh: from ``make_mesh``.
+
+    Returns:
+        The executable: (state, batch) -> (state, metrics).
+    """
+    state = abstract_train_state(config, mesh)
+    shape = (config.train.batch_size, config.model.context_length + 1)
+    array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), array)
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(
+        lambda state, batch: train_step(config, state, batch),
+        donate_argnums=0,
+        out_shardings=(state_shardings, replicated(mesh)),
+    )
+    return step.lower(state, batch).compile()

@@ -1,0 +1,99 @@
+"""The mesh: refusals, shardings, and 1 device = 8 devices for every axis."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from mor_jax.config import Config, MeshConfig, RoutingConfig
+from mor_jax.errors import UserError
+from mor_jax.parallel import check_mesh, make_mesh, shard_batch
+from mor_jax.train.state import abstract_train_state, init_train_state
+from mor_jax.train.step import compile_train_step
+
+sys.path.insert(0, str(Path(__file__).parent / "train"))
+from tiny_runs import make_batch, tiny_config  # pyright: ignore[reportMissingImports]
+
+
+def test_the_rest_goes_to_data_and_axes_are_auto():
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices())
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=3), r"mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not multiply to the 8 devices"),
+        (MeshConfig(fsdp=3), r"3 does not divide the 8 devices"),
+    ],
+)
+def test_sizes_that_do_not_multiply_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(config, jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "train", "message"),
+    [
+        (MeshConfig(tensor=8), {}, "model.num_heads=4 is not divisible by mesh.tensor=8"),
+        (MeshConfig(tensor=4), {}, "model.num_kv_heads=2 is not divisible by mesh.tensor=4"),
+        (MeshConfig(), {"batch_size": 12}, "12 rows per micro-batch is not divisible by mesh data x fsdp = 8"),
+        (MeshConfig(), {"accumulation": 2}, "= 4 rows per micro-batch is not divisible"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_or_batch_is_refused(mesh, train, message):
+    config = dataclasses.replace(tiny_config(**train), mesh=mesh)
+    with pytest.raises(UserError, match=message):
+        check_mesh(config, make_mesh(mesh, jax.devices()))
+
+
+def test_moments_are_sharded_like_their_parameters_and_counters_replicated():
+    config = dataclasses.replace(tiny_config(), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    state = abstract_train_state(config, make_mesh(config.mesh, jax.devices()))
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.spec
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
+    for name in ("ffn/down", "attention/query"):
+        found = {spec for path, spec in specs.items() if path.endswith(name)}
+        assert len(found) == 1
+        assert sum(path.endswith(name) for path in specs) == 3  # parameter and two moments
+    assert specs["params/block/ffn/down"] == PartitionSpec(None, "tensor", "fsdp")
+    assert {spec for path, spec in specs.items() if path.endswith("count")} == {PartitionSpec()}
+    assert specs["router_bias_R"] == PartitionSpec()
+
+
+def _train(config: Config, devices: int) -> tuple[list[dict[str, Any]], Any]:
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    state, executable, metrics = init_train_state(config, mesh), compile_train_step(config, mesh), []
+    for step in range(3):
+        state, values = executable(state, shard_batch(mesh, make_batch(config, step)))
+        metrics.append(jax.device_get(values))
+    return metrics, jax.device_get(state.opt_state)
+
+
+@pytest.mark.parametrize(
+    ("routing", "mesh", "accumulation"),
+    [
+        (RoutingConfig(kind="expert"), MeshConfig(data=2, fsdp=2, tensor=2), 2),
+        pytest.param(RoutingConfig(kind="expert"), MeshConfig(data=8), 1, marks=pytest.mark.slow),
+        pytest.param(RoutingConfig(kind="expert"), MeshConfig(fsdp=8), 1, marks=pytest.mark.slow),
+        pytest.param(RoutingConfig(kind="token"), MeshConfig(data=2, fsdp=2, tensor=2), 1, marks=pytest.mark.slow),
+        pytest.param(RoutingConfig(), MeshConfig(data=4, tensor=2), 1, marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_equal_one(routing, mesh, accumulation):
+    config = tiny_config(routing=routing, accumulation=accumulation)
+    one, one_moments = _train(dataclasses.replace(config, mesh=MeshConfig()), 1)
+    eight, eight_moments = _train(dataclasses.replace(config, mesh=mesh), 8)
+    for a, b in zip(one, eight, strict=True):
+        for name in ("loss", "total_loss", "grad_norm", "tokens_per_depth") if routing.kind != "none" else ("loss",):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    # Adam's moments are running means of the gradients
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one_moments, eight_moments)
