@@ -1,0 +1,1 @@
+"""Validation losses, routing analysis and the pictures of a run."""

@@ -1,0 +1,95 @@
+"""`mor inspect` and `mor eval`: the pictures and the held-out losses of a run again, from its newest checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mor_jax.config import Config
+from mor_jax.data.pipeline import make_dataset
+from mor_jax.errors import require
+from mor_jax.evaluate.forward import inputs_of
+from mor_jax.evaluate.pictures import run_title, write_pictures
+from mor_jax.evaluate.restore import RestoredRun, restore_run
+from mor_jax.evaluate.validation import first_rows, validation_losses
+from mor_jax.train.metrics import read_metrics
+
+
+def inspect_run(run_folder: Path, *, text: str | None = None, output: Path | None = None) -> list[Path]:
+    """Restore a run and write its pictures.
+
+    Args:
+        run_folder: of ``mor train``.
+        text: text to route; None takes the run's held-out text.
+        output: folder for the pictures; None is the run's own, or ``inspect`` in it when a text is given.
+
+    Returns:
+        The files written: loss.png and, for a model with a router, depth.png and routing.html.
+
+    Raises:
+        UserError: no run or no good checkpoint there, an empty text, or a folder that cannot be written.
+    """
+    run = restore_run(run_folder)
+    config = run.config
+    if text is not None:
+        folder = output or run_folder / "inspect"
+        batches = text_batches(run.tokenizer.encode(text), config.model.context_length)
+    else:
+        folder = output or run_folder
+        batches = [inputs_of(batch) for batch in first_rows(held_out(config), config.train.eval_rows)]
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    title = run_title(run_folder, config)
+    return write_pictures(folder, title, config, run.params, run.router_bias_R, batches, run.tokenizer, metrics)
+
+
+def evaluate_run(run_folder: Path, *, rows: int | None = None) -> tuple[RestoredRun, dict[str, Any]]:
+    """Restore a run and measure it on its held-out text.
+
+    Args:
+        run_folder: of ``mor train``.
+        rows: rows of held-out text; None is the run's ``train.eval_rows``.
+
+    Returns:
+        (the run, what ``validation_losses`` gives for it).
+
+    Raises:
+        UserError: no run or no good checkpoint there, or no held-out text.
+    """
+    run = restore_run(run_folder)
+    wanted = run.config.train.eval_rows if rows is None else rows
+    return run, validation_losses(run.config, run.params, run.router_bias_R, held_out(run.config), wanted)
+
+
+def text_batches(tokens: Sequence[int], context_length: int) -> list[Mapping[str, Any]]:
+    """Cut a text into model inputs: full rows as one batch, and a shorter last row as another, without padding.
+
+    Padding would take no seat, but top-k counts its seats by the length of the row.
+
+    Args:
+        tokens: of one document.
+        context_length: T, the longest row.
+
+    Raises:
+        UserError: the text has no tokens.
+    """
+    require(len(tokens) > 0, "the text to inspect is empty")
+    full = len(tokens) // context_length * context_length
+    parts = [np.array(tokens[:full], np.int32).reshape(-1, context_length), np.array([tokens[full:]], np.int32)]
+    return [_document_rows(part) for part in parts if part.size]
+
+
+def _document_rows(tokens_BT: np.ndarray) -> Mapping[str, Any]:
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    return {"tokens": tokens_BT, "segment_ids": np.ones_like(tokens_BT), "positions": positions_BT}
+
+
+def held_out(config: Config) -> Any:
+    """Open the held-out rows of a run, as the trainer does."""
+    return make_dataset(
+        config.data,
+        split="validation",
+        context_length=config.model.context_length,
+        vocab_size=config.model.vocab_size,
+        batch_size=min(config.train.eval_rows, config.train.batch_size // config.train.accumulation),
+    )

@@ -1,0 +1,119 @@
+"""The pictures that a run ends with: loss.png, depth.png and routing.html."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mor_jax.array_types import Params
+from mor_jax.config import Config
+from mor_jax.evaluate.forward import MODE_NOTES, Mode, Tokenizer, inputs_of, trace_pass
+from mor_jax.evaluate.html import Section, routing_page
+from mor_jax.evaluate.plots import plot_depth, plot_loss
+from mor_jax.evaluate.routing import RoutedRow, routed_rows
+from mor_jax.evaluate.validation import HeldOut, first_rows, modes_of
+from mor_jax.train.metrics import read_metrics
+from mor_jax.train.run_folder import writing_to
+
+_PAGE_TOKENS = 2048
+"""Tokens shown per selection mode; more make the page slow to scroll."""
+_TOKEN_CHOICE_NOTE = "causal: token-choice decides every token by itself"
+
+
+def write_run_pictures(
+    run_folder: Path, config: Config, params: Params, router_bias_R: jax.Array | None, dataset: HeldOut
+) -> list[Path]:
+    """Write the pictures of a run from its metrics and from held-out text.
+
+    Args:
+        run_folder: holds metrics.jsonl; the pictures go beside it.
+        config: of the run.
+        params: parameter tree.
+        router_bias_R: loss-free bias of token-choice, float32 [R], or None.
+        dataset: held-out batches with their ``tokenizer``; ``train.eval_rows`` rows are used.
+
+    Returns:
+        The files written: loss.png and, for a model with a router, depth.png and routing.html.
+
+    Raises:
+        UserError: no held-out text, or the folder cannot be written.
+    """
+    batches = [inputs_of(batch) for batch in first_rows(dataset, config.train.eval_rows)]
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    title = run_title(run_folder, config)
+    return write_pictures(run_folder, title, config, params, router_bias_R, batches, dataset.tokenizer, metrics)
+
+
+def run_title(run_folder: Path, config: Config) -> str:
+    """Name a run, and its preset if that is another name."""
+    name = run_folder.resolve().name
+    return name if name == config.preset else f"{name} ({config.preset})"
+
+
+def write_pictures(
+    folder: Path,
+    title: str,
+    config: Config,
+    params: Params,
+    router_bias_R: jax.Array | None,
+    batches: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    metrics: Sequence[Mapping[str, Any]],
+) -> list[Path]:
+    """Write pictures of any text.
+
+    Args:
+        folder: created if missing.
+        title: heading of every picture.
+        config: of the run.
+        params: parameter tree.
+        router_bias_R: loss-free bias, or None.
+        batches: the text as model inputs, int32 [B, T] ``tokens``, ``segment_ids``, ``positions``.
+        tokenizer: spells the tokens.
+        metrics: lines of metrics.jsonl; without a training loss among them loss.png is not written.
+
+    Returns:
+        The files written; depth.png and routing.html only for a model with a router.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    written = []
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any("loss" in line for line in metrics):
+            written.append(folder / "loss.png")
+            plot_loss(written[-1], metrics, title)
+        if config.model.routing.kind == "none":
+            return written
+        by_mode: dict[Mode, list[RoutedRow]] = {
+            mode: trace_rows(config, params, router_bias_R, batches, mode) for mode in modes_of(config.model)
+        }
+        mode: Mode = "threshold" if "threshold" in by_mode else "topk"
+        written += [folder / "depth.png", folder / "routing.html"]
+        plot_depth(written[-2], metrics, by_mode[mode], mode, title)
+        sections = [_section(config, name, rows) for name, rows in reversed(by_mode.items())]
+        written[-1].write_text(routing_page(title, sections, tokenizer), encoding="utf-8")
+    return written
+
+
+def trace_rows(
+    config: Config, params: Params, router_bias_R: jax.Array | None, batches: Iterable[Mapping[str, Any]], mode: Mode
+) -> list[RoutedRow]:
+    """Route text and return every row's way through the recursions (see ``write_pictures`` for the arguments)."""
+    run = trace_pass(config.model, config.perf, mode)
+    rows = []
+    for index, inputs in enumerate(batches):
+        key = jax.random.fold_in(jax.random.key(0), index)
+        trace = jax.device_get(run(params, router_bias_R, inputs, key))
+        rows += routed_rows(np.asarray(inputs["tokens"]), np.asarray(inputs["segment_ids"]), trace)
+    return rows
+
+
+def _section(config: Config, mode: Mode, rows: Sequence[RoutedRow]) -> Section:
+    count = max(1, _PAGE_TOKENS // config.model.context_length)
+    note = MODE_NOTES[mode] if config.model.routing.kind == "expert" else _TOKEN_CHOICE_NOTE
+    shown = f"; the first {count} of {len(rows)} rows" if len(rows) > count else ""
+    return Section(title=mode, note=note + shown, rows=rows[:count])
