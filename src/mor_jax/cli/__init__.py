@@ -1,0 +1,67 @@
+"""The console command ``mor``: one module per subcommand, imported when it is asked for.
+
+A mistake of the user ends in one line on stderr and exit code 2, a diverged run in exit code 1.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from mor_jax.errors import UserError, suggest
+
+COMMANDS = {
+    "train": "train, or continue, a run",
+    "presets": "list the named configurations",
+    "prepare": "turn text into packed, shuffled shards",
+    "eval": "held-out loss of a run under both selection modes",
+    "inspect": "make a run's pictures again, for held-out text or any other",
+}
+"""Subcommand and what it does; the module ``mor_jax.cli.<name>`` has ``run(arguments) -> exit code``."""
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def usage() -> str:
+    """Return the list of subcommands."""
+    lines = [f"  {name:10s} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: mor COMMAND ...", "", *lines, "", "`mor COMMAND --help` says more."])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        arguments: without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else USER_ERROR
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"mor: unknown command {name!r}{suggest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
+        return USER_ERROR
+    _log_to_stderr()
+    try:
+        return importlib.import_module(f"mor_jax.cli.{name}").run(rest)
+    except UserError as error:
+        print(f"mor {name}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"mor {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _log_to_stderr() -> None:
+    """Show this package's log lines: which backends run, damaged checkpoints, and the like."""
+    logger = logging.getLogger("mor_jax")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("mor: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # absl may have given the root logger a handler of its own

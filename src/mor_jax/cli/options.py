@@ -1,0 +1,48 @@
+"""Presets with overrides, parsed from flags: every field of ``Config`` is one."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from mor_jax import presets
+from mor_jax.config import Config
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], arguments: Sequence[str], command: str, description: str) -> T:
+    """Parse the flags of a subcommand into a dataclass; a mistake is explained on stderr and exits with code 2."""
+    return tyro.cli(kind, args=list(arguments), prog=f"mor {command}", description=description)
+
+
+def preset_with_overrides(arguments: Sequence[str], command: str, description: str) -> Config:
+    """Parse ``PRESET [--field value ...]``.
+
+    Args:
+        arguments: of the subcommand.
+        command: its name, for messages.
+        description: shown by ``--help``.
+
+    Returns:
+        The preset's configuration with the overrides in place.
+
+    Raises:
+        UserError: an unknown preset, or values that break a rule of the configuration.
+        SystemExit: code 2 for an unknown flag, 0 after ``--help``.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        stream = sys.stdout if arguments else sys.stderr
+        print(f"usage: mor {command} PRESET [--field value ...]\n\n{description}", file=stream)
+        print(f"\n`mor presets` describes the presets; `mor {command} PRESET --help` lists the fields.", file=stream)
+        raise SystemExit(0 if arguments else 2)
+    name, *flags = arguments
+    config = presets.get(name).config
+    fields = [f for f in dataclasses.fields(Config) if f.name != "preset"]  # its name is no flag
+    overrides = dataclasses.make_dataclass(
+        "Overrides", [(f.name, f.type, dataclasses.field(default=getattr(config, f.name))) for f in fields], frozen=True
+    )
+    parsed: Any = tyro.cli(overrides, args=flags, prog=f"mor {command} {name}", description=description)
+    return Config(preset=name, **{f.name: getattr(parsed, f.name) for f in fields})

@@ -1,0 +1,22 @@
+"""``mor train PRESET [--field value ...]``: train, or continue, a run."""
+
+import sys
+from collections.abc import Sequence
+
+from mor_jax.cli.options import preset_with_overrides
+from mor_jax.train.loop import DivergedError, enable_compilation_cache, train
+
+_DESCRIPTION = "Train, or continue, a run; the last line printed is its folder."
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train and print the run folder last."""
+    config = preset_with_overrides(arguments, "train", _DESCRIPTION)
+    enable_compilation_cache()
+    try:
+        folder = train(config)
+    except DivergedError as error:
+        print(f"mor train: {error}", file=sys.stderr)
+        return 1
+    print(folder)
+    return 0
