@@ -159,13 +159,14 @@ def _reproduces(name: str, row: _Row) -> str:
 _DEMO_MODEL = ModelConfig(
     vocab_size=2048,
     num_layers=8,
-    d_model=256,
-    num_heads=4,
+    d_model=192,
+    num_heads=6,
     num_kv_heads=2,
-    d_ff=640,
+    head_dim=32,
+    d_ff=512,
     context_length=256,
     dtype="float32",
-    recursion=RecursionConfig(num_recursions=2, sharing="middle_cycle"),
+    recursion=RecursionConfig(num_recursions=3, sharing="middle_cycle"),
     routing=_EXPERT,
 )
 _DEBUG_MODEL = ModelConfig(
@@ -186,9 +187,9 @@ _SMALL: Mapping[str, Preset] = {
         Config(
             preset="demo",
             model=_DEMO_MODEL,
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
             train=TrainConfig(
-                steps=400, batch_size=16, log_every=10, eval_every=100, eval_rows=64, save_every=100, keep=2
+                steps=500, batch_size=8, log_every=10, eval_every=100, eval_rows=64, save_every=100, keep=2
             ),
             perf=PerfConfig(loss_chunk=128),
         ),
