@@ -4,6 +4,7 @@ The release's expert-choice attention is taken as shared between recursions, as 
 """
 
 from collections.abc import Mapping
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
@@ -12,10 +13,12 @@ import numpy as np
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError
+from mor_jax.interop.assemble import assemble, leaf_shapes, take_apart
 from mor_jax.interop.description import describe, parse
+from mor_jax.interop.released import describe_folder
+from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Path, Tensor, attention_aliases, router_bias_name, tensors
 from mor_jax.model.router_state import ROUTER_STATE
-from mor_jax.model.transformer import init_params
 
 _BIAS_PATH = (ROUTER_STATE, "bias")
 
@@ -40,12 +43,45 @@ def load(description: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> tup
     config = parse(description)
     listed = _all_tensors(config)
     _check_state(config, listed, state)
-    leaves: dict[Path, np.ndarray] = {path: np.empty(shape, np.float32) for path, shape in _leaves(config).items()}
-    for tensor in listed:
-        part = leaves[tensor.path][tensor.index]
-        value = state[tensor.name]
-        leaves[tensor.path][tensor.index] = (value.T if tensor.transposed else value).reshape(part.shape)
-    return config, _nested(leaves)
+    return config, assemble(config, listed, state.__getitem__)
+
+
+def read(folder: FilePath) -> tuple[ModelConfig, dict[str, Any]]:
+    """Read a released run folder: YAML configuration, config.json with the sizes, and its tensors.
+
+    Args:
+        folder: tensors as safetensors, or as PyTorch `pytorch_model.bin` or `.pt` files, which are unpickled as plain
+            tensors only, so nothing in them is executed (needs torch).
+
+    Returns:
+        See ``load``; bfloat16 and float16 tensors are widened.
+
+    Raises:
+        UserError: files that are missing or cannot be read, or what ``load`` refuses.
+    """
+    files = TensorFiles(folder)
+    description = describe_folder(folder, files)
+    if description["recursive"] is not None and description["recursive"]["base_depth"] is None:
+        description = _with_rounded_depth(description)
+    state = {name: files.read(name) for name in files.names()}
+    return load(description, {name: _widened(value) for name, value in state.items()})
+
+
+def _with_rounded_depth(description: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the layer counts that the released rounding gives."""
+    recursive, requested = description["recursive"], description["model"]["num_hidden_layers_requested"]
+    unique = 2 if recursive["sharing"].startswith("middle_") else 0
+    depth = (requested - unique) // recursive["num_recursion"]
+    kept = unique + depth * recursive["num_recursion"]
+    return {
+        **description,
+        "model": {**description["model"], "num_hidden_layers": kept},
+        "recursive": {**recursive, "base_depth": depth},
+    }
+
+
+def _widened(value: np.ndarray) -> np.ndarray:
+    return value if value.dtype.kind != "f" and value.dtype.name != "bfloat16" else value.astype(np.float32)
 
 
 def export(config: ModelConfig, params: Params) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -68,13 +104,7 @@ def export(config: ModelConfig, params: Params) -> tuple[dict[str, Any], dict[st
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     }
     _check_leaves(_leaves(config), flat)
-    state = {}
-    for tensor in _all_tensors(config):
-        part = flat[tensor.path][tensor.index]
-        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
-        value = part.reshape(shape)
-        state[tensor.name] = np.array(value.T if tensor.transposed else value, order="C")
-    return description, state
+    return description, {tensor.name: value for tensor, value in take_apart(params, _all_tensors(config))}
 
 
 def _all_tensors(config: ModelConfig) -> list[Tensor]:
@@ -85,23 +115,10 @@ def _all_tensors(config: ModelConfig) -> list[Tensor]:
 
 def _leaves(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
     """Shapes of the parameter tree by path, with the router bias if the model has one."""
-    tree = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    shapes = {
-        tuple(entry.key for entry in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+    shapes = leaf_shapes(config)
     if router_bias_name(config) is not None:
         shapes[_BIAS_PATH] = (config.recursion.num_recursions,)
     return shapes
-
-
-def _nested(leaves: dict[Path, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 def _check_state(config: ModelConfig, listed: list[Tensor], state: Mapping[str, np.ndarray]) -> None:

@@ -1,0 +1,131 @@
+"""Fill a parameter tree from named tensors, one at a time, and take one apart again (letters: L R).
+
+The tree may live in host memory or be built on devices, where the host never holds more than one tensor.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.array_types import Params
+from mor_jax.config import ModelConfig
+from mor_jax.errors import UserError
+from mor_jax.interop.tensor_files import TensorFiles, is_float
+from mor_jax.interop.tensors import Path, Tensor
+from mor_jax.model.transformer import init_params
+
+Progress = Callable[[str], None]
+
+
+def leaf_shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
+    """Return the shape of every leaf of a model's parameter tree by path."""
+    tree = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return {tuple(entry.key for entry in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """Return leaves by path as a tree of dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def check_names(where: str, listed: Sequence[Tensor], files: TensorFiles, ignored: Callable[[str], bool]) -> None:
+    """Compare the tensors that a model needs with those that there are.
+
+    Args:
+        where: the folder, for the message.
+        listed: tensors of the model; an alias may be there beside its first name.
+        files: what there is.
+        ignored: names that carry no weights, such as rotary buffers.
+
+    Raises:
+        UserError: names every missing, unknown, misshaped and wrongly typed tensor.
+    """
+    names, aliases = set(files.names()), {alias for tensor in listed for alias in tensor.aliases}
+    known = {tensor.name for tensor in listed}
+    problems = [f"missing {tensor.name}" for tensor in listed if tensor.name not in names]
+    problems += [f"unknown {name}" for name in sorted(names - known - aliases) if not ignored(name)]
+    for tensor in listed:
+        if tensor.name not in names:
+            continue
+        shape, dtype = files.shape(tensor.name), files.dtype(tensor.name)
+        if shape != tensor.shape:
+            problems.append(f"misshaped {tensor.name}: {shape}, not {tensor.shape}")
+        if not is_float(dtype):
+            problems.append(f"wrong dtype of {tensor.name}: {dtype}, not F32, BF16 or F16")
+    if problems:
+        raise UserError(f"{where}: {len(problems)} tensors do not fit the model: {'; '.join(problems)}")
+
+
+def assemble(
+    config: ModelConfig,
+    listed: Sequence[Tensor],
+    read: Callable[[str], np.ndarray],
+    *,
+    shardings: Any = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build a float32 parameter tree from named tensors.
+
+    Args:
+        config: the model.
+        listed: which tensor fills which part of which leaf; must cover every leaf. A path that the model does not
+            have becomes a leaf of its own (such as the router bias); only on the host.
+        read: gives a tensor by its name.
+        shardings: tree of ``jax.sharding.Sharding`` to build the leaves on; None builds numpy arrays.
+        progress: called with every name that was read.
+
+    Returns:
+        The tree.
+    """
+    shapes = leaf_shapes(config)
+    shapes |= {t.path: t.shape for t in listed if t.path not in shapes}  # state beside the parameters
+    if shardings is None:
+        leaves: dict[Path, Any] = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    else:
+        by_path = {tuple(e.key for e in path): s for path, s in jax.tree.leaves_with_path(shardings)}
+        leaves = {path: _zeros(shape, by_path[path]) for path, shape in shapes.items()}
+    for tensor in listed:
+        value = read(tensor.name)
+        value = np.asarray(value.T if tensor.transposed else value, np.float32)
+        target = leaves[tensor.path]
+        if isinstance(target, np.ndarray):
+            target[tensor.index] = value.reshape(target[tensor.index].shape)
+        else:
+            part = jax.eval_shape(lambda leaf, index=tensor.index: leaf[index], target)
+            leaves[tensor.path] = _write(tensor.index, target, value.reshape(part.shape))
+        if progress is not None:
+            progress(tensor.name)
+    return nested(leaves)
+
+
+def _zeros(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
+
+
+def _write(index: Any, leaf: jax.Array, value: np.ndarray) -> jax.Array:
+    write = jax.jit(partial(_set, index), donate_argnums=0, out_shardings=leaf.sharding)
+    return write(leaf, value)
+
+
+def _set(index: Any, leaf: jax.Array, value: jax.Array) -> jax.Array:
+    return leaf.at[index].set(value)
+
+
+def take_apart(params: Params, listed: Sequence[Tensor]) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Yield every listed tensor with its values in the foreign layout, made one at a time."""
+    leaves = {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    for tensor in listed:
+        part = np.asarray(leaves[tensor.path][tensor.index])
+        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        value = part.reshape(shape)
+        yield tensor, np.array(value.T if tensor.transposed else value, order="C")

@@ -1,0 +1,192 @@
+"""Llama-architecture checkpoints of Hugging Face (Llama, TinyLlama, SmolLM, SmolLM2), in and out.
+
+A folder of `config.json` and safetensors becomes a vanilla model. A vanilla or recursive model becomes one, with
+the recursions unrolled into layers of their own, so that `transformers` runs it. Weights are the same numbers in both
+directions; the module names of the official release are Llama's, so `interop.tensors` serves here too.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mor_jax.array_types import Params
+from mor_jax.config import ModelConfig
+from mor_jax.errors import UserError, require
+from mor_jax.interop.assemble import Progress, assemble, check_names, take_apart
+from mor_jax.interop.tensor_files import TensorFiles
+from mor_jax.interop.tensors import Tensor, tensors
+
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "rms_norm_eps": "norm_epsilon",
+    "max_position_embeddings": "context_length",
+}
+_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_THETA = 10_000.0
+
+
+def parse_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """Read a Hugging Face configuration of the Llama architecture.
+
+    Args:
+        values: the JSON object.
+        where: the file, for messages.
+
+    Returns:
+        A vanilla model with dtype float32.
+
+    Raises:
+        UserError: another architecture, missing sizes (all named), or rotary scaling, which is not supported.
+    """
+    kind = values.get("model_type")
+    require(kind == "llama", f"{where}: model_type={kind!r} is not 'llama'")
+    missing = [name for name in _SIZES if name not in values]
+    require(not missing, f"{where}: {', '.join(missing)} missing")
+    for name, value in _FIXED.items():
+        found = values.get(name, value)
+        require(found == value, f"{where}: {name}={found!r}: only {value!r} is supported")
+    theta, scaling = _rotary(values)
+    require(scaling in (None, "default"), f"{where}: rotary scaling {scaling!r} is not supported")
+    heads = values["num_attention_heads"]
+    return ModelConfig(
+        **{ours: values[theirs] for theirs, ours in _SIZES.items()},
+        num_kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        rope_theta=theta,
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        dtype="float32",
+    )
+
+
+def _rotary(values: Mapping[str, Any]) -> tuple[float, str | None]:
+    """Base and kind of scaling, from the keys of either generation of transformers."""
+    new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    theta = new.get("rope_theta", values.get("rope_theta", _THETA))
+    return float(theta), new.get("rope_type", old.get("rope_type", old.get("type")))
+
+
+def describe_config(model: ModelConfig, *, eos_id: int | None = None) -> dict[str, Any]:
+    """Write a vanilla or recursive model as a Hugging Face Llama configuration, recursions unrolled.
+
+    Args:
+        model: the model.
+        eos_id: end-of-text token.
+
+    Raises:
+        UserError: names what plain Llama cannot express: a router, or keys and values shared between recursions.
+    """
+    check_expressible(model)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()},
+        "num_hidden_layers": model.unrolled_depth,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        **_FIXED,
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        # readers of either generation ignore the other's key
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+    }
+
+
+def check_expressible(model: ModelConfig) -> None:
+    """Refuse a model that plain Llama does not compute.
+
+    Raises:
+        UserError: all reasons at once.
+    """
+    problems = []
+    if model.routing.kind != "none":
+        problems.append(f"routing.kind={model.routing.kind!r}: Llama has no router (convert to 'mor' instead)")
+    if model.recursion.kv_strategy != "recursion":
+        problems.append(f"recursion.kv_strategy={model.recursion.kv_strategy!r}: every Llama layer has keys of its own")
+    if not model.attend_across_documents:
+        problems.append("attend_across_documents=False: Llama has no document masks (its caller may pass them)")
+    require(not problems, f"plain Llama cannot express this model: {'; '.join(problems)}")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read the model's description of a Hugging Face folder.
+
+    Raises:
+        UserError: no readable config.json there, or one that ``parse_config`` refuses.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable configuration ({error})") from error
+    require(isinstance(values, dict), f"{path}: not a JSON object")
+    return parse_config(values, str(path))
+
+
+def load(
+    folder: Path, *, shardings: Any = None, progress: Progress | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Read a Hugging Face folder into a vanilla model.
+
+    Args:
+        folder: config.json and safetensors (one file, or shards with an index) or PyTorch files; float32, bfloat16
+            or float16.
+        shardings: see ``assemble``: with it the host holds one tensor at a time, whatever the model's size.
+        progress: called with the name of every tensor read.
+
+    Returns:
+        (model, float32 parameter tree).
+
+    Raises:
+        UserError: a configuration or files that cannot be used, or tensors that do not fit - all named at once.
+    """
+    model, files = read_config(folder), TensorFiles(folder)
+    listed = tensors(model)
+    check_names(str(folder), listed, files, _is_buffer)
+    return model, assemble(model, listed, files.read, shardings=shardings, progress=progress)
+
+
+def _is_buffer(name: str) -> bool:
+    return name.endswith((".rotary_emb.inv_freq", ".masked_bias"))
+
+
+def key_map(model: ModelConfig) -> list[tuple[str, str]]:
+    """List (Llama's name, our leaf with its index) of every tensor, unrolled layers included."""
+    rows = []
+    for tensor in tensors(model):
+        index = "".join(f"[{i}]" if isinstance(i, int) else "[:]" for i in tensor.index)
+        rows += [(name, "/".join(tensor.path) + index) for name in _written_names(tensor)]
+    return rows
+
+
+def unrolled(model: ModelConfig, params: Params, progress: Progress | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, array) of a plain Llama that computes what a vanilla or recursive model computes.
+
+    A tied head is not written: Llama ties it again.
+
+    Raises:
+        UserError: see ``check_expressible``.
+    """
+    check_expressible(model)
+    for tensor, value in take_apart(params, tensors(model)):
+        for name in _written_names(tensor):
+            yield name, value
+            if progress is not None:
+                progress(name)
+
+
+def _written_names(tensor: Tensor) -> list[str]:
+    return [name for name in (tensor.name, *tensor.aliases) if name == tensor.name or name != "lm_head.weight"]
