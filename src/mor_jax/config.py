@@ -6,7 +6,9 @@ model computes; ``PerfConfig`` only how it is executed, so it may differ between
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+import tyro
 
 from mor_jax.errors import UserError, require
 
@@ -22,6 +24,8 @@ Balancing = Literal["loss", "loss_free", "none"]
 Dtype = Literal["float32", "bfloat16"]
 Execution = Literal["gather", "scan"]
 Remat = Literal["none", "full", "dots", "names"]
+InitStrategy = Literal["stepwise", "average", "lower", "upper", "random"]
+LoraTarget = Literal["query", "key_value", "output", "gate_up", "down"]
 AttentionBackend = Literal["auto", "xla", "cudnn"]
 
 
@@ -41,6 +45,30 @@ def _require_not_negative(**values: float) -> None:
 
 
 @dataclass(frozen=True)
+class RelaxationConfig:
+    """How recursions may differ although they share the block's weights (paper table 16); all off by default."""
+
+    lora_rank: int = 0
+    """Rank of a low-rank update of its own for every recursion and layer; 0 is off."""
+    lora_targets: tuple[LoraTarget, ...] = ("query", "key_value", "output", "gate_up", "down")
+    """Weights that get one."""
+    lora_scale: float = 1.0
+    """Factor on the update (alpha over rank)."""
+    encoding: bool = False
+    """Add a learned vector of its own to the block's input in every recursion (recursion encoding)."""
+
+    def __post_init__(self) -> None:
+        _require_not_negative(lora_rank=self.lora_rank)
+        _require_positive(lora_scale=self.lora_scale)
+        require(
+            self.lora_rank == 0 or bool(self.lora_targets),
+            f"lora_rank={self.lora_rank} needs lora_targets",
+        )
+        for target in self.lora_targets:
+            _require_choice("relaxation.lora_targets", target, LoraTarget)
+
+
+@dataclass(frozen=True)
 class RecursionConfig:
     """Which unrolled layer uses which unique layer (paper section 2.1, table 10)."""
 
@@ -55,6 +83,7 @@ class RecursionConfig:
     the rows of the selected tokens replaced (`shared_update`)."""
     base_depth: int | None = None
     """Layers in the shared block; None takes the released rounding of num_layers."""
+    relaxation: RelaxationConfig = field(default_factory=RelaxationConfig)
 
     def __post_init__(self) -> None:
         _require_choice("sharing", self.sharing, Sharing)
@@ -73,6 +102,14 @@ class RecursionConfig:
             "sequence" not in self.sharing or self.kv_strategy != "shared_update",
             f"kv_strategy='shared_update' replaces the rows of selected tokens between passes of a whole block; "
             f"sharing={self.sharing!r} has no such pass (use 'cycle' or 'middle_cycle')",
+        )
+
+        relaxed = self.relaxation.lora_rank > 0 or self.relaxation.encoding
+        require(not relaxed or self.sharing != "none", "relaxation needs a parameter sharing, but sharing='none'")
+        require(
+            not self.relaxation.encoding or not self.is_sequence,
+            f"relaxation.encoding=True marks the passes of a whole block, which sharing={self.sharing!r} does not have "
+            f"(use 'cycle' or 'middle_cycle')",
         )
 
     @property
@@ -459,6 +496,19 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Where a run's first weights come from (paper section 4.2, table 12: uptraining)."""
+
+    source: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """Folder of a full model to start from (a run, converted weights, or a Hugging Face folder); empty is at random."""
+    strategy: InitStrategy = "stepwise"
+    """Which of its layers the shared block takes: spread over the depth, their mean, the first, the last, at random."""
+
+    def __post_init__(self) -> None:
+        _require_choice("init.strategy", self.strategy, InitStrategy)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run needs; saved as config.json beside its checkpoints."""
 
@@ -468,6 +518,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     perf: PerfConfig = field(default_factory=PerfConfig)
 

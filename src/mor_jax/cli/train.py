@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from mor_jax.cli.options import preset_with_overrides
+from mor_jax.interop.uptrain import initial_weights
 from mor_jax.train.loop import DivergedError, enable_compilation_cache, train
 
 _DESCRIPTION = "Train, or continue, a run; the last line printed is its folder."
@@ -14,7 +15,7 @@ def run(arguments: Sequence[str]) -> int:
     config = preset_with_overrides(arguments, "train", _DESCRIPTION)
     enable_compilation_cache()
     try:
-        folder = train(config)
+        folder = train(config, initial_weights=initial_weights)
     except DivergedError as error:
         print(f"mor train: {error}", file=sys.stderr)
         return 1

@@ -266,6 +266,8 @@ def _check_expressible(config: ModelConfig) -> None:
     obeys_update = routing.kind == "expert" and recursion.sharing == "middle_cycle"
     if recursion.kv_strategy == "shared_update" and not obeys_update:
         problems.append("recursion.kv_strategy='shared_update' works only in expert-choice with middle_cycle")
+    if recursion.relaxation.lora_rank or recursion.relaxation.encoding:
+        problems.append("recursion.relaxation: its checkpoints hold no low-rank updates or recursion encodings")
     if not config.attend_across_documents:
         problems.append("attend_across_documents=False: it has no document masks")
     if routing.kind != "none":

@@ -8,16 +8,17 @@ directions; the module names of the official release are Llama's, so `interop.te
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from mor_jax.array_types import Params
-from mor_jax.config import ModelConfig
+from mor_jax.config import LoraTarget, ModelConfig
 from mor_jax.errors import UserError, require
 from mor_jax.interop.assemble import Progress, assemble, check_names, take_apart
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Tensor, tensors
+from mor_jax.model.relaxation import update_of
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -116,6 +117,8 @@ def check_expressible(model: ModelConfig) -> None:
         problems.append(f"routing.kind={model.routing.kind!r}: Llama has no router (convert to 'mor' instead)")
     if model.recursion.kv_strategy != "recursion":
         problems.append(f"recursion.kv_strategy={model.recursion.kv_strategy!r}: every Llama layer has keys of its own")
+    if model.recursion.relaxation.encoding:
+        problems.append("recursion.relaxation.encoding=True: Llama adds nothing to the input of a layer")
     if not model.attend_across_documents:
         problems.append("attend_across_documents=False: Llama has no document masks (its caller may pass them)")
     require(not problems, f"plain Llama cannot express this model: {'; '.join(problems)}")
@@ -183,9 +186,20 @@ def unrolled(model: ModelConfig, params: Params, progress: Progress | None = Non
     check_expressible(model)
     for tensor, value in take_apart(params, tensors(model)):
         for name in _written_names(tensor):
-            yield name, value
+            yield name, value + _update(model, params, tensor, name)
             if progress is not None:
                 progress(name)
+
+
+def _update(model: ModelConfig, params: Params, tensor: Tensor, name: str) -> np.ndarray | float:
+    """What low-rank updates of this name's recursion add to a tensor, in Llama's layout."""
+    target = tensor.path[-1]
+    if tensor.path[0] != "block" or target not in model.recursion.relaxation.lora_targets or "lora" not in params:
+        return 0.0
+    recursion = [tensor.name, *tensor.aliases].index(name)
+    layer, *part = tensor.index
+    update = update_of(model, params["lora"], cast(LoraTarget, target), recursion, cast(int, layer))[tuple(part)]
+    return update.reshape(tensor.shape[::-1]).T
 
 
 def _written_names(tensor: Tensor) -> list[str]:

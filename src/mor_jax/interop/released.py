@@ -1,7 +1,7 @@
 """A run folder of the official release: its YAML configuration and its tensors.
 
 The YAML has the sections ``recursive``, ``kv_sharing`` and ``mor`` with the keys of ``interop.description`` and a
-switch ``enable``; the sizes stand in the Hugging Face ``config.json`` that the release's trainer saves beside the weights.
+switch ``enable``; the sizes stand in the Hugging Face ``config.json`` that its trainer saves beside the weights.
 """
 
 import json
@@ -61,10 +61,10 @@ def read_yaml(folder: Path) -> dict[str, Any]:
     require(len(paths) == 1, f"{folder} holds {len(paths)} YAML files ({', '.join(p.name for p in paths)}), not one")
     try:
         import yaml
-
-        values = yaml.safe_load(paths[0].read_text(encoding="utf-8"))
     except ImportError as error:
         raise UserError(f"{paths[0]}: reading YAML needs the extra: pip install 'mor-jax[hf]'") from error
+    try:
+        values = yaml.safe_load(paths[0].read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{paths[0]}: not readable YAML ({error})") from error
     require(isinstance(values, dict), f"{paths[0]}: not a mapping")

@@ -3,6 +3,7 @@
 Pickles are read by ``torch.load(weights_only=True)``, which executes nothing; it needs torch, which is no dependency.
 """
 
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -145,9 +146,7 @@ def _torch_files(folder: Path) -> list[Path]:
 
 
 def _torch() -> Any:
-    import torch
-
-    return torch
+    return importlib.import_module("torch")  # no dependency: type checkers need not find it
 
 
 def _load_torch(path: Path) -> dict[str, Any]:

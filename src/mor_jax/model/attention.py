@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mor_jax.config import AttentionBackend, ModelConfig, PerfConfig
 from mor_jax.errors import require
 from mor_jax.model.layers import Rotary, apply_rotary, normal_init
+from mor_jax.model.relaxation import low_rank
 from mor_jax.model.rows import Selection, merge_rows, take_rows
 
 logger = logging.getLogger(__name__)
@@ -153,9 +155,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None
+        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, lora: Any = None
     ) -> tuple[jax.Array, KeyValue | None]:
-        """Attend from [B, C, D]; also return keys and values [B, S, K, H] if the context keeps them."""
+        """Attend from [B, C, D]; also return keys and values [B, S, K, H] if the context keeps them.
+
+        `lora` holds this recursion's low-rank updates, if any.
+        """
         config = self.config
         width, heads, kv_heads, head_dim = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         query = self.param("query", normal_init(config, "embed", "heads", "head_dim"), (width, heads, head_dim))
@@ -164,8 +169,9 @@ class Attention(nn.Module):
         )
         output = self.param("output", normal_init(config, "heads", "head_dim", "embed"), (heads, head_dim, width))
 
-        query_BCNH = apply_rotary(jnp.einsum("BCD,DNH->BCNH", x_BCD, query.astype(x_BCD.dtype)), context.rotary)
-        keys, values = self._key_value(x_BCD, key_value, context, cached)
+        query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query.astype(x_BCD.dtype))
+        query_BCNH = apply_rotary(query_BCNH + low_rank(config, lora, "query", x_BCD), context.rotary)
+        keys, values = self._key_value(x_BCD, key_value, context, cached, lora)
         backend = resolve_backend(self.perf.attention_backend, config.dtype, head_dim)
         query_BCNH, keys, values = (
             checkpoint_name(a, n) for a, n in ((query_BCNH, "query"), (keys, "key"), (values, "value"))
@@ -173,14 +179,16 @@ class Attention(nn.Module):
         out_BCNH = attend(query_BCNH, keys, values, context.queries, context.keys, backend)
         out_BCNH = checkpoint_name(out_BCNH, "attention")
         out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output.astype(x_BCD.dtype))
+        out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
         return out_BCD, (keys, values) if context.keep_kv else None
 
     def _key_value(
-        self, x_BCD: jax.Array, key_value: jax.Array, context: LayerContext, cached: KeyValue | None
+        self, x_BCD: jax.Array, key_value: jax.Array, context: LayerContext, cached: KeyValue | None, lora: Any
     ) -> KeyValue:
         if cached is not None and context.update is None and context.fresh_BS is None:
             return cached
         fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value.astype(x_BCD.dtype))
+        fresh = fresh + low_rank(self.config, lora, "key_value", x_BCD)
         keys, values = apply_rotary(fresh[:, :, 0], context.rotary), fresh[:, :, 1]
         if cached is None:
             return keys, values

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.config import ModelConfig
+from mor_jax.model.relaxation import low_rank
 
 Rotary = tuple[jax.Array, jax.Array]
 
@@ -61,12 +62,14 @@ class SwiGLU(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BCD: jax.Array) -> jax.Array:
-        """Transform [B, C, D]."""
+    def __call__(self, x_BCD: jax.Array, lora: Any = None) -> jax.Array:
+        """Transform [B, C, D]; `lora` holds this recursion's low-rank updates, if any."""
         config = self.config
         gate_up = self.param("gate_up", normal_init(config, "embed", None, "ffn"), (config.d_model, 2, config.d_ff))
         down = self.param("down", normal_init(config, "ffn", "embed"), (config.d_ff, config.d_model))
         hidden_BCXF = jnp.einsum("BCD,DXF->BCXF", x_BCD, gate_up.astype(x_BCD.dtype))
+        hidden_BCXF = hidden_BCXF + low_rank(config, lora, "gate_up", x_BCD)
         hidden_BCXF = checkpoint_name(hidden_BCXF, "gate_up")
         activated_BCF = nn.silu(hidden_BCXF[:, :, 0]) * hidden_BCXF[:, :, 1]
-        return jnp.einsum("BCF,FD->BCD", activated_BCF, down.astype(x_BCD.dtype))
+        out_BCD = jnp.einsum("BCF,FD->BCD", activated_BCF, down.astype(x_BCD.dtype))
+        return out_BCD + low_rank(config, lora, "down", activated_BCF)

@@ -18,7 +18,8 @@ from mor_jax.model.attention import KeyValue, LayerContext, TokenView
 from mor_jax.model.layers import rotary_tables
 from mor_jax.model.router import RouterParams
 
-Norms = dict[str, dict[str, jax.Array]]
+Norms = dict[str, Any]
+"""What recursions do not share, by name: `attention_norm`, `ffn_norm`, `lora`, `encoding`."""
 Block = Callable[[jax.Array, LayerContext, KeyValue | None, Norms | None], tuple[jax.Array, KeyValue | None]]
 
 
@@ -33,7 +34,7 @@ class RoutingInputs:
     """bool: tokens that are not padding; only these compete and count."""
     aux_router: RouterParams | None = None
     norms: Norms | None = None
-    """Per-recursion norm scales [R, L, D], if they are not shared."""
+    """What recursions do not share, leaves [R, L, ...]; None if they share everything."""
     bias_R: jax.Array | None = None
     """Token-choice, loss-free balancing: added to the scores for choosing only."""
     noise_RBT: jax.Array | None = None

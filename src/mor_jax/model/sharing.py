@@ -5,17 +5,18 @@ of the shared block (letters: L R N) takes the weights of one of them, or the me
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
 from mor_jax.array_types import Params
-from mor_jax.config import ModelConfig
+from mor_jax.config import InitStrategy, ModelConfig
 from mor_jax.errors import require
+from mor_jax.model.relaxation import lora_from_residuals
 from mor_jax.model.transformer import init_params
 
-Strategy = Literal["stepwise", "average", "lower", "upper", "random"]
+Strategy = InitStrategy
 _SAME = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
 
 
@@ -78,6 +79,17 @@ def source_layers(config: ModelConfig, strategy: Strategy, seed: int = 0) -> lis
     return [[layer] for layer in chosen]
 
 
+def unrolled_sources(config: ModelConfig) -> list[list[int]]:
+    """Return [R][L] layers of the full model that recursion r's layer l stands for."""
+    recursion, depth = config.recursion, config.block_depth
+    kept = kept_layers(config)
+    inner = kept[1:-1] if recursion.has_middle else kept
+    count = recursion.num_recursions
+    if recursion.is_sequence:
+        return [[inner[layer * count + r] for layer in range(depth)] for r in range(count)]
+    return [[inner[r * depth + layer] for layer in range(depth)] for r in range(count)]
+
+
 def share_layers(
     full: ModelConfig, params: Params, config: ModelConfig, strategy: Strategy, *, key: jax.Array, seed: int = 0
 ) -> dict[str, Any]:
@@ -93,7 +105,8 @@ def share_layers(
 
     Returns:
         Parameter tree of numpy arrays: embedding, head, final norm and unique layers are copied, routers are fresh.
-        Norms that recursions do not share start out equal.
+        Norms that recursions do not share start out equal; low-rank updates start as the best ones of their rank that
+        bring every recursion back towards the layers it stands for.
 
     Raises:
         UserError: models that do not fit each other, or what ``source_layers`` refuses.
@@ -123,6 +136,11 @@ def share_layers(
     if config.recursion.has_middle:
         for name, layer in (("first", 0), ("last", -1)):
             built[name] = jax.tree.map(lambda leaf_NX, layer=layer: leaf_NX[layer].copy(), params["block"])
+    if config.recursion.relaxation.lora_rank:
+        stands_for = unrolled_sources(config)
+        built["lora"] = lora_from_residuals(config, built["block"], params["block"], stands_for)
+    if config.recursion.relaxation.encoding:
+        built["encoding"] = {"vectors": np.zeros((config.recursion.num_recursions, config.d_model), np.float32)}
     if not config.recursion.share_norms:
         count = config.recursion.num_recursions
         norms = {name: built["block"].pop(name) for name in ("attention_norm", "ffn_norm")}

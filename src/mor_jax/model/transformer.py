@@ -19,6 +19,7 @@ from mor_jax.model.layers import RMSNorm, SwiGLU, normal_init
 from mor_jax.model.recursion import Norms, RoutingInputs, make_context, recurse, recurse_scan
 from mor_jax.model.recursion_gather import expert_gather, token_gather
 from mor_jax.model.recursion_scan import expert_scan, token_scan
+from mor_jax.model.relaxation import Encoding, StackedLora
 from mor_jax.model.router import Router, has_boundary
 from mor_jax.model.trace import RoutingTrace, Stages, TrunkOutput
 
@@ -37,7 +38,11 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, norms: Norms | None
     ) -> tuple[jax.Array, KeyValue | None]:
-        """Transform [B, C, D]; `norms` replaces the layer's own norm scales ([D], or [repeats, D])."""
+        """Transform [B, C, D].
+
+        `norms` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
+        low-rank updates, a recursion encoding.
+        """
         attention_norm = RMSNorm(self.config, name="attention_norm")
         attention = Attention(self.config, self.perf, name="attention")
         ffn_norm, ffn = RMSNorm(self.config, name="ffn_norm"), SwiGLU(self.config, name="ffn")
@@ -45,16 +50,21 @@ class DecoderLayer(nn.Module):
         kv = None
         for repeat in range(self.repeats):
             scales = dict.fromkeys(("attention_norm", "ffn_norm"))
-            if norms is not None:
-                scales = {k: v["scale"][repeat] if self.repeats > 1 else v["scale"] for k, v in norms.items()}
+            own = norms or {}
+            if self.repeats > 1:
+                own = jax.tree.map(lambda a, repeat=repeat: a[repeat], own)
+            scales |= {name: own[name]["scale"] for name in scales if name in own}
+            if "encoding" in own:
+                x_BCD = x_BCD + own["encoding"].astype(x_BCD.dtype)
             if shares:
-                own = repeat == 0
-                context = dataclasses.replace(context, keep_kv=own, keys=None if own else context.queries)
-                cached = None if own else kv
-            delta, kept = attention(attention_norm(x_BCD, scales["attention_norm"]), context, cached)
+                first = repeat == 0
+                context = dataclasses.replace(context, keep_kv=first, keys=None if first else context.queries)
+                cached = None if first else kv
+            lora = own.get("lora")
+            delta, kept = attention(attention_norm(x_BCD, scales["attention_norm"]), context, cached, lora)
             kv = kv if kept is None else kept
             x_BCD = x_BCD + delta
-            x_BCD = x_BCD + ffn(ffn_norm(x_BCD, scales["ffn_norm"]))
+            x_BCD = x_BCD + ffn(ffn_norm(x_BCD, scales["ffn_norm"]), lora)
         return x_BCD, None if shares else kv
 
 
@@ -168,6 +178,19 @@ class Transformer(nn.Module):
         repeats = config.recursion.num_recursions if config.recursion.is_sequence else 1
         return stack(config, self.perf, repeats=repeats, name="block")
 
+    def _unshared(self) -> Any:
+        """What the recursions do not share, leaves [R, L, ...]; None if they share everything."""
+        config, relaxation = self.config, self.config.recursion.relaxation
+        own: dict[str, Any] = {}
+        if not config.recursion.share_norms:
+            own |= StackedNorms(config, name="block_norms")()
+        if relaxation.lora_rank:
+            own["lora"] = StackedLora(config, name="lora")()
+        if relaxation.encoding:  # added to the input of the block, so it is zero for all layers but the first
+            vectors_RD = Encoding(config, name="encoding")()
+            own["encoding"] = jnp.pad(vectors_RD[:, None], ((0, 0), (0, config.block_depth - 1), (0, 0)))
+        return own or None
+
     def _recursions(
         self,
         x_BTD: jax.Array,
@@ -180,7 +203,7 @@ class Transformer(nn.Module):
         return_stages: bool,
     ) -> tuple[jax.Array, RoutingTrace | None, Any]:
         config, block = self.config, self._block()
-        norms = None if config.recursion.share_norms else StackedNorms(config, name="block_norms")()
+        norms = self._unshared()
         if config.recursion.is_sequence:
             by_layer = jax.tree.map(lambda s_RLD: jnp.swapaxes(s_RLD, 0, 1), norms)
             return block(x_BTD, make_context(config, view), None, by_layer)[0], None, ()

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.data.pipeline import make_dataset as make_prepared_dataset
-from mor_jax.errors import UserError
+from mor_jax.errors import UserError, require
 from mor_jax.evaluate.pictures import write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.model.attention import resolve_backend
@@ -31,7 +31,7 @@ from mor_jax.train.metrics import make_writers
 from mor_jax.train.progress import Reporter
 from mor_jax.train.run_folder import check_run_folder, claim_run_folder, writing_to
 from mor_jax.train.signals import StopRequest
-from mor_jax.train.state import TrainState, abstract_train_state, init_train_state
+from mor_jax.train.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_params
 from mor_jax.train.step import Batch, Metrics, compile_train_step
 
 _log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def train(
     *,
     make_dataset: MakeDataset = make_prepared_dataset,
     devices: Sequence[Device] | None = None,
+    initial_weights: Callable[[Config], InitialWeights | None] | None = None,
 ) -> Path:
     """Train, or continue, the run that ``config`` describes.
 
@@ -67,6 +68,7 @@ def train(
         config: of the run.
         make_dataset: opens a split of the data; a team's own may replace the default.
         devices: devices of the mesh; None takes all.
+        initial_weights: loads what ``config.init`` names; called only where the run starts.
 
     Returns:
         The run folder: config.json, metrics.jsonl, checkpoints/ and, after the last step, the pictures.
@@ -79,7 +81,7 @@ def train(
     folder = check_run_folder(config)
     with writing_to(folder), StopRequest() as stop:
         with ledger.measure("init"):
-            run = _Run(config, folder, ledger, make_dataset, make_mesh(config.mesh, devices))
+            run = _Run(config, folder, ledger, make_dataset, make_mesh(config.mesh, devices), initial_weights)
         try:
             finished = run.train_steps(stop)
             if finished:
@@ -93,10 +95,21 @@ def train(
 class _Run:
     """Everything that one start of a run holds open."""
 
-    def __init__(self, config: Config, folder: Path, ledger: Ledger, make_dataset: MakeDataset, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        ledger: Ledger,
+        make_dataset: MakeDataset,
+        mesh: Mesh,
+        initial_weights: Callable[[Config], InitialWeights | None] | None,
+    ) -> None:
         self.config, self.folder, self.ledger, self.mesh = config, folder, ledger, mesh
         check_mesh(config, mesh)
         self.dataset, self.held_out = _open_data(config, make_dataset)
+        self.initial_weights = initial_weights
+        starts_anew = not (folder / "checkpoints").is_dir()
+        self.first = self._initial_weights() if starts_anew else None
         primary = jax.process_index() == 0
         if primary:  # not before configuration, mesh and data have been found usable
             claim_run_folder(config)
@@ -118,6 +131,10 @@ class _Run:
         restored = self.checkpoints.restore(abstract_train_state(config, self.mesh))
         if restored is None:
             self.state, self.start = init_train_state(config, self.mesh), 0
+            first, self.first = self.first or self._initial_weights(), None
+            if first is not None:
+                self.state = place_params(self.state, first.params)
+                _log.info("weights from %s", first.origin)
             return
         if restored.data_hash != self.dataset.hash:
             raise UserError(
@@ -128,6 +145,18 @@ class _Run:
         if self.start > config.train.steps:
             raise UserError(f"{self.folder} is at step {self.start}, beyond train.steps={config.train.steps}")
         self.dataset.step = restored.data_step
+
+    def _initial_weights(self) -> InitialWeights | None:
+        """Load the weights that the configuration names, before anything is written."""
+        source = self.config.init.source
+        if not source:
+            return None
+        require(self.initial_weights is not None, f"init.from={source!r} needs train(..., initial_weights=...)")
+        assert self.initial_weights is not None
+        first = self.initial_weights(self.config)
+        known = first is None or first.tokenizer_hash in (None, self.dataset.tokenizer.hash)
+        require(known, f"init.from={source!r} was trained with another tokenizer than the one of data.source")
+        return first
 
     def _roll_call(self) -> None:
         device = self.mesh.devices.flat[0]

@@ -1,9 +1,12 @@
 """Everything that a training run changes, as one pytree."""
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
@@ -28,6 +31,27 @@ class TrainState:
     """float32 [R]: token-choice's loss-free bias; zeros otherwise."""
     key: jax.Array
     """Typed random key; every step folds its number in."""
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights of another model that a run starts from."""
+
+    params: Params
+    """float32 tree of the run's model, on the host."""
+    tokenizer_hash: str | None
+    """Of the tokenizer that these weights belong to; None is unknown."""
+    origin: str
+    """What they are, for the log."""
+
+
+def place_params(state: TrainState, params: Params) -> TrainState:
+    """Return the state with other parameters: host arrays put on the shardings of those it has, shard by shard."""
+
+    def place(old: jax.Array, new: Any) -> jax.Array:
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: np.asarray(new[index], old.dtype))
+
+    return dataclasses.replace(state, params=jax.tree.map(place, state.params, dict(params)))
 
 
 def _init(config: Config) -> TrainState:

@@ -1,0 +1,102 @@
+"""Open a model from any folder that holds one: a run, converted weights, Hugging Face, the official release."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mor_jax.array_types import Params
+from mor_jax.config import ModelConfig
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.errors import UserError, require
+from mor_jax.evaluate.restore import restore_run
+from mor_jax.interop import llama, official, weights
+from mor_jax.interop.assemble import Progress
+from mor_jax.model.router_state import ROUTER_STATE
+
+Kind = Literal["run", "weights", "hf", "official"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model without a run around it."""
+
+    model: ModelConfig
+    params: Params
+    """float32 parameter tree; with ``router_state/bias`` where token-choice balances without a loss."""
+    tokenizer: Tokenizer | None
+    """None where the folder has none that this project can use."""
+    kind: Kind
+    origin: str
+    """What it is, for messages and model cards."""
+
+
+def detect(folder: Path) -> Kind:
+    """Tell what a folder holds.
+
+    Raises:
+        UserError: nothing that can be loaded.
+    """
+    require(folder.is_dir(), f"{folder} is no folder")
+    if weights.is_weights_folder(folder):
+        return "weights"
+    if (folder / "checkpoints").is_dir():
+        return "run"
+    if [*folder.glob("*.yaml"), *folder.glob("*.yml")]:
+        return "official"
+    if _is_hf(folder):
+        return "hf"
+    raise UserError(
+        f"{folder} holds no model: neither a run (checkpoints/), converted weights, a Hugging Face Llama folder "
+        f"(config.json with model_type) nor an official run folder (*.yaml)"
+    )
+
+
+def _is_hf(folder: Path) -> bool:
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def open_model(folder: Path, *, progress: Progress | None = None) -> LoadedModel:
+    """Load a model into host memory (a run's newest good checkpoint).
+
+    Args:
+        folder: see ``detect``.
+        progress: called with the name of every tensor read, where tensors are read one by one.
+
+    Raises:
+        UserError: nothing there, or files that cannot be used - every tensor that does not fit is named.
+    """
+    kind = detect(folder)
+    if kind == "run":
+        return _open_run(folder)
+    if kind == "official":
+        model, params = official.read(folder)
+        return LoadedModel(model, params, _tokenizer(folder), kind, f"official release, {folder.name}")
+    load = weights.load if kind == "weights" else llama.load
+    model, params = load(folder, progress=progress)
+    words = {"weights": "mor_jax weights", "hf": "Hugging Face Llama folder"}[kind]
+    return LoadedModel(model, params, _tokenizer(folder), kind, f"{words} {folder.name}")
+
+
+def _open_run(folder: Path) -> LoadedModel:
+    run = restore_run(folder)
+    model, params = run.config.model, dict(run.params)
+    if model.routing.kind == "token" and model.routing.balancing == "loss_free":
+        params[ROUTER_STATE] = {"bias": np.asarray(run.router_bias_R)}
+    origin = f"run {folder.resolve().name} of preset {run.config.preset}, step {run.step}"
+    return LoadedModel(model, params, run.tokenizer, "run", origin)
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    path = folder / "tokenizer.json"
+    return Tokenizer.load(path) if path.is_file() else None
+
+
+def describe_params(params: Params) -> dict[str, Any]:
+    """Return the trained parameters alone."""
+    return {name: value for name, value in params.items() if name != ROUTER_STATE}

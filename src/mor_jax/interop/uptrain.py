@@ -1,0 +1,46 @@
+"""The first weights of a run from another model: uptraining (paper section 4.2, table 12)."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mor_jax.config import Config
+from mor_jax.errors import require
+from mor_jax.interop.assemble import leaf_shapes
+from mor_jax.interop.sources import describe_params, open_model
+from mor_jax.model.sharing import share_layers
+from mor_jax.train.state import InitialWeights
+
+
+def initial_weights(config: Config) -> InitialWeights | None:
+    """Load what ``config.init`` names and build the run's model from it.
+
+    A full model is shared by the released rules, with fresh routers; a model of the run's own shape is taken as it is.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Host parameters with the tokenizer they belong to; None where the run starts at random.
+
+    Raises:
+        UserError: a folder that cannot be loaded, or a model that the run's cannot be built from.
+    """
+    if not config.init.source:
+        return None
+    folder = Path(config.init.source)
+    loaded = open_model(folder)
+    params = describe_params(loaded.params)
+    if leaf_shapes(loaded.model) == leaf_shapes(config.model):
+        built: dict[str, Any] = params
+    else:
+        require(
+            loaded.model.recursion.sharing == "none",
+            f"init.from={config.init.source!r} has sharing={loaded.model.recursion.sharing!r} and parameters that "
+            f"are not shaped like this run's; only a full model can be shared anew",
+        )
+        key = jax.random.key(config.train.seed)
+        built = share_layers(loaded.model, params, config.model, config.init.strategy, key=key, seed=config.train.seed)
+    hash_ = None if loaded.tokenizer is None else loaded.tokenizer.hash
+    return InitialWeights(params=built, tokenizer_hash=hash_, origin=f"{loaded.origin} ({config.init.strategy})")
