@@ -15,6 +15,7 @@ COMMANDS = {
     "presets": "list the named configurations",
     "prepare": "turn text into packed, shuffled shards",
     "eval": "held-out loss of a run under both selection modes",
+    "convert": "weights between this project, Hugging Face and the official release",
     "inspect": "make a run's pictures again, for held-out text or any other",
 }
 """Subcommand and what it does; the module ``mor_jax.cli.<name>`` has ``run(arguments) -> exit code``."""

@@ -4,7 +4,7 @@ The tree may live in host memory or be built on devices, where the host never ho
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError
 from mor_jax.interop.tensor_files import TensorFiles, is_float
-from mor_jax.interop.tensors import Path, Tensor
+from mor_jax.interop.tensors import Index, Path, Tensor
 from mor_jax.model.transformer import init_params
 
 Progress = Callable[[str], None]
@@ -112,13 +112,19 @@ def _zeros(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array
     return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
 
 
-def _write(index: Any, leaf: jax.Array, value: np.ndarray) -> jax.Array:
-    write = jax.jit(partial(_set, index), donate_argnums=0, out_shardings=leaf.sharding)
-    return write(leaf, value)
+def _write(index: Index, leaf: jax.Array, value: np.ndarray) -> jax.Array:
+    """Write a part of a leaf in place: one compilation serves all layers."""
+    integers = tuple(i for i in index if isinstance(i, int))
+    return _writer(tuple(isinstance(i, int) for i in index), leaf.sharding)(leaf, value, integers)
 
 
-def _set(index: Any, leaf: jax.Array, value: jax.Array) -> jax.Array:
-    return leaf.at[index].set(value)
+@cache
+def _writer(is_integer: tuple[bool, ...], sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    def write(leaf: jax.Array, value: jax.Array, integers: tuple[jax.Array, ...]) -> jax.Array:
+        left = iter(integers)
+        return leaf.at[tuple(next(left) if integer else slice(None) for integer in is_integer)].set(value)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
 def take_apart(params: Params, listed: Sequence[Tensor]) -> Iterator[tuple[Tensor, np.ndarray]]:

@@ -73,6 +73,22 @@ def read_yaml(folder: Path) -> dict[str, Any]:
     return values
 
 
+def write_configuration(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write a description as the YAML file and config.json that ``describe_folder`` reads."""
+    import yaml
+
+    model = dict(description["model"])
+    tied = model.pop("tie_word_embeddings_config")
+    model.pop("tie_word_embeddings_effective")
+    sizes = {"model_type": "llama", **model, "tie_word_embeddings": tied}
+    sections: dict[str, Any] = {"num_hidden_layers_requested": model["num_hidden_layers_requested"]}
+    for name in _SECTIONS:
+        values = description[name]
+        sections[name] = {"enable": False} if values is None else {"enable": True, **values}
+    (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
+
+
 def describe_folder(folder: Path, files: TensorFiles) -> dict[str, Any]:
     """Build the description that ``official.load`` takes from a released run folder.
 

@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
                 own = jax.tree.map(lambda a, repeat=repeat: a[repeat], own)
             scales |= {name: own[name]["scale"] for name in scales if name in own}
             if "encoding" in own:
-                x_BCD = x_BCD + own["encoding"].astype(x_BCD.dtype)
+                x_BCD = x_BCD + own["encoding"][None, None, :].astype(x_BCD.dtype)
             if shares:
                 first = repeat == 0
                 context = dataclasses.replace(context, keep_kv=first, keys=None if first else context.queries)

@@ -154,7 +154,9 @@ class _Run:
         require(self.initial_weights is not None, f"init.from={source!r} needs train(..., initial_weights=...)")
         assert self.initial_weights is not None
         first = self.initial_weights(self.config)
-        known = first is None or first.tokenizer_hash in (None, self.dataset.tokenizer.hash)
+        if first is None or first.tokenizer_hash is None:
+            return first
+        known = first.tokenizer_hash == self.dataset.tokenizer.hash
         require(known, f"init.from={source!r} was trained with another tokenizer than the one of data.source")
         return first
 
