@@ -55,7 +55,7 @@ CASES = {
     "vanilla": (_model(1), "gather", ()),
     "recursive": (_model(3), "gather", slow),
     "recursive-shared": (_model(3, None, "shared"), "gather", slow),
-    "expert-recursion": (_model(3, EXPERT), "gather", ()),
+    "expert-recursion": (_model(3, EXPERT), "gather", slow),
     "expert-shared": (_model(3, EXPERT, "shared"), "gather", ()),
     "expert-shared_update": (_model(3, EXPERT, "shared_update"), "gather", slow),
     "token-recursion": (_model(3, TOKEN), "gather", slow),
