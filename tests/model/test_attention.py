@@ -1,6 +1,7 @@
 """Attention masks against literal tables, and attention itself against a sum over visible keys."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from mor_jax.model.recursion import make_context
 
 
 def _view(rows, positions=None, segments=None, valid=None) -> TokenView:
-    def array(values):
+    def array(values) -> Any:
         return None if values is None else jnp.array([values])
 
     return TokenView(array(rows), array(rows if positions is None else positions), array(segments), array(valid))

@@ -117,11 +117,8 @@ def _recursion_pass(model: ModelConfig, recursion: int, computed: int, length: i
         return LayerPass(depth, computed, computed, computed)
     if recursion == 0:  # every token supplies keys and values
         return LayerPass(depth, length, length, length)
-    updates = strategy == "shared_update"
-    # scan projects the keys and values of recursion 1 again where it could have kept them
-    projected = computed if updates or (execution == "scan" and model.routing.kind != "none") else 0
-    if execution == "scan":
-        projected = length
+    # scan has one body for all recursions: it makes every token's anew, then keeps recursion 1's
+    projected = length if execution == "scan" else computed if strategy == "shared_update" else 0
     return LayerPass(depth, computed, projected, length)
 
 
