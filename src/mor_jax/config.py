@@ -434,16 +434,22 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices per mesh axis; data = -1 takes what the others leave."""
 
+    slice: int = 1
+    """TPU slices joined by the data-center network: replicas that split the batch."""
     data: int = -1
     """Replicas that split the batch."""
     fsdp: int = 1
     """Shards of parameters and optimiser state (also splits the batch)."""
+    context: int = 1
+    """Shards of each row's tokens."""
     tensor: int = 1
-    """Shards of heads and feed-forward."""
+    """Shards of heads, feed-forward and vocabulary."""
 
     def __post_init__(self) -> None:
         require(self.data == -1 or self.data > 0, f"mesh.data={self.data} must be positive, or -1 for the rest")
-        _require_positive(fsdp=self.fsdp, tensor=self.tensor)
+        for name in ("slice", "fsdp", "context", "tensor"):
+            size = getattr(self, name)
+            require(size > 0, f"mesh.{name}={size} must be positive")
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,70 @@
-"""Device mesh, logical axis rules, and the shardings of parameters, optimiser state and batch.
+"""Device mesh, and the shardings of parameters, optimiser state and batch.
 
-The batch is split over `data` and `fsdp`; parameters and optimiser state over `fsdp` (width) and `tensor` (heads,
-feed-forward, vocabulary). Routing never leaves its row, so it stays local to a batch shard.
+Rows are split over `slice`, `data` and `fsdp`, their tokens over `context`; parameters and optimiser state over `fsdp`
+(width) and `tensor` (heads, feed-forward, vocabulary). Routing never leaves its row, so it stays local to a batch
+shard. The table of logical axes is ``axes.LOGICAL_RULES``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mor_jax.axes import BATCH_AXES, partition_spec
 from mor_jax.config import Config, MeshConfig
 from mor_jax.errors import require
 
 Device = Any
 """A ``jax.Device``, which type checkers do not take for a type."""
-MESH_AXES = ("data", "fsdp", "tensor")
-
-LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "ffn": "tensor",
-    "layers": None,
-    "recursions": None,
-}
-"""Mesh axes of every logical axis."""
+MESH_AXES = ("slice", "data", "fsdp", "context", "tensor")
+"""Outermost first: the axes that talk most come last, on the nearest neighbours."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
-    """Arrange the devices as (data, fsdp, tensor), all axes Auto.
+    """Arrange the devices as (slice, data, fsdp, context, tensor), all axes Auto.
+
+    Devices of several slices, which are joined by the data-center network, are arranged so that only `slice` crosses
+    it. Devices that know no slice (GPU, CPU) are taken in their order.
 
     Args:
         config: sizes; data = -1 takes what the others leave.
         devices: devices to use; None takes all.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the devices, or `slice` is not the number of slices they lie in.
     """
     devices = jax.devices() if devices is None else devices
-    count, others = len(devices), config.fsdp * config.tensor
-    sizes = f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor}"
-    require(count % others == 0, f"{sizes}: {others} does not divide the {count} devices")
-    data = count // others if config.data == -1 else config.data
-    require(data * others == count, f"{sizes} does not multiply to the {count} devices")
-    shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    shape = _mesh_shape(config, len(devices))
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    require(
+        config.slice == slices,
+        f"mesh.slice={config.slice}, but the devices lie in {slices} slices (set mesh.slice={slices})",
+    )
+    one_slice, across = (1, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(one_slice, across, devices), MESH_AXES, axis_types=types)
+
+
+def _mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    product = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    others = math.prod(size for axis, size in sizes.items() if axis != "data")
+    require(count % others == 0, f"{product}: {others} does not divide the {count} devices")
+    if config.data == -1:
+        sizes["data"] = count // others
+    require(math.prod(sizes.values()) == count, f"{product} does not multiply to the {count} devices")
+    return tuple(sizes.values())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -59,12 +74,12 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         UserError: names the field, its value and the mesh axis that does not divide it.
     """
     train, model = config.train, config.model
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     rows = train.batch_size // train.accumulation
     require(
         rows % shards == 0,
         f"train.batch_size={train.batch_size} / train.accumulation={train.accumulation} = {rows} rows per micro-batch "
-        f"is not divisible by mesh data x fsdp = {shards}",
+        f"is not divisible by mesh slice x data x fsdp = {shards}",
     )
     for name, axis in (
         ("num_heads", "tensor"),
@@ -72,14 +87,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         ("d_ff", "tensor"),
         ("vocab_size", "tensor"),
         ("d_model", "fsdp"),
+        ("context_length", "context"),
     ):
         value, size = getattr(model, name), mesh.shape[axis]
         require(value % size == 0, f"model.{name}={value} is not divisible by mesh.{axis}={size}")
-
-
-def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
-    """Translate logical axis names to mesh axes."""
-    return PartitionSpec(*(None if name is None else LOGICAL_RULES[name] for name in logical_axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -134,7 +145,8 @@ def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
         batch: arrays [rows of this process, ...].
 
     Returns:
-        Global arrays [rows of all processes, ...], split over `data` and `fsdp`.
+        Global arrays [rows of all processes, ...], split over `slice`, `data` and `fsdp`; rows are whole along
+        `context`, so that the shift from inputs to targets crosses no border.
     """
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -3,7 +3,6 @@
 Letters: B rows, T positions, R recursions, V vocabulary.
 """
 
-import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, Protocol
@@ -18,7 +17,7 @@ from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.model.trace import RoutingTrace, TrunkOutput
 from mor_jax.model.transformer import apply_trunk, head_matrix
-from mor_jax.parallel import batch_sharding
+from mor_jax.parallel import batch_sharding, batch_shards
 from mor_jax.train.loss import target_mask, token_nll
 
 Mode = Literal["topk", "threshold"]
@@ -101,8 +100,7 @@ def spread(params: Params, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
         return batch
     rows = batch_sharding(sharding.mesh)
-    shards = math.prod(sharding.mesh.shape[axis] for axis in ("data", "fsdp"))
-    if any(len(x) % shards for x in batch.values()):
+    if any(len(x) % batch_shards(sharding.mesh) for x in batch.values()):
         return batch
     return {name: jax.make_array_from_callback(x.shape, rows, x.__getitem__) for name, x in batch.items()}
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
+from mor_jax.axes import constrain
 from mor_jax.config import AttentionBackend, ModelConfig, PerfConfig
 from mor_jax.errors import require
 from mor_jax.model.layers import Rotary, apply_rotary, normal_init
@@ -23,7 +24,7 @@ _CUDNN_BLOCK = 128
 
 @struct.dataclass
 class TokenView:
-    """Which tokens of each row a [B, C, ...] tensor holds, in ascending order of row index."""
+    """Which tokens of each row a [B, C, ...] tensor holds, in ascending order of row index; whole under `context`."""
 
     rows_BC: jax.Array
     """int32 index in the row: what causality compares."""
@@ -36,7 +37,7 @@ class TokenView:
 
     def take(self, selection: Selection) -> "TokenView":
         """The view of the selected tokens."""
-        return jax.tree.map(lambda a_BT: take_rows(a_BT, selection.index_BC), self)
+        return jax.tree.map(lambda a_BT: constrain(take_rows(a_BT, selection.index_BC), "batch", None), self)
 
 
 @struct.dataclass
@@ -76,7 +77,7 @@ def attention_mask(queries: TokenView, keys: TokenView | None) -> jax.Array | No
         mask_BTS &= keys.segments_BC[:, None, :] == queries.segments_BC[:, :, None]
     if keys.valid_BC is not None:
         mask_BTS &= keys.valid_BC[:, None, :]
-    return mask_BTS[:, None]
+    return constrain(mask_BTS, "batch", "sequence", None)[:, None]
 
 
 @functools.cache
@@ -147,6 +148,27 @@ def attend(
     )
 
 
+@jax.custom_vjp
+def whole_rows(x_BSKH: jax.Array) -> jax.Array:
+    """Gather the keys or values of whole rows, which `context` splits; the gradient goes back to each device's share.
+
+    An all-gather rather than a ring: both receive the same bytes, grouped-query heads keep them below the queries',
+    recursive sharing then needs no more traffic after recursion 1, and no kernel has to be split into ring steps.
+    """
+    return constrain(x_BSKH, "batch", None, "kv_heads", "head_dim")
+
+
+def _whole_rows_forward(x_BSKH: jax.Array) -> tuple[jax.Array, None]:
+    return whole_rows(x_BSKH), None
+
+
+def _whole_rows_backward(_: None, grad_BSKH: jax.Array) -> tuple[jax.Array]:
+    return (constrain(grad_BSKH, "batch", "sequence", "kv_heads", "head_dim"),)
+
+
+whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary embedding and the three key/value strategies (paper section 2.2.2)."""
 
@@ -171,13 +193,14 @@ class Attention(nn.Module):
 
         query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query.astype(x_BCD.dtype))
         query_BCNH = apply_rotary(query_BCNH + low_rank(config, lora, "query", x_BCD), context.rotary)
+        query_BCNH = constrain(query_BCNH, "batch", "sequence", "heads", "head_dim")
         keys, values = self._key_value(x_BCD, key_value, context, cached, lora)
         backend = resolve_backend(self.perf.attention_backend, config.dtype, head_dim)
         query_BCNH, keys, values = (
             checkpoint_name(a, n) for a, n in ((query_BCNH, "query"), (keys, "key"), (values, "value"))
         )
         out_BCNH = attend(query_BCNH, keys, values, context.queries, context.keys, backend)
-        out_BCNH = checkpoint_name(out_BCNH, "attention")
+        out_BCNH = checkpoint_name(constrain(out_BCNH, "batch", "sequence", "heads", "head_dim"), "attention")
         out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output.astype(x_BCD.dtype))
         out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
         return out_BCD, (keys, values) if context.keep_kv else None
@@ -189,7 +212,7 @@ class Attention(nn.Module):
             return cached
         fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value.astype(x_BCD.dtype))
         fresh = fresh + low_rank(self.config, lora, "key_value", x_BCD)
-        keys, values = apply_rotary(fresh[:, :, 0], context.rotary), fresh[:, :, 1]
+        keys, values = whole_rows(apply_rotary(fresh[:, :, 0], context.rotary)), whole_rows(fresh[:, :, 1])
         if cached is None:
             return keys, values
         if context.update is not None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.axes import constrain
 from mor_jax.config import ModelConfig
 from mor_jax.model.attention import KeyValue, LayerContext, TokenView
 from mor_jax.model.layers import rotary_tables
@@ -46,6 +47,7 @@ class RoutingInputs:
 def make_context(config: ModelConfig, queries: TokenView, **fields: Any) -> LayerContext:
     """Context of one pass; the rotary tables are computed here, once for all layers."""
     rotary = rotary_tables(queries.positions_BC, config.head_dim, config.rope_theta)
+    rotary = jax.tree.map(lambda table: constrain(table, "batch", "sequence", None, None), rotary)
     return LayerContext(queries=queries, rotary=rotary, **fields)
 
 
@@ -92,7 +94,8 @@ def recurse_scan(
 def empty_kv(config: ModelConfig, x_BTD: jax.Array) -> KeyValue:
     """Zero keys and values [L, B, T, K, H] to carry before recursion 1 fills them."""
     shape = (config.block_depth, *x_BTD.shape[:2], config.num_kv_heads, config.head_dim)
-    return jnp.zeros(shape, x_BTD.dtype), jnp.zeros(shape, x_BTD.dtype)
+    zeros = constrain(jnp.zeros(shape, x_BTD.dtype), "layers", "batch", None, "kv_heads", "head_dim")
+    return zeros, zeros
 
 
 def scan_context(

@@ -13,8 +13,9 @@ from mor_jax.config import ModelConfig
 from mor_jax.model import router as routing
 from mor_jax.model.attention import KeyValue, TokenView
 from mor_jax.model.capacity import routed_tokens, token_seats
+from mor_jax.model.hidden_rows import even_slots, gather_hidden, merge_hidden, whole
 from mor_jax.model.recursion import Block, RoutingInputs, at, make_context
-from mor_jax.model.rows import Selection, gather_rows, merge_rows, scatter_rows, select_mask, select_top, take_rows
+from mor_jax.model.rows import Selection, gather_rows, scatter_rows, select_mask, select_top, take_rows
 from mor_jax.model.trace import RoutingTrace
 
 
@@ -34,7 +35,7 @@ class Descent:
     def unwind(self, value_BCD: jax.Array) -> jax.Array:
         """Replace the present tokens' rows in their parents: hidden states of whole rows [B, T, D]."""
         for selection, parent in zip(reversed(self.selections), reversed(self.parents), strict=True):
-            value_BCD = merge_rows(value_BCD, parent, selection)
+            value_BCD = merge_hidden(value_BCD, parent, selection)
         return value_BCD
 
     def absolute(self, index_BC: jax.Array) -> Selection:
@@ -79,37 +80,42 @@ def expert_gather(
     descent, view, state, cached = Descent([], []), inputs.view, x_BTD, None
     ones_BC, noise, counted = jnp.ones(x_BTD.shape[:2], jnp.float32), inputs.noise_RBT, inputs.counted_BT
     records: list[tuple[jax.Array, ...]] = []
-    rows, stages = [], []
+    rows, stages, present = [], [], x_BTD.shape[1]
     for r, count in enumerate(counts):
         router_r, aux_r = at(inputs.router, r), at(inputs.aux_router, r)
         raw = routing.raw_scores(router_r, state, config.routing.temperature)[:, :, 0]
         aux = raw if aux_r is None else routing.raw_scores(aux_r, jax.lax.stop_gradient(state))[:, :, 0]
         active_BT, raw_BT, aux_BT = descent.expand(ones_BC), descent.expand(raw), descent.expand(aux)
-        gate, whole, whole_view = routing.score(config, raw), state, view
-        if count < state.shape[1]:
-            ranking = raw if noise is None else noise[r]
-            selection = select_top(
-                jnp.where(counted, jax.lax.stop_gradient(ranking), jnp.finfo(jnp.float32).min), count
-            )
+        gate, parent, parent_view = routing.score(config, raw), state, view
+        if count < present:
+            selection = _select(raw if noise is None else noise[r], counted, present, count)
             descent.selections.append(selection)
             descent.parents.append(state)
-            state, gate, view = gather_rows(state, selection), gather_rows(gate, selection), view.take(selection)
-            ones_BC, counted = ones_BC[:, :count], take_rows(counted, selection.index_BC)
+            state, gate, view = gather_hidden(state, selection), gather_rows(gate, selection), view.take(selection)
+            ones_BC, counted = ones_BC[:, : state.shape[1]], take_rows(counted, selection.index_BC)
             noise = None if noise is None else jax.vmap(lambda n, i=selection.index_BC: take_rows(n, i))(noise)
+            present = count
             if shares and r == 0:
-                out, cached = _run_block(config, block, whole, inputs, r, whole_view, descent, cached)
-                out = gather_rows(out, selection)
+                out, cached = _run_block(config, block, parent, inputs, r, parent_view, descent, cached)
+                out = gather_hidden(out, selection)
             else:
                 out, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
         else:
             out, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
-        state = state + routing.gated(config, gate, out, state)
+        state = state + routing.gated(config, whole(gate), out, state)
         records.append((raw_BT, aux_BT, active_BT, descent.expand(ones_BC), descent.expand(gate)))
-        rows.append(view.rows_BC)
+        rows.append(view.rows_BC[:, :count])
         if return_stages:
             stages.append(descent.unwind(state))
     trace = expert_trace(config, inputs, *(jnp.stack(field) for field in zip(*records, strict=True)))
     return descent.unwind(state), dataclasses.replace(trace, selected=tuple(rows)), tuple(stages)
+
+
+def _select(ranking: jax.Array, counted: jax.Array, present: int, count: int) -> Selection:
+    """Choose `count` of the first `present` slots; padding ranks below every token, empty slots below padding."""
+    ranking = jnp.where(counted, jax.lax.stop_gradient(ranking), jnp.finfo(jnp.float32).min)
+    ranking = jnp.where(jnp.arange(ranking.shape[1])[None, :] < present, ranking, -jnp.inf)
+    return select_top(ranking, count, even_slots(count))
 
 
 def expert_trace(
@@ -181,19 +187,21 @@ def token_gather(
     selected, stages = [], []
     for r, count in enumerate(seats):
         if r > 0:
-            selection = select_mask(valid_BC & (chosen > r), count)
+            selection = select_mask(valid_BC & (chosen > r), count, even_slots(count))
             descent.selections.append(selection)
-            valid_BC = jnp.arange(count)[None, :] < jnp.sum(selection.mask_BT, axis=1, keepdims=True)
-            state, origin, gates = (gather_rows(a, selection) for a in (state, origin, gates))
+            slots_C = jnp.arange(selection.index_BC.shape[1])
+            valid_BC = slots_C[None, :] < jnp.sum(selection.mask_BT, axis=1, keepdims=True)
+            state, origin = gather_hidden(state, selection), gather_hidden(origin, selection)
+            gates = gather_rows(gates, selection)
             chosen, view = take_rows(chosen, selection.index_BC), view.take(selection)
         state, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
-        deltas.append(routing.gated(config, gates[:, :, r], state, origin))
+        deltas.append(routing.gated(config, whole(gates[:, :, r]), state, origin))
         selected.append(descent.expand(valid_BC.astype(jnp.float32)))
         if return_stages:
             stages.append(descent.expand(state))
     delta = deltas[-1]
     for selection, shallower in zip(reversed(descent.selections), reversed(deltas[:-1]), strict=True):
-        delta = merge_rows(delta, shallower, selection)
+        delta = merge_hidden(delta, shallower, selection)
     trace = token_trace(config, inputs, raw_BTR, gates_BTR, chosen_BT, jnp.stack(selected).astype(bool))
     return x_BTD + delta, trace, tuple(stages)
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mor_jax.axes import constrain
 from mor_jax.config import ModelConfig
 from mor_jax.model.trace import RoutingLosses, RoutingStatistics
 
@@ -47,8 +48,11 @@ def raw_scores(params: RouterParams, x_BTD: jax.Array, temperature: float = 1.0)
     """Raw float32 router output [B, T, outputs] of one router; the temperature divides the input (as released)."""
     x_BTD = x_BTD.astype(jnp.float32) / temperature
     if "kernel" in params:
-        return _matmul(x_BTD, params["kernel"])
-    return _matmul(nn.gelu(_matmul(x_BTD, params["hidden"]), approximate=False), params["output"])
+        raw = _matmul(x_BTD, params["kernel"])
+    else:
+        raw = _matmul(nn.gelu(_matmul(x_BTD, params["hidden"]), approximate=False), params["output"])
+    # computed where the tokens are, and only then gathered: selection sees whole rows
+    return constrain(constrain(raw, "batch", "sequence", None), "batch", None, None)
 
 
 def _matmul(x_BTX: jax.Array, kernel_XY: jax.Array) -> jax.Array:

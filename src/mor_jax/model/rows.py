@@ -4,9 +4,16 @@ A scatter's gradient is a gather and a gather's gradient a scatter; scatters are
 the bytes. Knowing each selected row's slot (its rank), both directions can read instead of write.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from mor_jax.axes import on_shards
+
+_ROWS: Any = ("batch", None)
 
 
 @struct.dataclass
@@ -21,29 +28,53 @@ class Selection:
     """int32: slot of each selected row; arbitrary but in range for others."""
 
 
-def select_mask(mask_BT: jax.Array, capacity: int) -> Selection:
-    """Choose the rows where `mask_BT` holds, at most `capacity` per batch entry: the earliest keep their seats."""
-    slot_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - 1
-    kept_BT = mask_BT & (slot_BT < capacity)
-    index_BC = jnp.argsort(~kept_BT, axis=1, stable=True)[:, :capacity].astype(jnp.int32)
-    return Selection(index_BC=index_BC, mask_BT=kept_BT, slot_BT=jnp.clip(slot_BT, 0, capacity - 1))
+def select_mask(mask_BT: jax.Array, capacity: int, slots: int | None = None) -> Selection:
+    """Choose the rows where `mask_BT` holds, at most `capacity` per batch entry: the earliest keep their seats.
+
+    `slots` (default `capacity`) is the length of the result; those beyond `capacity` stay empty.
+    """
+    slots = capacity if slots is None else slots
+
+    def local(mask_BT: jax.Array) -> Selection:
+        slot_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - 1
+        kept_BT = mask_BT & (slot_BT < capacity)
+        index_BC = jnp.argsort(~kept_BT, axis=1, stable=True)[:, :slots].astype(jnp.int32)
+        return Selection(index_BC=index_BC, mask_BT=kept_BT, slot_BT=jnp.clip(slot_BT, 0, slots - 1))
+
+    return _per_row(local)(mask_BT)
 
 
-def select_top(scores_BT: jax.Array, count: int) -> Selection:
-    """Choose the `count` rows of highest float32 score, ties to the earlier row."""
-    scores_BT = jnp.where(scores_BT == 0, 0.0, scores_BT)  # -0.0 and 0.0 tie
-    index_BC = jnp.sort(jax.lax.top_k(scores_BT, count)[1], axis=1)
-    batch_B1 = jnp.arange(scores_BT.shape[0])[:, None]
-    mask_BT = jnp.zeros(scores_BT.shape, bool).at[batch_B1, index_BC].set(True, unique_indices=True)
-    slot_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - 1
-    return Selection(index_BC=index_BC, mask_BT=mask_BT, slot_BT=jnp.clip(slot_BT, 0, count - 1))
+def select_top(scores_BT: jax.Array, count: int, slots: int | None = None) -> Selection:
+    """Choose the `count` rows of highest float32 score, ties to the earlier row; `slots` as in `select_mask`."""
+
+    def local(scores_BT: jax.Array) -> Selection:
+        scores_BT = jnp.where(scores_BT == 0, 0.0, scores_BT)  # -0.0 and 0.0 tie
+        index_BC = jnp.sort(jax.lax.top_k(scores_BT, count)[1], axis=1)
+        batch_B1 = jnp.arange(scores_BT.shape[0])[:, None]
+        mask_BT = jnp.zeros(scores_BT.shape, bool).at[batch_B1, index_BC].set(True, unique_indices=True)
+        slot_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - 1
+        if slots is not None and slots > count:
+            empty_B1 = jnp.argmin(mask_BT, axis=1, keepdims=True).astype(jnp.int32)
+            index_BC = jnp.concatenate([index_BC, jnp.repeat(empty_B1, slots - count, axis=1)], axis=1)
+        return Selection(index_BC=index_BC, mask_BT=mask_BT, slot_BT=jnp.clip(slot_BT, 0, count - 1))
+
+    return _per_row(local)(scores_BT)
 
 
 def top_mask(scores_BT: jax.Array, count: jax.Array) -> jax.Array:
     """bool [B, T]: the rows that `select_top` would choose, for a traced int32 `count`."""
-    scores_BT = jnp.where(scores_BT == 0, 0.0, scores_BT)
-    order_BT = jnp.argsort(-scores_BT, axis=1, stable=True)
-    return jnp.argsort(order_BT, axis=1) < count
+
+    def local(scores_BT: jax.Array, count: jax.Array) -> jax.Array:
+        scores_BT = jnp.where(scores_BT == 0, 0.0, scores_BT)
+        order_BT = jnp.argsort(-scores_BT, axis=1, stable=True)
+        return jnp.argsort(order_BT, axis=1) < count
+
+    return on_shards(local, (_ROWS, ()), _ROWS)(scores_BT, count)
+
+
+def _per_row(local: Callable[[jax.Array], Selection]) -> Callable[[jax.Array], Selection]:
+    """Run on the rows that a device has: left alone, the partitioner gathers the operands of top-k and scatter."""
+    return on_shards(local, (_ROWS,), Selection(index_BC=_ROWS, mask_BT=_ROWS, slot_BT=_ROWS))
 
 
 def take_rows(x_BTX: jax.Array, index_BC: jax.Array) -> jax.Array:
@@ -52,7 +83,8 @@ def take_rows(x_BTX: jax.Array, index_BC: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BTX, index, axis=1, mode="clip")
 
 
-def _masked(mask_BT: jax.Array, x_BTX: jax.Array) -> jax.Array:
+def masked_rows(mask_BT: jax.Array, x_BTX: jax.Array) -> jax.Array:
+    """Return x with zeros where the mask does not hold."""
     mask = mask_BT.reshape(mask_BT.shape + (1,) * (x_BTX.ndim - 2))
     return jnp.where(mask, x_BTX, jnp.zeros((), x_BTX.dtype))
 
@@ -74,7 +106,7 @@ def _gather_backward(selection: Selection, grad_BCX: jax.Array) -> tuple[jax.Arr
 @jax.custom_vjp
 def scatter_rows(y_BCX: jax.Array, selection: Selection) -> jax.Array:
     """Return [B, T, ...] with the selected rows in place and zeros elsewhere."""
-    return _masked(selection.mask_BT, take_rows(y_BCX, selection.slot_BT))
+    return masked_rows(selection.mask_BT, take_rows(y_BCX, selection.slot_BT))
 
 
 def _scatter_forward(y_BCX: jax.Array, selection: Selection) -> tuple[jax.Array, Selection]:
@@ -82,7 +114,7 @@ def _scatter_forward(y_BCX: jax.Array, selection: Selection) -> tuple[jax.Array,
 
 
 def _scatter_backward(selection: Selection, grad_BTX: jax.Array) -> tuple[jax.Array, None]:
-    return take_rows(_masked(selection.mask_BT, grad_BTX), selection.index_BC), None
+    return take_rows(masked_rows(selection.mask_BT, grad_BTX), selection.index_BC), None
 
 
 gather_rows.defvjp(_gather_forward, _gather_backward)
@@ -91,4 +123,4 @@ scatter_rows.defvjp(_scatter_forward, _scatter_backward)
 
 def merge_rows(y_BCX: jax.Array, x_BTX: jax.Array, selection: Selection) -> jax.Array:
     """Return x with its selected rows replaced by y's."""
-    return scatter_rows(y_BCX, selection) + _masked(~selection.mask_BT, x_BTX)
+    return scatter_rows(y_BCX, selection) + masked_rows(~selection.mask_BT, x_BTX)

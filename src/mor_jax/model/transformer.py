@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.array_types import Params
+from mor_jax.axes import constrain, without_mesh
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.errors import require
 from mor_jax.model.attention import Attention, KeyValue, LayerContext, TokenView
@@ -63,8 +64,9 @@ class DecoderLayer(nn.Module):
             lora = own.get("lora")
             delta, kept = attention(attention_norm(x_BCD, scales["attention_norm"]), context, cached, lora)
             kv = kv if kept is None else kept
-            x_BCD = x_BCD + delta
+            x_BCD = constrain(x_BCD + delta, "batch", "sequence", None)
             x_BCD = x_BCD + ffn(ffn_norm(x_BCD, scales["ffn_norm"]), lora)
+            x_BCD = constrain(x_BCD, "batch", "sequence", None)
         return x_BCD, None if shares else kv
 
 
@@ -123,6 +125,11 @@ class Transformer(nn.Module):
     ) -> TrunkOutput:
         """Compute hidden states after the final norm; see `apply_trunk` for the arguments."""
         config = self.config
+        # small, and whole under `context`
+        tokens_BT, (positions_BT, segment_ids_BT, attention_mask_BT) = jax.tree.map(
+            lambda rows_BT: constrain(rows_BT, "batch", None),
+            (tokens_BT, (positions_BT, segment_ids_BT, attention_mask_BT)),
+        )
         view = self._view(tokens_BT, positions_BT, segment_ids_BT, attention_mask_BT)
         counted_BT = jnp.ones(tokens_BT.shape, bool) if segment_ids_BT is None else segment_ids_BT > 0
         embedding: Any = self.param(
@@ -130,7 +137,9 @@ class Transformer(nn.Module):
             nn.with_logical_partitioning(_embed_init(config), ("vocab", "embed")),
             (config.vocab_size, config.d_model),
         )
-        x_BTD = jnp.take(embedding, tokens_BT, axis=0, mode="clip").astype(config.dtype)
+        table_VD = constrain(embedding, "vocab", None)  # moves the table, which is smaller than the hidden states
+        x_BTD = jnp.take(table_VD, constrain(tokens_BT, "batch", "sequence"), axis=0, mode="clip")
+        x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
         layer, context = _remat(self.perf), make_context(config, view)
         first = last = None
         if config.recursion.has_middle:
@@ -154,6 +163,7 @@ class Transformer(nn.Module):
         attention_mask_BT: jax.Array | None,
     ) -> TokenView:
         rows_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+        rows_BT = constrain(rows_BT, "batch", None)
         return TokenView(
             rows_BC=rows_BT,
             positions_BC=rows_BT if positions_BT is None else positions_BT,
@@ -262,7 +272,8 @@ def _from_tree(params: Params) -> dict[str, Any]:
 
 def _init_boxed(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     tokens_BT = jnp.zeros((1, 8), jnp.int32)
-    return _to_tree(Transformer(config).init(key, tokens_BT))
+    with without_mesh():  # it would have to divide these tokens
+        return _to_tree(Transformer(config).init(key, tokens_BT))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

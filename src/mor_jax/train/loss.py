@@ -1,7 +1,8 @@
 """Next-token cross-entropy in chunks of the sequence, without ever holding ``[B, T, V]`` logits.
 
-The gradient is made in the forward chunk, so the backward pass recomputes nothing of the output head. Letters: B batch,
-T positions, C positions of one chunk, I chunks, D model, V vocabulary.
+The gradient is made in the forward chunk, so the backward pass recomputes nothing of the output head. On a mesh every
+device walks over chunks of its own tokens (``loss_shards``). Letters: B batch, T positions, C positions of one chunk,
+I chunks, D model, V vocabulary; inside ``local`` they are a device's share of each.
 """
 
 from typing import Any
@@ -11,7 +12,18 @@ import jax.numpy as jnp
 from flax import struct
 
 from mor_jax.array_types import Array, Float, Hidden, Int
+from mor_jax.axes import on_shards
 from mor_jax.config import ModelConfig
+from mor_jax.train.loss_shards import (
+    HEAD,
+    HIDDEN,
+    SCALAR,
+    TOKENS,
+    VocabularyShard,
+    sum_head_gradient,
+    sum_over_tokens,
+    whole_width,
+)
 
 
 @struct.dataclass
@@ -62,15 +74,16 @@ def _chunk_logits(hidden_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:
     return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
 
 
-def _is_target(targets_BC: jax.Array, vocab_size: int) -> jax.Array:
-    return targets_BC[..., None] == jnp.arange(vocab_size, dtype=targets_BC.dtype)[None, None, :]
+def _is_target(targets_BC: jax.Array, vocabulary: VocabularyShard) -> jax.Array:
+    return vocabulary.local(targets_BC)[..., None] == jnp.arange(vocabulary.size, dtype=targets_BC.dtype)[None, None, :]
 
 
-def _chunk_nll(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _chunk_nll(
+    logits_BCV: jax.Array, targets_BC: jax.Array, vocabulary: VocabularyShard
+) -> tuple[jax.Array, jax.Array]:
     """Return (negative log-likelihood, log-sum-exp), float32 [B, C] each."""
-    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    return lse_BC - target_BC, lse_BC
+    lse_BC = vocabulary.logsumexp(logits_BCV)
+    return lse_BC - vocabulary.pick(logits_BCV, targets_BC), lse_BC
 
 
 def fused_cross_entropy(
@@ -92,7 +105,7 @@ def fused_cross_entropy(
         head_VD: output head, float [V, D].
         targets_BT: token to predict at each position, int [B, T].
         weights_BT: float [B, T]; 0 leaves a position out.
-        chunk: positions per chunk; T need not be a multiple.
+        chunk: positions per chunk, of a device's share of each row; T need not be a multiple.
         z_coefficient: weight of the squared log-sum-exp of the logits.
 
     Returns:
@@ -106,43 +119,56 @@ def fused_cross_entropy(
 
 
 def _cross_entropy_sums(chunk, z_coefficient, hidden_BTD, head_VD, targets_BT, weights_BT):
-    head = head_VD.astype(hidden_BTD.dtype)
+    def local(hidden_BTD, head_VD, targets_BT, weights_BT):
+        head = whole_width(head_VD.astype(hidden_BTD.dtype))
+        vocabulary = VocabularyShard(head.shape[0])
 
-    def step(sums, inputs):
-        hidden_BCD, targets_BC, weights_BC = inputs
-        nll_BC, lse_BC = _chunk_nll(_chunk_logits(hidden_BCD, head), targets_BC)
-        return (sums[0] + jnp.sum(nll_BC * weights_BC), sums[1] + jnp.sum(lse_BC**2 * weights_BC)), None
+        def step(sums, inputs):
+            hidden_BCD, targets_BC, weights_BC = inputs
+            nll_BC, lse_BC = _chunk_nll(_chunk_logits(hidden_BCD, head), targets_BC, vocabulary)
+            return (sums[0] + jnp.sum(nll_BC * weights_BC), sums[1] + jnp.sum(lse_BC**2 * weights_BC)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    inputs = tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
-    (nll_sum, z_sum), _ = jax.lax.scan(step, (zero, zero), inputs)
+        zero = jnp.zeros((), jnp.float32)
+        inputs = tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+        return sum_over_tokens(jax.lax.scan(step, (zero, zero), inputs)[0])
+
+    arguments = (hidden_BTD, head_VD, targets_BT, weights_BT.astype(jnp.float32))
+    nll_sum, z_sum = on_shards(local, (HIDDEN, HEAD, TOKENS, TOKENS), (SCALAR, SCALAR))(*arguments)
     return nll_sum, z_sum, nll_sum + z_coefficient * z_sum
 
 
 def _cross_entropy_forward(chunk, z_coefficient, hidden_BTD, head_VD, targets_BT, weights_BT):
     dtype = hidden_BTD.dtype
-    head = head_VD.astype(dtype)
 
-    def step(carry, inputs):
-        nll_sum, z_sum, grad_head_VD = carry
-        hidden_BCD, targets_BC, weights_BC = inputs
-        logits_BCV = _chunk_logits(hidden_BCD, head)
-        nll_BC, lse_BC = _chunk_nll(logits_BCV, targets_BC)
-        probability_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
-        scale_BC = 1.0 + 2.0 * z_coefficient * lse_BC
-        grad_BCV = probability_BCV * scale_BC[..., None] - _is_target(targets_BC, head.shape[0])
-        grad_BCV = (grad_BCV * weights_BC[..., None]).astype(dtype)
-        grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head, preferred_element_type=jnp.float32).astype(dtype)
-        grad_head_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        nll_sum += jnp.sum(nll_BC * weights_BC)
-        z_sum += jnp.sum(lse_BC**2 * weights_BC)
-        return (nll_sum, z_sum, grad_head_VD), grad_BCD
+    def local(hidden_BTD, head_VD, targets_BT, weights_BT):
+        head = whole_width(head_VD.astype(dtype))
+        vocabulary = VocabularyShard(head.shape[0])
 
-    zero = jnp.zeros((), jnp.float32)
-    inputs = tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
-    carry = (zero, zero, jnp.zeros(head_VD.shape, jnp.float32))
-    (nll_sum, z_sum, grad_head_VD), grad_IBCD = jax.lax.scan(step, carry, inputs)
-    grad_BTD = _unchunked(grad_IBCD, hidden_BTD.shape[1])
+        def step(carry, inputs):
+            nll_sum, z_sum, grad_head_VD = carry
+            hidden_BCD, targets_BC, weights_BC = inputs
+            logits_BCV = _chunk_logits(hidden_BCD, head)
+            nll_BC, lse_BC = _chunk_nll(logits_BCV, targets_BC, vocabulary)
+            probability_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
+            scale_BC = 1.0 + 2.0 * z_coefficient * lse_BC
+            grad_BCV = probability_BCV * scale_BC[..., None] - _is_target(targets_BC, vocabulary)
+            grad_BCV = (grad_BCV * weights_BC[..., None]).astype(dtype)
+            grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head, preferred_element_type=jnp.float32).astype(dtype)
+            grad_head_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
+            nll_sum += jnp.sum(nll_BC * weights_BC)
+            z_sum += jnp.sum(lse_BC**2 * weights_BC)
+            return (nll_sum, z_sum, grad_head_VD), grad_BCD
+
+        zero = jnp.zeros((), jnp.float32)
+        inputs = tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+        carry = (zero, zero, jnp.zeros(head.shape, jnp.float32))
+        (nll_sum, z_sum, grad_head_VD), grad_IBCD = jax.lax.scan(step, carry, inputs)
+        grad_BTD = vocabulary.sum(_unchunked(grad_IBCD, hidden_BTD.shape[1]))
+        return *sum_over_tokens((nll_sum, z_sum)), grad_BTD, sum_head_gradient(grad_head_VD)
+
+    arguments = (hidden_BTD, head_VD, targets_BT, weights_BT.astype(jnp.float32))
+    sharded = on_shards(local, (HIDDEN, HEAD, TOKENS, TOKENS), (SCALAR, SCALAR, HIDDEN, HEAD))
+    nll_sum, z_sum, grad_BTD, grad_head_VD = sharded(*arguments)
     return (nll_sum, z_sum, nll_sum + z_coefficient * z_sum), (grad_BTD, grad_head_VD.astype(head_VD.dtype))
 
 
@@ -170,10 +196,15 @@ def token_nll(
         targets_BT: token to predict at each position, int [B, T].
         chunk: positions per chunk; T need not be a multiple.
     """
-    head = head_VD.astype(hidden_BTD.dtype)
 
-    def one_chunk(inputs):
-        return _chunk_nll(_chunk_logits(inputs[0], head), inputs[1])[0]
+    def local(hidden_BTD, head_VD, targets_BT):
+        head = whole_width(head_VD.astype(hidden_BTD.dtype))
+        vocabulary = VocabularyShard(head.shape[0])
 
-    nll_IBC = jax.lax.map(one_chunk, (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk)))
-    return _unchunked(nll_IBC, hidden_BTD.shape[1])
+        def one_chunk(inputs):
+            return _chunk_nll(_chunk_logits(inputs[0], head), inputs[1], vocabulary)[0]
+
+        nll_IBC = jax.lax.map(one_chunk, (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk)))
+        return _unchunked(nll_IBC, hidden_BTD.shape[1])
+
+    return on_shards(local, (HIDDEN, HEAD, TOKENS), TOKENS)(hidden_BTD, head_VD, targets_BT)

@@ -14,9 +14,10 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mor_jax.array_types import Params
+from mor_jax.axes import constrain
 from mor_jax.config import Config
 from mor_jax.model.trace import RoutingLosses, RoutingStatistics
-from mor_jax.model.transformer import apply_trunk, head_matrix
+from mor_jax.model.transformer import apply_trunk, head_matrix, logical_axes
 from mor_jax.parallel import batch_sharding, replicated
 from mor_jax.train.loss import fused_cross_entropy, target_mask
 from mor_jax.train.optimizer import make_optimizer, make_schedule
@@ -96,8 +97,8 @@ def loss_fn(
     entropy = fused_cross_entropy(
         output.hidden_BTD,
         head_matrix(model, params),
-        batch["tokens"][:, 1:],
-        target_mask(model, batch["segment_ids"]).astype(jnp.float32),
+        constrain(batch["tokens"][:, 1:], "batch", None),  # rows are whole: no border to shift targets across
+        constrain(target_mask(model, batch["segment_ids"]).astype(jnp.float32), "batch", None),
         chunk=config.perf.loss_chunk,
         z_coefficient=config.train.logit_z_loss,
     )
@@ -124,6 +125,7 @@ def _gradients(config: Config, state: TrainState, batch: Batch, step: jax.Array 
     count = config.train.accumulation
     targets = count_targets(config, batch)
     step_key = jax.random.fold_in(state.key, state.step)
+    axes_of_params = logical_axes(config.model)
 
     def differentiate(index: jax.Array, rows: Batch) -> tuple[Params, LossParts]:
         def loss(params: Params) -> tuple[jax.Array, LossParts]:
@@ -131,7 +133,8 @@ def _gradients(config: Config, state: TrainState, batch: Batch, step: jax.Array 
             bias_R = state.router_bias_R
             return loss_fn(config, params, bias_R, rows, key, step, targets=targets, micro_batches=count)
 
-        return jax.grad(loss, has_aux=True)(state.params)
+        gradients, parts = jax.grad(loss, has_aux=True)(state.params)
+        return jax.tree.map(lambda g, axes: constrain(g, *axes), gradients, axes_of_params), parts
 
     if count == 1:
         return differentiate(jnp.zeros((), jnp.int32), batch)
@@ -217,4 +220,5 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
         donate_argnums=0,
         out_shardings=(state_shardings, replicated(mesh)),
     )
-    return step.lower(state, batch).compile()
+    with jax.set_mesh(mesh):  # what `constrain` and `shard_map` refer to
+        return step.lower(state, batch).compile()
