@@ -441,6 +441,8 @@ class TrainConfig:
     """Run folder's name; empty is the preset's."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    watchdog_seconds: float = 1800.0
+    """Seconds that a step, a compilation or a save may take before all stacks are dumped to stderr; 0 is off."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -452,6 +454,7 @@ class TrainConfig:
             keep=self.keep,
         )
         _require_not_negative(eval_every=self.eval_every, save_every=self.save_every, logit_z_loss=self.logit_z_loss)
+        _require_not_negative(watchdog_seconds=self.watchdog_seconds)
         require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size={self.batch_size} is not divisible by train.accumulation={self.accumulation}",

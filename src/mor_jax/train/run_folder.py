@@ -25,6 +25,7 @@ MAY_DIFFER = (
     "train.runs",
     "train.name",
     "train.tensorboard",
+    "train.watchdog_seconds",
 )
 """Fields that a resumed run may change; `train.steps` may grow."""
 
