@@ -332,14 +332,14 @@ class DataConfig:
 
     source: str = "embedded"
     """`embedded` (Python's own reference prose), `docs` (adds the docstrings of numpy, scipy and jax), `tfds:NAME`, or
-    the folder of a prepared corpus; several joined by commas form a mixture."""
+    the folder of a prepared corpus (`gs://` too); several joined by commas form a mixture."""
     weights: tuple[float, ...] | None = None
     """Weights of a mixture, one per source; None weighs by rows."""
     tokenizer: str = "auto"
     """For `embedded`, `docs` and `tfds:`: `bytes`, `bpe:SIZE` (trained on the spot), a tokenizer.json, or `auto` =
     bpe:vocab_size."""
     cache: str = "data"
-    """Folder that embedded and TFDS corpora are prepared into (once)."""
+    """Local folder that embedded and TFDS corpora are prepared into, and those in a bucket copied to (once)."""
     seed: int = 0
     """Seed of the shuffle."""
     workers: int = 0
@@ -436,7 +436,7 @@ class TrainConfig:
     pinned_steps: tuple[int, ...] = ()
     """Steps saved and never deleted (isoFLOP branches)."""
     runs: str = "runs"
-    """Folder of run folders."""
+    """Folder of run folders, local or `gs://`; with several hosts one that all share."""
     name: str = ""
     """Run folder's name; empty is the preset's."""
     tensorboard: bool = True

@@ -6,7 +6,6 @@ fingerprint of every leaf, so that a damaged or foreign checkpoint is named inst
 
 import json
 import logging
-import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from typing import Any, TypeVar, cast
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from mor_jax.distributed import barrier, gather_texts, is_primary
 from mor_jax.errors import UserError
+from mor_jax.paths import is_remote
 from mor_jax.train.fingerprint import fingerprints
 from mor_jax.train.state import TrainState
 
@@ -110,7 +111,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int, pinned_steps: tuple[int, ...] = ()) -> None:
-        self.folder = folder.absolute()
+        self.folder = folder if is_remote(folder) else folder.absolute()
         policies = [
             ocp.checkpoint_managers.LatestN(keep),
             ocp.checkpoint_managers.CustomSteps(list(pinned_steps)),
@@ -221,8 +222,9 @@ class Checkpoints:
         for step in steps:
             target = self.folder.parent / "checkpoints-damaged" / str(step)
             if is_primary():
-                target.parent.mkdir(exist_ok=True)
-                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    epath.Path(target).rmtree()
                 (self.folder / str(step)).rename(target)
         if steps:
             barrier("damaged checkpoints set aside")

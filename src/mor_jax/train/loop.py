@@ -247,6 +247,7 @@ class _Run:
 
     def _save(self, done: int) -> None:
         self.watchdog.reached(f"the save of step {done}")
+        self.writers.flush()  # no checkpoint is ahead of its metrics
         with self.ledger.measure("checkpoint"):
             self.checkpoints.save(self.state, data_step=self.dataset.step, data_hash=self.dataset.hash)
 
