@@ -6,6 +6,7 @@ python experiments/kill/kill_rounds.py --rounds 30
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import platform
 import random
@@ -77,9 +78,9 @@ class RecordedBatches:
 
 def work(folder: Path, keep: int) -> None:
     """Be the process that is killed."""
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logger = logging.getLogger("mor_jax")
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.setLevel(logging.INFO)
 
     def make(*arguments: Any, **keywords: Any) -> Any:
         dataset = make_dataset(*arguments, **keywords)
