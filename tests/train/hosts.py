@@ -55,7 +55,7 @@ class Hosts:
         """What a process printed."""
         return (self.folder / f"output-{index}.txt").read_text()
 
-    def wait_for_lines(self, lines: int, seconds: float = 240) -> None:
+    def wait_for_lines(self, lines: int, seconds: float = 600) -> None:
         """Wait until metrics.jsonl has so many lines."""
         path, deadline = self.folder / "tiny" / "metrics.jsonl", time.monotonic() + seconds
         while not path.exists() or path.read_text().count("\n") < lines:
@@ -63,7 +63,7 @@ class Hosts:
             assert time.monotonic() < deadline, self.output(0)
             time.sleep(0.02)
 
-    def wait(self, seconds: float = 240) -> list[int]:
+    def wait(self, seconds: float = 600) -> list[int]:
         """Exit codes of all processes; those that do not end in time are killed."""
         deadline = time.monotonic() + seconds
         try:
