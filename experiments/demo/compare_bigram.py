@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from mor_jax import config_io
 from mor_jax.config import Config
@@ -34,7 +35,7 @@ def compare(run: Path) -> dict[str, float]:
     if last is None:
         raise UserError(f"{run}/metrics.jsonl holds no validation loss")
     model, train = config.model, config.train
-    shared = {"context_length": model.context_length, "vocab_size": model.vocab_size}
+    shared: dict[str, Any] = {"context_length": model.context_length, "vocab_size": model.vocab_size}
     rows = min(train.eval_rows, train.batch_size // train.accumulation)  # a batch of the trainer's validation
     text = make_dataset(config.data, split="train", batch_size=1, **shared)
     held_out = make_dataset(config.data, split="validation", batch_size=rows, **shared)

@@ -2,7 +2,7 @@
 
 python experiments/smollm2/import_gguf.py GGUF TOKENIZER TEXT --out FOLDER
 
-GGUF is a llama.cpp model file, TOKENIZER a tokenizer.json, TEXT a jsonl file (plain, .gz, .xz, .zst) with a field `text`.
+GGUF is a llama.cpp model file, TOKENIZER a tokenizer.json, TEXT a jsonl file (.gz, .xz, .zst or plain) of field `text`.
 FOLDER becomes a Hugging Face Llama folder that `mor convert` and `mor train --init.from` read. Needs PyPI's `gguf`.
 """
 

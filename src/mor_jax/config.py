@@ -369,14 +369,14 @@ class DataConfig:
 
     source: str = "embedded"
     """`embedded` (Python's own reference prose), `docs` (adds the docstrings of numpy, scipy and jax), `tfds:NAME`, or
-    the folder of a prepared corpus; several joined by commas form a mixture."""
+    the folder of a prepared corpus (`gs://` too); several joined by commas form a mixture."""
     weights: tuple[float, ...] | None = None
     """Weights of a mixture, one per source; None weighs by rows."""
     tokenizer: str = "auto"
     """For `embedded`, `docs` and `tfds:`: `bytes`, `bpe:SIZE` (trained on the spot), a tokenizer.json, or `auto` =
     bpe:vocab_size."""
     cache: str = "data"
-    """Folder that embedded and TFDS corpora are prepared into (once)."""
+    """Local folder that embedded and TFDS corpora are prepared into, and those in a bucket copied to (once)."""
     seed: int = 0
     """Seed of the shuffle."""
     workers: int = 0
@@ -479,11 +479,13 @@ class TrainConfig:
     pinned_steps: tuple[int, ...] = ()
     """Steps saved and never deleted (isoFLOP branches)."""
     runs: str = "runs"
-    """Folder of run folders."""
+    """Folder of run folders, local or `gs://`; with several hosts one that all share."""
     name: str = ""
     """Run folder's name; empty is the preset's."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    watchdog_seconds: float = 1800.0
+    """Seconds that a step, a compilation or a save may take before all stacks are dumped to stderr; 0 is off."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -495,6 +497,7 @@ class TrainConfig:
             keep=self.keep,
         )
         _require_not_negative(eval_every=self.eval_every, save_every=self.save_every, logit_z_loss=self.logit_z_loss)
+        _require_not_negative(watchdog_seconds=self.watchdog_seconds)
         require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size={self.batch_size} is not divisible by train.accumulation={self.accumulation}",

@@ -137,16 +137,42 @@ def _dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
-def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Return the rows of a global batch that this process's devices hold, ascending.
+
+    On a pod they need not be one block: the mesh follows the chips' places, not the hosts' numbers. Hosts that share
+    the model between them (`tensor`) hold the same rows.
+
+    Args:
+        mesh: from ``make_mesh``.
+        batch_size: rows of the global batch.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for index in places.values() if index for row in range(*index[0].indices(batch_size))})
+
+
+def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int | None = None) -> dict[str, jax.Array]:
     """Put this process's rows on its devices as a part of the global batch.
 
     Args:
         mesh: from ``make_mesh``.
-        batch: arrays [rows of this process, ...].
+        batch: arrays [rows of this process, ...], the rows that ``local_rows`` names.
+        batch_size: rows of the global batch; None takes the given ones for all.
 
     Returns:
-        Global arrays [rows of all processes, ...], split over `slice`, `data` and `fsdp`; rows are whole along
-        `context`, so that the shift from inputs to targets crosses no border.
+        Global arrays [batch_size, ...], split over `slice`, `data` and `fsdp`; rows are whole along `context`, so that
+        the shift from inputs to targets crosses no border.
     """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    size = len(next(iter(batch.values()))) if batch_size is None else batch_size
+    rows = local_rows(mesh, size)
+
+    def place(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = rows.index(start)
+            return array[first : first + stop - start]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
+
+    return {name: place(array) for name, array in batch.items()}

@@ -69,11 +69,22 @@ def test_resume_equals_straight_through(corpus, step):
     _assert_same(straight[:1], [moved.batch(step)])
 
 
+def _share(host: int, hosts: int) -> range:
+    return range(host * BATCH // hosts, (host + 1) * BATCH // hosts)
+
+
+@pytest.mark.parametrize("rows", [[0, 3, 4], [1, 6, 7, 2]])
+def test_a_host_reads_any_rows_of_the_same_batches(corpus, rows):
+    whole = _take(_open(corpus, start_step=1), 3)
+    mine = _take(_open(corpus, start_step=1, rows=rows), 3)
+    _assert_same([{name: batch[name][rows] for name in batch} for batch in whole], mine)
+
+
 @pytest.mark.parametrize("hosts", [2, 4])
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_hosts_share_the_same_global_batches(corpus, hosts, split):
     whole = _take(_open(corpus, split=split), 3)
-    parts = [_take(_open(corpus, split=split, process_index=i, process_count=hosts), 3) for i in range(hosts)]
+    parts = [_take(_open(corpus, split=split, rows=_share(i, hosts)), 3) for i in range(hosts)]
     joined = [{name: np.concatenate([p[i][name] for p in parts]) for name in whole[i]} for i in range(3)]
     _assert_same(whole, joined)
 
@@ -110,7 +121,7 @@ def test_mixture_keeps_its_weights_and_its_hosts(corpus, other_corpus):
     batches = _take(_open(source, weights=(3.0, 1.0)), 20)
     rows = [bytes(t for t in row if t < 256) for batch in batches for row in batch["tokens"]]
     assert sum(b"lore" in row or b"orem" in row for row in rows) == pytest.approx(120, abs=4)
-    parts = [_take(_open(source, weights=(3.0, 1.0), process_index=i, process_count=2), 20) for i in range(2)]
+    parts = [_take(_open(source, weights=(3.0, 1.0), rows=_share(i, 2)), 20) for i in range(2)]
     joined = [{name: np.concatenate([p[i][name] for p in parts]) for name in batches[0]} for i in range(20)]
     _assert_same(batches, joined)
     _assert_same(batches[7:9], _take(_open(source, weights=(3.0, 1.0), start_step=7), 2))
@@ -171,8 +182,8 @@ def test_damage_is_found(broken, damage, message):
         ({"context_length": 64}, "context_length=64 is longer than the 32 tokens"),
         ({"context_length": 12}, "context_length=12 does not divide the 32 tokens"),
         ({"vocab_size": 512}, "vocab_size=512 differs from the 257"),
-        ({"process_count": 3}, "batch_size=8 is not divisible by 3"),
-        ({"process_index": 1}, "process_index=1"),
+        ({"rows": [7, 8]}, r"rows=\[7, 8\] are outside batch_size=8"),
+        ({"rows": []}, r"rows=\[\] are outside"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"split": "test"}, "split='test'"),
         ({"start_step": -1}, "start_step=-1"),

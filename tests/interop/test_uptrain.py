@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_llama import TINY, random_params, write
 
-from mor_jax.config import Config, InitConfig, ModelConfig, RecursionConfig, RelaxationConfig, RoutingConfig
+from mor_jax.config import Config, InitConfig, LoraTarget, ModelConfig, RecursionConfig, RelaxationConfig, RoutingConfig
 from mor_jax.errors import UserError
 from mor_jax.interop.uptrain import initial_weights
 from mor_jax.model.relaxation import update_of
@@ -50,7 +50,12 @@ def test_low_rank_updates_of_full_rank_give_the_full_model_back(sharing):
     built = share_layers(FULL, params, model, "average", key=jax.random.key(0))
     for recursion_index, row in enumerate(unrolled_sources(model)):
         for layer, source in enumerate(row):
-            for target, group in (("query", "attention"), ("output", "attention"), ("down", "ffn")):
+            targets: tuple[tuple[LoraTarget, str], ...] = (
+                ("query", "attention"),
+                ("output", "attention"),
+                ("down", "ffn"),
+            )
+            for target, group in targets:
                 update = update_of(model, built["lora"], target, recursion_index, layer)
                 total = built["block"][group][target][layer] + update
                 np.testing.assert_allclose(total, params["block"][group][target][source], atol=1e-5)

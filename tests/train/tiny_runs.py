@@ -99,16 +99,25 @@ class NumberTokenizer:
 
 
 class TinyDataset:
-    """Batches that are a function of their step; appends "step checksum" lines to ``record`` when it is given."""
+    """Batches that are a function of their step; appends "step row checksum" lines to ``record`` when it is given."""
 
-    def __init__(self, config: Config, split: str, batch_size: int, record: Path | None = None) -> None:
-        self._config, self._trains, self._rows, self._record = config, split == "train", batch_size, record
+    def __init__(
+        self,
+        config: Config,
+        split: str,
+        batch_size: int,
+        record: Path | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        self._config, self._trains, self._size, self._record = config, split == "train", batch_size, record
+        self._rows = list(range(batch_size)) if rows is None else list(rows)
         self.tokenizer, self.bytes_per_token, self.hash = NumberTokenizer(), 2.7, "tiny"
         self.step, self.steps, self.rows = 0, (None if self._trains else 4), 1000
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Return the batch of a step."""
-        return make_batch(self._config, step if self._trains else step + 10**6, self._rows)
+        """Return this process's rows of the batch of a step."""
+        batch = make_batch(self._config, step if self._trains else step + 10**6, self._size)
+        return {name: values[self._rows] for name, values in batch.items()}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -118,9 +127,10 @@ class TinyDataset:
             raise StopIteration
         batch = self.batch(self.step)
         if self._record is not None and self._trains:
-            checksum = zlib.crc32(b"".join(batch[name].tobytes() for name in sorted(batch)))
             with self._record.open("a") as file:
-                file.write(f"{self.step} {checksum}\n")
+                for place, row in enumerate(self._rows):
+                    checksum = zlib.crc32(b"".join(batch[name][place].tobytes() for name in sorted(batch)))
+                    file.write(f"{self.step} {row} {checksum}\n")
         self.step += 1
         return batch
 
@@ -133,7 +143,7 @@ def dataset_maker(config: Config, record: Path | None = None) -> Any:
 
     def make(_: DataConfig, *, split: str, batch_size: int, **rest: Any) -> TinyDataset:
         assert rest["context_length"] == config.model.context_length
-        return TinyDataset(config, split, batch_size, record)
+        return TinyDataset(config, split, batch_size, record, rest.get("rows"))
 
     return make
 

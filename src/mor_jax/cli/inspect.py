@@ -10,6 +10,7 @@ import tyro
 from mor_jax.cli.options import parse
 from mor_jax.errors import UserError, require
 from mor_jax.evaluate.inspect import inspect_run
+from mor_jax.paths import to_path
 from mor_jax.train.loop import enable_compilation_cache
 
 
@@ -17,8 +18,8 @@ from mor_jax.train.loop import enable_compilation_cache
 class InspectArguments:
     """Arguments of ``mor inspect``."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder, local or `gs://`."""
     text: str | None = None
     """Text to route instead of the held-out one."""
     file: Path | None = None
@@ -33,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     require(options.text is None or options.file is None, "--text and --file exclude each other")
     text = options.text if options.file is None else _read(options.file)
     enable_compilation_cache()
-    for path in inspect_run(options.run, text=text, output=options.out):
+    for path in inspect_run(to_path(options.run), text=text, output=options.out):
         print(path)
     return 0
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -33,6 +33,27 @@ def preset_with_overrides(arguments: Sequence[str], command: str, description: s
         UserError: an unknown preset, or values that break a rule of the configuration.
         SystemExit: code 2 for an unknown flag, 0 after ``--help``.
     """
+    return _parse(arguments, command, description, {})[0]
+
+
+def preset_and_group(arguments: Sequence[str], command: str, description: str, name: str, group: T) -> tuple[Config, T]:
+    """Parse as ``preset_with_overrides`` does, with one more group of flags, ``--NAME.field``.
+
+    Args:
+        arguments: of the subcommand.
+        command: its name, for messages.
+        description: shown by ``--help``.
+        name: of the group.
+        group: a dataclass with the defaults.
+
+    Returns:
+        (the configuration, the group).
+    """
+    config, parsed = _parse(arguments, command, description, {name: group})
+    return config, getattr(parsed, name)
+
+
+def _parse(arguments: Sequence[str], command: str, description: str, groups: Mapping[str, Any]) -> tuple[Config, Any]:
     if not arguments or arguments[0] in ("-h", "--help"):
         stream = sys.stdout if arguments else sys.stderr
         print(f"usage: mor {command} PRESET [--field value ...]\n\n{description}", file=stream)
@@ -41,8 +62,8 @@ def preset_with_overrides(arguments: Sequence[str], command: str, description: s
     name, *flags = arguments
     config = presets.get(name).config
     fields = [f for f in dataclasses.fields(Config) if f.name != "preset"]  # its name is no flag
-    overrides = dataclasses.make_dataclass(
-        "Overrides", [(f.name, f.type, dataclasses.field(default=getattr(config, f.name))) for f in fields], frozen=True
-    )
+    flag_groups: list[Any] = [(f.name, f.type, dataclasses.field(default=getattr(config, f.name))) for f in fields]
+    flag_groups += [(key, type(value), dataclasses.field(default=value)) for key, value in groups.items()]
+    overrides = dataclasses.make_dataclass("Overrides", flag_groups, frozen=True)
     parsed: Any = tyro.cli(overrides, args=flags, prog=f"mor {command} {name}", description=description)
-    return Config(preset=name, **{f.name: getattr(parsed, f.name) for f in fields})
+    return Config(preset=name, **{f.name: getattr(parsed, f.name) for f in fields}), parsed

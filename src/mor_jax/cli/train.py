@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from mor_jax.cli.options import preset_with_overrides
+from mor_jax.cli.options import preset_and_group
+from mor_jax.distributed import DistributedConfig, initialize
 from mor_jax.interop.uptrain import initial_weights
 from mor_jax.train.loop import DivergedError, enable_compilation_cache, train
 
@@ -12,7 +13,8 @@ _DESCRIPTION = "Train, or continue, a run; the last line printed is its folder."
 
 def run(arguments: Sequence[str]) -> int:
     """Train and print the run folder last."""
-    config = preset_with_overrides(arguments, "train", _DESCRIPTION)
+    config, place = preset_and_group(arguments, "train", _DESCRIPTION, "distributed", DistributedConfig())
+    initialize(place)
     enable_compilation_cache()
     try:
         folder = train(config, initial_weights=initial_weights)

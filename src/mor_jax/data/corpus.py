@@ -9,6 +9,7 @@ from pathlib import Path
 from mor_jax.config import DataConfig
 from mor_jax.data.manifest import TOKENIZER, Manifest, Split, check_shards, load_tokenizer, read_manifest
 from mor_jax.data.prepare import prepare
+from mor_jax.data.remote import local_copy
 from mor_jax.data.sources import TFDS_PREFIX, open_sources, sources_hash
 from mor_jax.data.tokenizer import Tokenizer, spec_identity
 from mor_jax.errors import require
@@ -63,7 +64,7 @@ def open_corpora(config: DataConfig, context_length: int, vocab_size: int) -> li
     """
     names = [name.strip() for name in config.source.split(",")]
     require(all(names), f"data.source={config.source!r} has an empty entry")
-    ready = {name: open_corpus(Path(name)) for name in names if not _is_made_here(name)}
+    ready = {name: open_corpus(local_copy(name, Path(config.cache))) for name in names if not _is_made_here(name)}
     spec = config.tokenizer
     if spec == "auto":
         first = next(iter(ready.values()), None)

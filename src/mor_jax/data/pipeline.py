@@ -9,7 +9,7 @@ import numpy as np
 from mor_jax.config import DataConfig
 from mor_jax.data.corpus import Corpus, open_corpora
 from mor_jax.data.manifest import Split, SplitTotals
-from mor_jax.data.rows import PaddedSource, RowSource
+from mor_jax.data.rows import PaddedSource, RowsOfBatches, RowSource
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 
@@ -23,8 +23,7 @@ class Dataset:
     """An iterator over batches; batch number ``k`` is a pure function of the configuration and ``k``.
 
     Made by ``make_dataset``. Each batch is ``{"tokens", "segment_ids", "positions"}``, int32
-    ``[batch_size / process_count, context_length + 1]``: segment ids are 1-based (0 = padding), positions restart
-    with every document.
+    ``[rows, context_length + 1]``: segment ids are 1-based (0 = padding), positions restart with every document.
 
     Attributes:
         step: number of the next batch: the whole state. Assigning it moves there.
@@ -105,15 +104,14 @@ def make_dataset(
     context_length: int,
     vocab_size: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     start_step: int = 0,
 ) -> Dataset:
     """Open the batches that a configuration describes.
 
     ``train`` is endless and shuffled anew every epoch; ``validation`` is one pass in stored order (of a mixture: one
-    corpus after the other), its last batch filled with padding rows. The hosts' batches, joined in the order of
-    ``process_index``, are the same global batch whatever their number and whatever ``config.workers``.
+    corpus after the other), its last batch filled with padding rows. A batch is the same whatever ``config.workers``,
+    and whatever hosts read it: each reads only its ``rows``.
 
     Args:
         config: sources, weights, tokenizer, cache, seed, workers.
@@ -121,8 +119,7 @@ def make_dataset(
         context_length: tokens of a model input; rows have one more. Must divide the context length of the stored rows.
         vocab_size: the model's; must be the tokenizer's.
         batch_size: rows per step over all hosts.
-        process_index: this host.
-        process_count: number of hosts.
+        rows: which rows of every batch to read, such as ``parallel.local_rows``; None reads all.
         start_step: first batch to give.
 
     Returns:
@@ -130,32 +127,33 @@ def make_dataset(
 
     Raises:
         UserError: a source that cannot be used, shards that disagree with their manifest, rows that do not fit the
-            context length, vocabularies that differ, or a batch that the hosts cannot share evenly.
+            context length, vocabularies that differ, or ``rows`` outside the batch.
     """
     if split not in ("train", "validation"):
         raise UserError(f"split={split!r} is not 'train' or 'validation'")
     require(batch_size > 0, f"batch_size={batch_size} must be positive")
     require(start_step >= 0, f"start_step={start_step} must not be negative")
-    require(0 <= process_index < process_count, f"process_index={process_index} is outside 0..{process_count - 1}")
-    require(batch_size % process_count == 0, f"batch_size={batch_size} is not divisible by {process_count} processes")
+    mine = list(range(batch_size)) if rows is None else list(rows)
+    inside = bool(mine) and min(mine) >= 0 and max(mine) < batch_size
+    require(inside, f"rows={mine} are outside batch_size={batch_size}, or none")
     corpora = open_corpora(config, context_length, vocab_size)
     sources = [_rows(corpus, split, context_length) for corpus in corpora]
-    rows = sum(len(source) for source in sources)
+    total = sum(len(source) for source in sources)
     weights = list(config.weights or [len(source) for source in sources])
     if split == "train":
         steps, dataset = None, _endless(sources, weights, config.seed)
     else:
-        steps, weights = -(-rows // batch_size), [len(source) for source in sources]
+        steps, weights = -(-total // batch_size), [len(source) for source in sources]
         dataset = grain.MapDataset.source(PaddedSource(sources, steps * batch_size, context_length + 1))
-    # Blocks of consecutive rows, dealt to the hosts in turn: their concatenation is the global batch in its order.
-    batches = dataset.batch(batch_size // process_count)[process_index::process_count]
+    if mine != list(range(batch_size)):
+        dataset = grain.MapDataset.source(RowsOfBatches(dataset, batch_size, mine))
     return Dataset(
-        batches,
+        dataset.batch(len(mine)),
         step=start_step,
         steps=steps,
         workers=config.workers,
         corpora=corpora,
-        rows=rows,
+        rows=total,
         bytes_per_token=_bytes_per_token(corpora, split, weights),
     )
 

@@ -54,3 +54,23 @@ class PaddedSource:
         if which == len(self._rows):
             return {name: np.zeros(self._row_length, np.int32) for name in ("tokens", "segment_ids", "positions")}
         return self._rows[which][index - (int(self._ends[which - 1]) if which else 0)]
+
+
+class RowsOfBatches:
+    """Some rows of every batch, one batch after the other: what one host reads of the global batches.
+
+    Args:
+        dataset: all rows, by index.
+        batch_size: rows of a batch; divides the length.
+        rows: positions in the batch, in the order in which they are wanted.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, rows: Sequence[int]) -> None:
+        self._dataset, self._batch_size, self._rows = dataset, batch_size, list(rows)
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch, position = divmod(index, len(self._rows))
+        return self._dataset[batch * self._batch_size + self._rows[position]]

@@ -9,7 +9,8 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config
-from mor_jax.evaluate.forward import MODE_NOTES, Mode, Tokenizer, inputs_of, trace_pass
+from mor_jax.distributed import is_primary, to_host
+from mor_jax.evaluate.forward import MODE_NOTES, Mode, Tokenizer, inputs_of, spread, trace_pass
 from mor_jax.evaluate.html import Section, routing_page
 from mor_jax.evaluate.plots import plot_depth, plot_loss
 from mor_jax.evaluate.routing import RoutedRow, routed_rows
@@ -25,7 +26,7 @@ _TOKEN_CHOICE_NOTE = "causal: token-choice decides every token by itself"
 def write_run_pictures(
     run_folder: Path, config: Config, params: Params, router_bias_R: jax.Array | None, dataset: HeldOut
 ) -> list[Path]:
-    """Write the pictures of a run from its metrics and from held-out text.
+    """Write the pictures of a run from its metrics and from held-out text; all processes compute, the first writes.
 
     Args:
         run_folder: holds metrics.jsonl; the pictures go beside it.
@@ -62,7 +63,7 @@ def write_pictures(
     tokenizer: Tokenizer,
     metrics: Sequence[Mapping[str, Any]],
 ) -> list[Path]:
-    """Write pictures of any text.
+    """Write pictures of any text; all processes compute, the first writes.
 
     Args:
         folder: created if missing.
@@ -80,17 +81,20 @@ def write_pictures(
     Raises:
         UserError: the folder cannot be written.
     """
-    written = []
+    modes = () if config.model.routing.kind == "none" else modes_of(config.model)
+    by_mode: dict[Mode, list[RoutedRow]] = {
+        mode: trace_rows(config, params, router_bias_R, batches, mode) for mode in modes
+    }
+    written: list[Path] = []
+    if not is_primary():
+        return written
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any("loss" in line for line in metrics):
             written.append(folder / "loss.png")
             plot_loss(written[-1], metrics, title)
-        if config.model.routing.kind == "none":
+        if not by_mode:
             return written
-        by_mode: dict[Mode, list[RoutedRow]] = {
-            mode: trace_rows(config, params, router_bias_R, batches, mode) for mode in modes_of(config.model)
-        }
         mode: Mode = "threshold" if "threshold" in by_mode else "topk"
         written += [folder / "depth.png", folder / "routing.html"]
         plot_depth(written[-2], metrics, by_mode[mode], mode, title)
@@ -107,7 +111,7 @@ def trace_rows(
     rows = []
     for index, inputs in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(0), index)
-        trace = jax.device_get(run(params, router_bias_R, inputs, key))
+        trace = to_host(run(params, router_bias_R, spread(params, inputs), key))
         rows += routed_rows(np.asarray(inputs["tokens"]), np.asarray(inputs["segment_ids"]), trace)
     return rows
 

@@ -86,4 +86,5 @@ def _depth_areas(axes: Axes, x: np.ndarray, shares: np.ndarray) -> None:
 
 
 def _write(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure).print_png(str(path))
+    with path.open("wb") as file:
+        FigureCanvasAgg(figure).print_png(file)

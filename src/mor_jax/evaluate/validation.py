@@ -13,6 +13,7 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config, ModelConfig
+from mor_jax.distributed import to_host
 from mor_jax.errors import require
 from mor_jax.evaluate.forward import MODE_NOTES, BatchTotals, Mode, spread, token_lengths, totals_pass
 from mor_jax.model.router import has_boundary
@@ -88,7 +89,7 @@ def validation_losses(
         batch = spread(params, batch)
         for mode, total in sums.items():
             totals = totals_pass(model, config.perf, mode)(params, router_bias_R, batch, lengths_V, key)
-            total.add(jax.device_get(totals))
+            total.add(to_host(totals))
     require(sums["topk"].tokens > 0, "the validation split holds no target tokens: give data.source more text")
     return _report(model, sums)
 

@@ -4,21 +4,27 @@ A thin wrapper over Orbax: one folder per step, complete or ignored. Beside the 
 fingerprint of every leaf, so that a damaged or foreign checkpoint is named instead of silently used.
 """
 
+import json
 import logging
-import shutil
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from mor_jax.distributed import barrier, gather_texts, is_primary
 from mor_jax.errors import UserError
+from mor_jax.paths import is_remote
 from mor_jax.train.fingerprint import fingerprints
 from mor_jax.train.state import TrainState
 
 _log = logging.getLogger(__name__)
 _LISTED = 8
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ def _describe(tree: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def _checksum(about: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
+
+
 def _tree_differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> list[str]:
     """Say in words which leaves a checkpoint lacks, has in excess, or has in another shape or dtype."""
     lines = [f"{name} is missing" for name in wanted if name not in saved]
@@ -77,6 +87,20 @@ def _tree_differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]) 
     return sorted(lines)
 
 
+def _agreed(read: Callable[[], T]) -> T:
+    """Return what ``read`` gives if every process can read it; if one cannot, all raise ``DamagedCheckpointError``."""
+    result, error = None, None
+    try:
+        result = read()
+    except DamagedCheckpointError as caught:
+        error = caught
+    reasons = gather_texts(str(error) if error else "")
+    where = next((i for i, reason in enumerate(reasons) if reason), None)
+    if where is None:
+        return cast(T, result)
+    raise error or DamagedCheckpointError(f"process {where} says: {reasons[where]}")
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
@@ -87,7 +111,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int, pinned_steps: tuple[int, ...] = ()) -> None:
-        self.folder = folder.absolute()
+        self.folder = folder if is_remote(folder) else folder.absolute()
         policies = [
             ocp.checkpoint_managers.LatestN(keep),
             ocp.checkpoint_managers.CustomSteps(list(pinned_steps)),
@@ -116,13 +140,16 @@ class Checkpoints:
         """
         tree = _storable(state)
         about = {"data_step": data_step, "data_hash": data_hash, "leaves": _describe(tree)}
+        about["checksum"] = _checksum(about)
+        _log.info("saving checkpoint %d", int(state.step))
         items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about))
         self._manager.save(int(state.step), args=items)
 
     def restore(self, abstract_state: TrainState) -> Restored | None:
         """Restore the newest good checkpoint onto the shardings of ``abstract_state``.
 
-        A damaged one is named in a warning, the one before it is taken, and the damaged folder is set aside.
+        A damaged one is named in a warning, the one before it is taken, and the damaged folder is set aside. What one
+        process cannot read is damaged for all, so that all continue from the same step.
 
         Args:
             abstract_state: of ``abstract_train_state``.
@@ -131,8 +158,10 @@ class Checkpoints:
             None when the folder holds no checkpoint.
 
         Raises:
-            UserError: the checkpoint belongs to another model, or none of the checkpoints is good.
+            UserError: the checkpoint belongs to another model, none of the checkpoints is good, or the processes do not
+                share the folder.
         """
+        self._check_shared()
         damaged: list[int] = []
         for step in reversed(self.steps()):
             try:
@@ -148,19 +177,28 @@ class Checkpoints:
         return None
 
     def _restore_step(self, step: int, abstract_state: TrainState) -> Restored:
+        _log.info("restoring checkpoint %d", step)
         wanted = _abstract_storable(abstract_state)
-        about = self._read(step, "about", ocp.args.JsonRestore())
-        try:
-            saved, data_step, data_hash = about["leaves"], int(about["data_step"]), str(about["data_hash"])
-            lines = _tree_differences(saved, _leaves(wanted))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedCheckpointError(f"its description cannot be used ({error!r})") from error
+
+        def describe() -> tuple[dict[str, Any], int, str, list[str]]:
+            about = self._read(step, "about", ocp.args.JsonRestore())
+            try:
+                if about.pop("checksum") != _checksum(about):
+                    raise DamagedCheckpointError("the bits of its description differ from what was saved")
+                saved = about["leaves"]
+                differences = _tree_differences(saved, _leaves(wanted))
+                return saved, int(about["data_step"]), str(about["data_hash"]), differences
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise DamagedCheckpointError(f"its description cannot be used ({error!r})") from error
+
+        saved, data_step, data_hash, lines = _agreed(describe)
         if lines:
             more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
             raise UserError(f"{self.folder / str(step)} is of another model: {'; '.join(lines[:_LISTED])}{more}")
-        tree = self._read(step, "state", ocp.args.StandardRestore(wanted))
-        now = _describe(tree)
-        changed = [name for name, leaf in now.items() if leaf["fingerprint"] != saved[name]["fingerprint"]]
+        tree = _agreed(lambda: self._read(step, "state", ocp.args.StandardRestore(wanted)))
+        changed = [
+            name for name, leaf in _describe(tree).items() if leaf["fingerprint"] != saved[name].get("fingerprint")
+        ]
         if changed:
             raise DamagedCheckpointError(f"the bits of {', '.join(changed[:_LISTED])} differ from what was saved")
         return Restored(_from_storable(tree), data_step, data_hash)
@@ -174,14 +212,22 @@ class Checkpoints:
                 f"{item} cannot be read ({type(error).__name__}: {reason[0] if reason else ''})"
             ) from error
 
+    def _check_shared(self) -> None:
+        seen = gather_texts(str(self.steps()))
+        if len(set(seen)) > 1:
+            listed = "; ".join(f"process {i}: {steps}" for i, steps in enumerate(seen))
+            raise UserError(f"{self.folder} is not a folder that all processes share: they see the steps {listed}")
+
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
             target = self.folder.parent / "checkpoints-damaged" / str(step)
-            if jax.process_index() == 0:
-                target.parent.mkdir(exist_ok=True)
-                shutil.rmtree(target, ignore_errors=True)
+            if is_primary():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    epath.Path(target).rmtree()
                 (self.folder / str(step)).rename(target)
         if steps:
+            barrier("damaged checkpoints set aside")
             self._manager.reload()
 
     def wait(self) -> None:

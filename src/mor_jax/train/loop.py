@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,27 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.data.pipeline import make_dataset as make_prepared_dataset
+from mor_jax.distributed import barrier, host_names, is_primary, primary_first
 from mor_jax.errors import UserError, require
 from mor_jax.evaluate.pictures import write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.model.attention import resolve_backend
 from mor_jax.model.capacity import warmup_steps
-from mor_jax.parallel import Device, check_mesh, make_mesh, shard_batch
+from mor_jax.parallel import Device, check_mesh, local_rows, make_mesh, shard_batch
 from mor_jax.train.checkpoint import Checkpoints
 from mor_jax.train.goodput import Ledger, Throughput, describe_peak
 from mor_jax.train.metrics import make_writers
+from mor_jax.train.preemption import StopVote
 from mor_jax.train.progress import Reporter
 from mor_jax.train.run_folder import check_run_folder, claim_run_folder, writing_to
 from mor_jax.train.signals import StopRequest
 from mor_jax.train.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_params
 from mor_jax.train.step import Batch, Metrics, compile_train_step
+from mor_jax.train.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 _GUARDED = ("loss", "grad_norm", "param_norm")
+_HOSTS_SHOWN = 8
 
 MakeDataset = Callable[..., Any]
 """Signature of ``data.pipeline.make_dataset``."""
@@ -62,7 +67,8 @@ def train(
     """Train, or continue, the run that ``config`` describes.
 
     A folder that holds checkpoints of the same configuration is continued from the newest good one. Ctrl-C and SIGTERM
-    save and return.
+    save and return; with several processes, all save at the same step whichever was asked. Every process of a run calls
+    this with the same configuration, after ``distributed.initialize``; the run folder must be one that all share.
 
     Args:
         config: of the run.
@@ -79,16 +85,18 @@ def train(
     """
     ledger = Ledger()
     folder = check_run_folder(config)
-    with writing_to(folder), StopRequest() as stop:
+    with writing_to(folder), StopRequest() as stop, Watchdog(config.train.watchdog_seconds) as watchdog:
         with ledger.measure("init"):
-            run = _Run(config, folder, ledger, make_dataset, make_mesh(config.mesh, devices), initial_weights)
+            mesh = make_mesh(config.mesh, devices)
+            run = _Run(config, folder, ledger, make_dataset, mesh, watchdog, initial_weights)
         try:
-            finished = run.train_steps(stop)
+            finished = run.train_steps(StopVote(stop, run.mesh))
             if finished:
                 run.write_pictures()
             run.checkpoints.wait()
         finally:
             run.close()
+        barrier("end of the run")
     return folder
 
 
@@ -102,15 +110,18 @@ class _Run:
         ledger: Ledger,
         make_dataset: MakeDataset,
         mesh: Mesh,
+        watchdog: Watchdog,
         initial_weights: Callable[[Config], InitialWeights | None] | None,
     ) -> None:
-        self.config, self.folder, self.ledger, self.mesh = config, folder, ledger, mesh
+        self.config, self.folder, self.ledger, self.mesh, self.watchdog = config, folder, ledger, mesh, watchdog
         check_mesh(config, mesh)
-        self.dataset, self.held_out = _open_data(config, make_dataset)
+        with primary_first("open data"):  # the first to come prepares the embedded text
+            self.dataset, self.held_out = _open_data(config, make_dataset, mesh)
         self.initial_weights = initial_weights
         starts_anew = not (folder / "checkpoints").is_dir()
         self.first = self._initial_weights() if starts_anew else None
-        primary = jax.process_index() == 0
+        watchdog.reached("restoring or initialising the state")
+        primary = is_primary()
         if primary:  # not before configuration, mesh and data have been found usable
             claim_run_folder(config)
             self.dataset.tokenizer.save(folder / "tokenizer.json")
@@ -161,41 +172,46 @@ class _Run:
         return first
 
     def _roll_call(self) -> None:
-        device = self.mesh.devices.flat[0]
+        device, hosts = self.mesh.devices.flat[0], host_names()
         parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.state.params))
         model = self.config.model
         attention = resolve_backend(self.config.perf.attention_backend, model.dtype, model.head_dim)
+        shown = ", ".join(hosts if len(hosts) <= _HOSTS_SHOWN else [*hosts[:_HOSTS_SHOWN], "..."])
+        versions = ", ".join(f"{name} {version(name)}" for name in ("mor-jax", "jax", "jaxlib", "flax"))
         self.reporter.say(
-            f"run {self.folder}: {parameters:,} parameters, "
-            f"{self.mesh.size} x {device.device_kind} ({device.platform}), "
-            f"mesh {dict(self.mesh.shape)}, attention {attention}, "
-            f"peak {describe_peak(device)}, jax {jax.__version__}"
+            f"run {self.folder}: {parameters:,} parameters, {len(hosts)} process{'es' * (len(hosts) > 1)} ({shown}), "
+            f"{self.mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(self.mesh.shape)}, "
+            f"attention {attention}, peak {describe_peak(device)}, {versions}"
         )
         if self.start:
             self.reporter.say(f"continued from step {self.start}")
 
-    def train_steps(self, stop: StopRequest) -> bool:
+    def train_steps(self, vote: StopVote) -> bool:
         """Run the remaining steps; return whether the last one was reached."""
         pending: tuple[int, Metrics] | None = None
         executable = None
         batches: Iterator[Mapping[str, np.ndarray]] = iter(self.dataset)
+        batch_size = self.config.train.batch_size
         for done in range(self.start + 1, self.config.train.steps + 1):
+            self.watchdog.reached(f"step {done}")
             if executable is None or done - 1 == warmup_steps(self.config.model):
                 executable = self._compile(done - 1)
             with self.ledger.measure("data_wait"):
-                batch = shard_batch(self.mesh, next(batches))
+                batch = shard_batch(self.mesh, next(batches), batch_size)
             with self.ledger.measure("step"):
                 self.state, metrics = executable(self.state, batch)
             if pending is not None:
                 self._read(*pending)
             pending = (done, metrics)
-            if stop.requested or self._is_due(done):
+            with self.ledger.measure("step"):
+                stop = vote.cast()
+            if stop or self._is_due(done):
                 self._read(*pending, now=True)
                 pending = None
-                if stop.requested or self._saves(done):
-                    self._save()
-            if stop.requested and done < self.config.train.steps:
-                self.reporter.say(f"{stop.requested}: saved at step {done}; the same command continues")
+                if stop or self._saves(done):
+                    self._save(done)
+            if stop and done < self.config.train.steps:
+                self.reporter.say(f"{stop}: saved at step {done}; the same command continues")
                 return False
         return True
 
@@ -233,6 +249,7 @@ class _Run:
         values |= self.throughput.read(done - self.logged)
         self.logged = done
         if evaluates:
+            self.watchdog.reached(f"the validation after step {done}")
             with self.ledger.measure("eval"):
                 values |= validation_losses(
                     self.config,
@@ -253,19 +270,22 @@ class _Run:
         facts = ", ".join(f"{name}={values[name]}" for name in (*_GUARDED, "learning_rate"))
         raise DivergedError(f"step {done} diverged: {facts}; {kept} in {self.checkpoints.folder}")
 
-    def _save(self) -> None:
+    def _save(self, done: int) -> None:
+        self.watchdog.reached(f"the save of step {done}")
+        self.writers.flush()  # no checkpoint is ahead of its metrics
         with self.ledger.measure("checkpoint"):
             self.checkpoints.save(self.state, data_step=self.dataset.step, data_hash=self.dataset.hash)
 
     def write_pictures(self) -> None:
         """Write loss.png, depth.png and routing.html."""
+        self.watchdog.reached("the pictures")
         with self.ledger.measure("eval"):
-            if jax.process_index() == 0:
-                state = self.state
-                write_run_pictures(self.folder, self.config, state.params, state.router_bias_R, self.held_out)
+            state = self.state
+            write_run_pictures(self.folder, self.config, state.params, state.router_bias_R, self.held_out)
 
     def close(self) -> None:
         """Complete the last save and close what is open."""
+        self.watchdog.reached("the last save")
         self.reporter.close()
         self.writers.close()
         for dataset in (self.dataset, self.held_out):
@@ -275,13 +295,13 @@ class _Run:
         self.reporter.say(self.ledger.summary())
 
 
-def _open_data(config: Config, make_dataset: MakeDataset) -> tuple[Any, Any]:
-    """Open the training rows, which this process's share is read of, and the held-out rows."""
-    shared = {"context_length": config.model.context_length, "vocab_size": config.model.vocab_size}
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def _open_data(config: Config, make_dataset: MakeDataset, mesh: Mesh) -> tuple[Any, Any]:
+    """Open the training rows, of which this process reads those on its devices, and the held-out rows."""
+    shared: dict[str, Any] = {"context_length": config.model.context_length, "vocab_size": config.model.vocab_size}
+    mine = local_rows(mesh, config.train.batch_size)
     rows = min(config.train.eval_rows, config.train.batch_size // config.train.accumulation)
     return (
-        make_dataset(config.data, split="train", batch_size=config.train.batch_size, **share, **shared),
+        make_dataset(config.data, split="train", batch_size=config.train.batch_size, rows=mine, **shared),
         make_dataset(config.data, split="validation", batch_size=rows, **shared),
     )
 

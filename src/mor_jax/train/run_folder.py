@@ -10,6 +10,7 @@ from pathlib import Path
 from mor_jax import config_io
 from mor_jax.config import Config
 from mor_jax.errors import UserError
+from mor_jax.paths import to_path
 
 MAY_DIFFER = (
     "perf.*",
@@ -25,6 +26,7 @@ MAY_DIFFER = (
     "train.runs",
     "train.name",
     "train.tensorboard",
+    "train.watchdog_seconds",
 )
 """Fields that a resumed run may change; `train.steps` may grow."""
 
@@ -34,7 +36,7 @@ _CANNOT_WRITE_WORDS = ("No space left on device", "Read-only file system", "Disk
 
 def run_folder(config: Config) -> Path:
     """Return the run's folder: ``train.runs / (train.name or preset)``."""
-    return Path(config.train.runs) / (config.train.name or config.preset)
+    return to_path(config.train.runs) / (config.train.name or config.preset)
 
 
 def check_run_folder(config: Config) -> Path:

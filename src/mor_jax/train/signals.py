@@ -20,7 +20,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            # None: a handler that was not installed from Python, which cannot be put back
+            self._previous = {number: signal.SIG_DFL if old is None else old for number, old in previous.items()}
         return self
 
     def __exit__(self, *exception: object) -> None:
