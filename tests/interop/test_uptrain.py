@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from tiny_runs import dataset_maker, read_lines, tiny_config  # pyright: ignore[reportMissingImports]
 
 FULL = dataclasses.replace(TINY, num_layers=6)
+GROUPS: dict[LoraTarget, str] = {"query": "attention", "output": "attention", "down": "ffn"}
 MOR = RecursionConfig(2, "middle_cycle")
 
 
