@@ -96,6 +96,8 @@ class _Run:
     def __init__(self, config: Config, folder: Path, ledger: Ledger, make_dataset: MakeDataset, mesh: Mesh) -> None:
         self.config, self.folder, self.ledger, self.mesh = config, folder, ledger, mesh
         check_mesh(config, mesh)
+        model = config.model
+        self.attention = resolve_backend(config.perf.attention_backend, model.dtype, model.head_dim)
         self.dataset, self.held_out = _open_data(config, make_dataset)
         primary = jax.process_index() == 0
         if primary:  # not before configuration, mesh and data have been found usable
@@ -132,12 +134,10 @@ class _Run:
     def _roll_call(self) -> None:
         device = self.mesh.devices.flat[0]
         parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.state.params))
-        model = self.config.model
-        attention = resolve_backend(self.config.perf.attention_backend, model.dtype, model.head_dim)
         self.reporter.say(
             f"run {self.folder}: {parameters:,} parameters, "
             f"{self.mesh.size} x {device.device_kind} ({device.platform}), "
-            f"mesh {dict(self.mesh.shape)}, attention {attention}, "
+            f"mesh {dict(self.mesh.shape)}, attention {self.attention}, "
             f"peak {describe_peak(device)}, jax {jax.__version__}"
         )
         if self.start:
