@@ -7,6 +7,7 @@ python experiments/savings/measure.py --size 360m       # the paper's size, comp
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import sys
@@ -184,13 +185,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file (default: results/SIZE-PLATFORM.json beside this script)")
     arguments = parser.parse_args()
     is_small = arguments.size == "small"
+    load = os.getloadavg()[0]
     models = small_models() if is_small else paper_models(arguments.size)
     found = measure(models, arguments.rows, arguments.rounds if is_small else 0)
     show(found)
     device = jax.devices()[0]
     report = {
         "command": " ".join(["python", "experiments/savings/measure.py", *sys.argv[1:]]),
-        "device": f"{device.device_kind} ({device.platform}), {platform.machine()}",
+        "device": f"{device.device_kind} ({device.platform}), {platform.machine()}, {os.cpu_count()} CPU cores",
+        "load_average_before_and_after": [load, os.getloadavg()[0]],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("jax", "jaxlib", "flax")}},
         "rows_per_step": arguments.rows,
         "models": found,

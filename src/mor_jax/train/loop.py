@@ -115,6 +115,8 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.ledger, self.mesh, self.watchdog = config, folder, ledger, mesh, watchdog
         check_mesh(config, mesh)
+        model = config.model
+        self.attention = resolve_backend(config.perf.attention_backend, model.dtype, model.head_dim)
         with primary_first("open data"):  # the first to come prepares the embedded text
             self.dataset, self.held_out = _open_data(config, make_dataset, mesh)
         self.initial_weights = initial_weights
@@ -174,14 +176,12 @@ class _Run:
     def _roll_call(self) -> None:
         device, hosts = self.mesh.devices.flat[0], host_names()
         parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.state.params))
-        model = self.config.model
-        attention = resolve_backend(self.config.perf.attention_backend, model.dtype, model.head_dim)
         shown = ", ".join(hosts if len(hosts) <= _HOSTS_SHOWN else [*hosts[:_HOSTS_SHOWN], "..."])
         versions = ", ".join(f"{name} {version(name)}" for name in ("mor-jax", "jax", "jaxlib", "flax"))
         self.reporter.say(
             f"run {self.folder}: {parameters:,} parameters, {len(hosts)} process{'es' * (len(hosts) > 1)} ({shown}), "
             f"{self.mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(self.mesh.shape)}, "
-            f"attention {attention}, peak {describe_peak(device)}, {versions}"
+            f"attention {self.attention}, peak {describe_peak(device)}, {versions}"
         )
         if self.start:
             self.reporter.say(f"continued from step {self.start}")

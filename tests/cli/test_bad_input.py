@@ -1,0 +1,182 @@
+"""Bad input ends in one message, exit code 2, no traceback, and nothing lost or written."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import TINY, Mor, Outcome, Trained
+
+
+def _refused(outcome: Outcome, *words: str) -> None:
+    """Exit code 2, one message on stderr that holds the words, and no traceback."""
+    text = " ".join(outcome.err.replace("│", " ").split())  # a terminal gets boxes
+    assert outcome.code == 2, text
+    assert "Traceback" not in outcome.err and outcome.out == ""
+    for word in words:
+        assert word in text
+    messages = [line for line in outcome.err.splitlines() if line.startswith("mor ")]
+    assert len(messages) + text.count("For full helptext") == 1, outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("trian",), ("unknown command 'trian'", "did you mean 'train'?")),
+        (("train",), ("usage: mor train PRESET",)),
+        (("train", "dbug"), ("unknown preset 'dbug'", "did you mean 'debug'?")),
+        (("train", "debug", "--train.step", "3"), ("--train.steps",)),
+        (("train", "debug", "--model.num-head", "3"), ("--model.num-heads",)),
+        (("train", "debug", "--train.steps", "many"), ("--train.steps",)),
+        (("train", "debug", "--model.dtype", "float16"), ("--model.dtype",)),
+        (("train", "debug", "--model.num-heads", "9"), ("num_heads=9 is not divisible by num_kv_heads=2",)),
+        (
+            ("train", "debug", "--model.routing.capacities", "0.5", "1.0"),
+            ("capacities=(0.5, 1.0) must not ascend",),
+        ),
+        (("train", "debug", "--model.routing.capacities", "1.0", "0.0"), ("0.0 is outside (0, 1]",)),
+        (
+            ("train", "debug", "--model.num-layers", "3"),
+            ("num_layers=3 is too few for sharing='middle_cycle' with num_recursions=2: at least 4",),
+        ),
+        (("prepare", "--out", "x"), ("no input given",)),
+        (("prepare", "nowhere.txt", "--out", "x"), ("nowhere.txt: no such file",)),
+        (("eval", "nowhere"), ("nowhere is not a run folder",)),
+        (("inspect", "nowhere"), ("nowhere is not a run folder",)),
+        (("inspect", "nowhere", "--text", "a", "--file", "b"), ("--text and --file exclude each other",)),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
+)
+def test_arguments(mor: Mor, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = mor(*arguments)
+    if arguments in (("train",), ("trian",)):  # these also print the usage
+        assert outcome.code == 2 and all(word in outcome.err for word in words)
+    else:
+        _refused(outcome, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", "is empty"),
+        ("binary.txt", bytes(range(256)) * 9, "binary"),
+        ("nul.txt", b"text\0text", "NUL bytes"),
+        ("cut.jsonl", b'{"text": "whole"}\n{"text": "cu', "not a JSON object"),
+        ("cut.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00", "truncated"),
+        ("table.csv", b"a,b\n", "unknown kind of file"),
+        ("cut.parquet", b"PAR1\x00", "parquet"),
+    ],
+)
+def test_prepare(mor: Mor, name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    _refused(mor("prepare", tmp_path / name, "--out", tmp_path / "out", "--tokenizer", "bytes"), name, words)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def _train(mor: Mor, corpus: Path, runs: Path, *overrides: Any) -> Outcome:
+    return mor("train", "debug", *TINY, "--data.source", corpus, "--train.runs", runs, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("--model.context-length", "64"), ("context_length=64", "32")),
+        (("--model.vocab-size", "300"), ("vocab_size=300", "257")),
+        (("--data.source", "nowhere"), ("data.source='nowhere'",)),
+        (("--train.batch-size", "12"), ("train.batch_size=12", "data x fsdp = 8")),
+        (("--mesh.tensor", "3"), ("mesh.tensor=3", "8 devices")),
+        (("--perf.attention-backend", "cudnn"), ("perf.attention_backend='cudnn' needs a GPU",)),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_data_and_devices_that_do_not_fit_the_model(mor: Mor, corpus, overrides, words, tmp_path):
+    _refused(_train(mor, corpus, tmp_path / "runs", *overrides), *words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["shard", "manifest", "tokenizer"])
+def test_a_corpus_that_disagrees_with_its_manifest(mor: Mor, corpus: Path, damage, tmp_path):
+    broken = tmp_path / "corpus"
+    shutil.copytree(corpus, broken)
+    if damage == "shard":
+        path = next(path for path in broken.rglob("*") if "train" in path.name and path.is_file())
+        path.write_bytes(path.read_bytes()[:-10])
+    elif damage == "manifest":
+        path = broken / "manifest.json"
+        path.write_text(path.read_text().replace('"rows": ', '"rows": 1', 1))
+    else:
+        path = broken / "tokenizer.json"
+        path.unlink()
+    _refused(_train(mor, broken, tmp_path / "runs"), path.name)
+    assert not (tmp_path / "runs").exists()
+
+
+def _copy(trained: Trained, runs: Path) -> tuple[str, ...]:
+    """Copy the run and return the arguments that continue the copy."""
+    shutil.copytree(trained.folder, runs / "tiny")
+    return (*trained.arguments, "--train.runs", str(runs))
+
+
+def test_a_run_folder_of_another_configuration_names_the_fields(trained: Trained, mor: Mor):
+    before = sorted(path.name for path in trained.folder.iterdir())
+    outcome = mor("train", *trained.arguments, "--model.d-ff", "48", "--optimizer.beta1", "0.8")
+    _refused(outcome, "model.d_ff: 32 -> 48", "optimizer.beta1: 0.9 -> 0.8", "choose another --train.name")
+    assert sorted(path.name for path in trained.folder.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_written(mor: Mor, corpus, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    _refused(_train(mor, corpus, tmp_path / "file"), "cannot be written", "Not a directory")
+
+    def read_only(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    _refused(_train(mor, corpus, tmp_path / "runs"), "cannot be written", "Permission denied")
+
+
+def test_a_half_written_checkpoint_is_passed_over(trained: Trained, mor: Mor, tmp_path):
+    _copy(trained, tmp_path)
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    (checkpoints / "4").rename(checkpoints / "4.orbax-checkpoint-tmp-0")
+    outcome = mor("eval", tmp_path / "tiny")
+    assert outcome.code == 0 and outcome.out.startswith("step 2,")
+
+
+def _truncate(step: Path) -> None:
+    """Cut every array file of a checkpoint in half."""
+    for path in (step / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 64:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_checkpoints_are_named(trained: Trained, mor: Mor, tmp_path):
+    _copy(trained, tmp_path)
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    _truncate(checkpoints / "4")
+    outcome = mor("eval", tmp_path / "tiny")
+    assert outcome.code == 0 and outcome.out.startswith("step 2,")
+    assert "checkpoint 4 is damaged and skipped" in outcome.err and "Traceback" not in outcome.err
+    _truncate(checkpoints / "2")
+    outcome = mor("eval", tmp_path / "tiny")
+    assert outcome.code == 2 and "all checkpoints are damaged (steps [2])" in outcome.err
+    assert "Traceback" not in outcome.err and (checkpoints / "2").is_dir()
+
+
+def test_a_run_without_checkpoints_or_with_a_foreign_tokenizer(trained: Trained, mor: Mor, tmp_path):
+    _copy(trained, tmp_path)
+    run = tmp_path / "tiny"
+    (run / "tokenizer.json").write_text("{}")
+    _refused(mor("eval", run), "tokenizer.json")
+    shutil.copy(trained.folder / "tokenizer.json", run)
+    shutil.rmtree(run / "checkpoints")
+    _refused(mor("inspect", run), "holds no checkpoints")
+
+
+def test_text_to_inspect(trained: Trained, mor: Mor, tmp_path):
+    _refused(mor("inspect", trained.folder, "--text", ""), "the text to inspect is empty")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    _refused(mor("inspect", trained.folder, "--file", tmp_path / "binary.txt"), "not a readable UTF-8 text")
