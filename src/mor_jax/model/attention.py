@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.axes import constrain
+from mor_jax.axes import axis_size, constrain, on_shards
 from mor_jax.config import AttentionBackend, ModelConfig, PerfConfig
 from mor_jax.errors import require
 from mor_jax.model.layers import Rotary, apply_rotary, normal_init
@@ -58,12 +58,13 @@ class LayerContext:
     """Whether the layer returns its keys and values for later recursions."""
 
 
-def attention_mask(queries: TokenView, keys: TokenView | None) -> jax.Array | None:
-    """bool [B, 1, T, S]: key row <= query row, same segment, key valid; None if causality among the queries is all.
+def attention_mask(queries: TokenView, keys: TokenView | None, *, explicit: bool = False) -> jax.Array | None:
+    """bool [B, 1, T, S]: key row <= query row, same segment, key valid; None if causality among the queries is all,
+    unless it is to be `explicit`.
 
     Among the queries themselves slots are compared, not rows: they ascend alike, and slots without a token stand last.
     """
-    if keys is None and queries.segments_BC is None and queries.valid_BC is None:
+    if not explicit and keys is None and queries.segments_BC is None and queries.valid_BC is None:
         return None
     if keys is None:
         keys = queries
@@ -129,6 +130,9 @@ def attend(
 ) -> jax.Array:
     """Softmax attention, scores scaled by H^-0.5 and normalised in float32.
 
+    Where `context` splits rows, keys and values are gathered by an all-gather, whose gradient is a reduce-scatter.
+    experiments/sharding/attention.py compares it with a ring.
+
     Args:
         query_BTNH: queries; query head n reads key/value head n // (N / K).
         keys_BSKH: rotated keys.
@@ -140,33 +144,29 @@ def attend(
     Returns:
         [B, T, N, H] in the queries' dtype. Queries without any visible key return an arbitrary finite value.
     """
-    mask_B1TS = attention_mask(queries, keys)
+    split = axis_size("context") > 1
+    mask_B1TS = attention_mask(queries, keys, explicit=split)
+    if not split:
+        return _attend_local(query_BTNH, keys_BSKH, values_BSKH, mask_B1TS, backend)
+
+    def local(query_BTNH: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+        keys, values = (jax.lax.all_gather(a, "context", axis=1, tiled=True) for a in (keys, values))
+        return _attend_local(query_BTNH, keys, values, mask, backend)
+
+    keys_axes, mask_axes = ("batch", "sequence", "kv_heads", None), ("batch", None, "sequence", None)
+    query_axes = ("batch", "sequence", "heads", None)
+    sharded = on_shards(local, (query_axes, keys_axes, keys_axes, mask_axes), query_axes)
+    return sharded(query_BTNH, keys_BSKH, values_BSKH, mask_B1TS)
+
+
+def _attend_local(
+    query_BTNH: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None, backend: AttentionBackend
+) -> jax.Array:
     if backend == "cudnn":
-        return _cudnn(query_BTNH, keys_BSKH, values_BSKH, mask_B1TS)
+        return _cudnn(query_BTNH, keys, values, mask)
     return jax.nn.dot_product_attention(
-        query_BTNH, keys_BSKH, values_BSKH, mask=mask_B1TS, is_causal=mask_B1TS is None, implementation="xla"
+        query_BTNH, keys, values, mask=mask, is_causal=mask is None, implementation="xla"
     )
-
-
-@jax.custom_vjp
-def whole_rows(x_BSKH: jax.Array) -> jax.Array:
-    """Gather the keys or values of whole rows, which `context` splits; the gradient goes back to each device's share.
-
-    An all-gather rather than a ring: both receive the same bytes, grouped-query heads keep them below the queries',
-    recursive sharing then needs no more traffic after recursion 1, and no kernel has to be split into ring steps.
-    """
-    return constrain(x_BSKH, "batch", None, "kv_heads", "head_dim")
-
-
-def _whole_rows_forward(x_BSKH: jax.Array) -> tuple[jax.Array, None]:
-    return whole_rows(x_BSKH), None
-
-
-def _whole_rows_backward(_: None, grad_BSKH: jax.Array) -> tuple[jax.Array]:
-    return (constrain(grad_BSKH, "batch", "sequence", "kv_heads", "head_dim"),)
-
-
-whole_rows.defvjp(_whole_rows_forward, _whole_rows_backward)
 
 
 class Attention(nn.Module):
@@ -212,11 +212,13 @@ class Attention(nn.Module):
             return cached
         fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value.astype(x_BCD.dtype))
         fresh = fresh + low_rank(self.config, lora, "key_value", x_BCD)
-        keys, values = whole_rows(apply_rotary(fresh[:, :, 0], context.rotary)), whole_rows(fresh[:, :, 1])
+        keys, values = apply_rotary(fresh[:, :, 0], context.rotary), fresh[:, :, 1]
         if cached is None:
             return keys, values
         if context.update is not None:
-            return merge_rows(keys, cached[0], context.update), merge_rows(values, cached[1], context.update)
+            fresh_and_cached = (constrain(a, "batch", None, "kv_heads", None) for a in (keys, values, *cached))
+            keys, values, old_keys, old_values = fresh_and_cached
+            return merge_rows(keys, old_keys, context.update), merge_rows(values, old_values, context.update)
         assert context.fresh_BS is not None
         fresh_BS11 = context.fresh_BS[:, :, None, None]
         return jnp.where(fresh_BS11, keys, cached[0]), jnp.where(fresh_BS11, values, cached[1])

@@ -94,7 +94,7 @@ def recurse_scan(
 def empty_kv(config: ModelConfig, x_BTD: jax.Array) -> KeyValue:
     """Zero keys and values [L, B, T, K, H] to carry before recursion 1 fills them."""
     shape = (config.block_depth, *x_BTD.shape[:2], config.num_kv_heads, config.head_dim)
-    zeros = constrain(jnp.zeros(shape, x_BTD.dtype), "layers", "batch", None, "kv_heads", "head_dim")
+    zeros = constrain(jnp.zeros(shape, x_BTD.dtype), "layers", "batch", "sequence", "kv_heads", "head_dim")
     return zeros, zeros
 
 
