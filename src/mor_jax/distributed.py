@@ -1,5 +1,6 @@
 """Several processes as one run: how they start, agree, take turns, and read values that are spread over them."""
 
+import itertools
 import logging
 import os
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost as ocp_multihost
 
 from mor_jax.errors import UserError, require
 from mor_jax.rollcall import Place, roll_call
@@ -19,6 +21,8 @@ from mor_jax.rollcall import Place, roll_call
 _log = logging.getLogger(__name__)
 _TEXT_BYTES = 512
 _SHUTDOWN_SECONDS = 60
+_BARRIER_MILLISECONDS = 12 * 3600 * 1000
+_barriers = itertools.count()  # every process passes the same barriers in the same order; a key serves once
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,13 @@ def is_primary() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Wait until every process is here."""
+    """Wait until every process is here, for hours if need be: one may be preparing data or writing pictures.
+
+    It goes through the coordinator, not through the devices, whose collectives do not wait as long on every backend.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        wait = ocp_multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
+        wait(key=f"mor_jax {name} {next(_barriers)}", timeout_ms=_BARRIER_MILLISECONDS)
 
 
 @contextmanager

@@ -109,10 +109,11 @@ def _admit(place: Place, connection: socket.socket, came: dict[int, tuple[str, s
     if not 0 < index < place.count:
         return f"process id {index} of {host} is outside 1..{place.count - 1}"
     if earlier is not None:
-        alive = not _hung_up(earlier[1])
+        error = "" if _hung_up(earlier[1]) else f"two processes came with the id {index}: from {earlier[0]} and {host}"
+        if error:
+            _send(earlier[1], {"error": error, "hosts": []})
         earlier[1].close()
-        if alive:
-            return f"two processes came with the id {index}: from {earlier[0]} and {host}"
+        return error
     return ""
 
 

@@ -71,6 +71,7 @@ class Hosts:
         finally:
             for process in self.processes.values():
                 process.kill()
+                process.wait()
 
     def finish(self) -> Path:
         """Wait until all processes have ended well, and return the run folder."""

@@ -222,7 +222,9 @@ class _Run:
             self.reporter.say(f"routing warms up until step {warmup}: perf.execution='scan', afterwards 'gather'")
             config = dataclasses.replace(config, perf=dataclasses.replace(config.perf, execution="scan"))
         with self.ledger.measure("compile"):
-            return compile_train_step(config, self.mesh)
+            executable = compile_train_step(config, self.mesh)
+            barrier("compiled")  # a host that found it in its cache waits here, not in a collective
+        return executable
 
     def _saves(self, done: int) -> bool:
         train = self.config.train
