@@ -3,6 +3,7 @@
 Letters: D model, F feed-forward, N query heads, K key/value heads, H head dim, V vocabulary, T positions.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mor_jax.config import Config, Remat
+from mor_jax.config import Config, ModelConfig, Remat
 from mor_jax.model.flops import count_parameters, layer_passes
 from mor_jax.train.state import TrainState
 
@@ -70,6 +71,12 @@ def _shard_bytes(tree: Any) -> int:
     return sum(of_leaf(leaf) for leaf in jax.tree.leaves(tree))
 
 
+@functools.cache
+def parameter_total(model: ModelConfig) -> int:
+    """All parameters; counted once per model, since a search asks a thousand times."""
+    return count_parameters(model).total
+
+
 def tokens_per_device(config: Config, sizes: Mapping[str, int]) -> int:
     """Tokens of one micro-batch that a device computes.
 
@@ -107,10 +114,9 @@ def estimate_bytes(config: Config, sizes: Mapping[str, int]) -> float:
     """
     model, tensor = config.model, sizes["tensor"]
     width = 2 if model.dtype == "bfloat16" else 4
-    parameters = count_parameters(model)
     tokens = tokens_per_device(config, sizes)
     rows = tokens / model.context_length
-    state = parameters.total / (sizes["fsdp"] * tensor) * _FLOAT32 * 3
+    state = parameter_total(model) / (sizes["fsdp"] * tensor) * _FLOAT32 * 3
     gradients = state / 3 * (2 if config.train.accumulation > 1 else 1)
     head = model.vocab_size * model.d_model / tensor * (_FLOAT32 + width)
     applied = sum(p.layers * p.computed for p in layer_passes(model, model.context_length, config.perf.execution))

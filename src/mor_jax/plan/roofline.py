@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mor_jax.config import Config, Remat
-from mor_jax.model.flops import count_parameters, layer_passes, train_flops, train_flops_per_token
-from mor_jax.plan.memory import tokens_per_device
+from mor_jax.model.flops import layer_passes, train_flops, train_flops_per_token
+from mor_jax.plan.memory import parameter_total, tokens_per_device
 from mor_jax.plan.topology import Generation
 
 _AGAIN: Mapping[Remat, tuple[str, ...]] = {
@@ -53,6 +53,11 @@ class Roofline:
     def seconds(self) -> float:
         """The longest of the four."""
         return max(self.arithmetic, self.memory, self.network, self.network_across)
+
+    @property
+    def serial(self) -> float:
+        """All four, one after the other: tells apart what the longest alone does not."""
+        return self.arithmetic + self.memory + self.network + self.network_across
 
     @property
     def limit(self) -> str:
@@ -105,7 +110,7 @@ def memory_traffic(config: Config, sizes: Mapping[str, int]) -> float:
     values = 2 * d + (2 * heads + 2 * kv + 3 * f) / tensor
     activations = sum(p.layers * p.computed for p in passes) * share * values * width * 2 * (3 + again)
     logits = tokens * model.vocab_size / tensor * 2 * (4 + width)
-    state = count_parameters(model).total / (sizes["fsdp"] * tensor) * 4 * 7  # 3 read and written, gradients read
+    state = parameter_total(model) / (sizes["fsdp"] * tensor) * 4 * 7  # 3 read and written, gradients read
     return config.train.accumulation * (weights + activations + logits) + state
 
 
@@ -161,7 +166,7 @@ def estimate_received(config: Config, sizes: Mapping[str, int]) -> tuple[float, 
     applications = sum(p.layers for p in passes)
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer_weights = 2 * model.d_model * (heads + kv) + 3 * model.d_model * model.d_ff
-    parameters = count_parameters(model).total
+    parameters = parameter_total(model)
     share = lambda axis: (sizes[axis] - 1) / sizes[axis]  # noqa: E731
     gathered = (2 * applications * layer_weights + model.vocab_size * model.d_model) * width / sizes["tensor"]
     reduced = parameters * width / sizes["tensor"]

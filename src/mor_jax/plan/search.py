@@ -45,7 +45,7 @@ class Candidate:
 
 
 def candidates(config: Config, topology: Topology) -> list[Candidate]:
-    """List what could fit, fastest by estimate first; equal times by less memory.
+    """List what could fit, fastest by estimate first, were nothing overlapped.
 
     Tried are all `fsdp` and `tensor` sizes that divide, powers of two of micro-batches, and all rematerialisations;
     `context` and everything else stays as configured.
@@ -53,7 +53,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     limit = topology.generation.hbm_bytes
     found = [_estimate(variant, topology) for variant in _variants(config, topology)]
     fitting = [candidate for candidate in found if candidate.bytes <= limit * _MARGIN]
-    return sorted(fitting, key=lambda c: (round(c.bound.seconds, 4), c.bytes))
+    return sorted(fitting, key=lambda c: (c.bound.serial, c.bytes))
 
 
 def advise(config: Config, topology: Topology) -> str:
@@ -63,7 +63,7 @@ def advise(config: Config, topology: Topology) -> str:
         variants = (_estimate(v, topology, devices) for v in _variants(config, topology, devices))
         fitting = [c for c in variants if c.bytes <= topology.generation.hbm_bytes * 0.9]
         if fitting:
-            best = min(fitting, key=lambda c: (c.bound.seconds, c.bytes))
+            best = min(fitting, key=lambda c: (c.bound.serial, c.bytes))
             where = "" if scale == 1 else f" on {topology.chips * scale} chips"
             return f"by estimate {best.bytes / GIB:.1f} GiB{where} with {best.label} (--search looks further)"
     return "by estimate nothing fits on up to eight times as many chips: take a chip with more memory"
