@@ -1,6 +1,6 @@
 """Compile every case that has no result yet, one at a time: `python experiments/plan/run.py [--only TEXT]`.
 
-Each takes minutes to an hour of one or two cores, so run it under `nice`. Stop it whenever you like: finished cases stay.
+Each takes minutes of one or two cores, so run it under `nice`. Stop it whenever you like: finished cases stay.
 """
 
 import argparse

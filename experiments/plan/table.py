@@ -64,7 +64,10 @@ def main() -> None:
     done = [case for case in cases() if case.name in plans]
     print("\n".join(row(case, plans[case.name]) for case in done))
     print("\nMoR over vanilla, same mesh and batch:\n")
-    print("| size | slices | FLOPs | memory per chip | activations | received | bound on time |\n|---|---|---|---|---|---|---|")
+    print(
+        "| size | slices | FLOPs | memory per chip | activations | received | bound on time |\n"
+        "|---|---|---|---|---|---|---|"
+    )
     for size, presets in PAIRS.items():
         for topology, slices in TOPOLOGIES:
             names = [Case(preset, topology, slices, 1).name for preset in presets]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mor_jax.cli.options import preset_and_flags
 from mor_jax.config import Config
-from mor_jax.errors import UserError
+from mor_jax.errors import UserError, require
 from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.search import advise, search
@@ -36,6 +36,8 @@ class PlanFlags:
     """Slices of that shape, joined by the data-center network."""
     json: bool = False
     """Print JSON."""
+    decode: bool = False
+    """Plan a decoding step instead of a train step."""
     search: bool = False
     """Try mesh shapes, micro-batches and rematerialisations, and show the best that fit."""
     search_compilations: int = 3
@@ -48,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     # shapes are traced for this host too, whose attention is of no interest; the plan names the one that was compiled
     logging.getLogger("mor_jax.model.attention").setLevel(logging.WARNING)
     config, flags = preset_and_flags(arguments, "plan", _DESCRIPTION, PlanFlags)
+    require(not flags.decode, "--decode: this version has no decoding step that could be compiled")
     topology = describe_topology(flags.topology, flags.slices)
     command = ["mor", "plan", *arguments]
     if flags.search:
