@@ -26,7 +26,7 @@ Execution = Literal["gather", "scan"]
 Remat = Literal["none", "full", "dots", "names"]
 InitStrategy = Literal["stepwise", "average", "lower", "upper", "random"]
 LoraTarget = Literal["query", "key_value", "output", "gate_up", "down"]
-AttentionBackend = Literal["auto", "xla", "cudnn"]
+AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 
 
 def _require_choice(name: str, value: object, choices: object) -> None:

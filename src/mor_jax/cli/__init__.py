@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train, or continue, a run",
     "presets": "list the named configurations",
     "prepare": "turn text into packed, shuffled shards",
+    "plan": "compile a run for a TPU slice that need not be there: memory, FLOPs, communication",
     "eval": "held-out loss of a run under both selection modes",
     "convert": "weights between this project, Hugging Face and the official release",
     "inspect": "make a run's pictures again, for held-out text or any other",

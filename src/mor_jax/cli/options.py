@@ -53,7 +53,26 @@ def preset_and_group(arguments: Sequence[str], command: str, description: str, n
     return config, getattr(parsed, name)
 
 
-def _parse(arguments: Sequence[str], command: str, description: str, groups: Mapping[str, Any]) -> tuple[Config, Any]:
+def preset_and_flags(arguments: Sequence[str], command: str, description: str, kind: type[T]) -> tuple[Config, T]:
+    """Parse as ``preset_with_overrides`` does, with flags of the command's own, ``--field``.
+
+    Args:
+        arguments: of the subcommand.
+        command: its name, for messages.
+        description: shown by ``--help``.
+        kind: frozen dataclass of the flags, all with defaults; the names differ from the configuration's.
+
+    Returns:
+        (the configuration, the flags).
+    """
+    config, parsed = _parse(arguments, command, description, {}, (kind,))
+    fields: Any = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return config, kind(**{f.name: getattr(parsed, f.name) for f in fields})
+
+
+def _parse(
+    arguments: Sequence[str], command: str, description: str, groups: Mapping[str, Any], own: tuple[type, ...] = ()
+) -> tuple[Config, Any]:
     if not arguments or arguments[0] in ("-h", "--help"):
         stream = sys.stdout if arguments else sys.stderr
         print(f"usage: mor {command} PRESET [--field value ...]\n\n{description}", file=stream)
@@ -64,6 +83,6 @@ def _parse(arguments: Sequence[str], command: str, description: str, groups: Map
     fields = [f for f in dataclasses.fields(Config) if f.name != "preset"]  # its name is no flag
     flag_groups: list[Any] = [(f.name, f.type, dataclasses.field(default=getattr(config, f.name))) for f in fields]
     flag_groups += [(key, type(value), dataclasses.field(default=value)) for key, value in groups.items()]
-    overrides = dataclasses.make_dataclass("Overrides", flag_groups, frozen=True)
+    overrides = dataclasses.make_dataclass("Overrides", flag_groups, bases=own, frozen=True)
     parsed: Any = tyro.cli(overrides, args=flags, prog=f"mor {command} {name}", description=description)
     return Config(preset=name, **{f.name: getattr(parsed, f.name) for f in fields}), parsed

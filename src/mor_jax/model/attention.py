@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mor_jax.axes import axis_size, constrain, on_shards
 from mor_jax.config import AttentionBackend, ModelConfig, PerfConfig
 from mor_jax.errors import require
+from mor_jax.model.attention_tpu import resolve_tpu_backend, splash_attention, target_platform
 from mor_jax.model.layers import Rotary, apply_rotary, normal_init
 from mor_jax.model.relaxation import low_rank
 from mor_jax.model.rows import Selection, merge_rows, take_rows
@@ -81,8 +82,20 @@ def attention_mask(queries: TokenView, keys: TokenView | None, *, explicit: bool
     return constrain(mask_BTS, "batch", "sequence", None)[:, None]
 
 
-@functools.cache
 def resolve_backend(backend: AttentionBackend, dtype: str, head_dim: int) -> AttentionBackend:
+    """Choose the attention kernel for the device that the program is traced for; ``resolve_tpu_backend`` on a TPU.
+
+    Raises:
+        UserError: a backend was asked for where it cannot run.
+    """
+    if target_platform() == "tpu":
+        return resolve_tpu_backend(backend, dtype, head_dim)
+    require(backend != "splash", f"perf.attention_backend='splash' needs a TPU, not device={target_platform()!r}")
+    return _resolve_backend(backend, dtype, head_dim)
+
+
+@functools.cache
+def _resolve_backend(backend: AttentionBackend, dtype: str, head_dim: int) -> AttentionBackend:
     """Choose the attention kernel for this process's device, and log it once.
 
     `cudnn` needs a GPU, bfloat16 and a head_dim that is a multiple of 8 up to 256; `xla` runs everywhere and holds the
@@ -120,6 +133,21 @@ def _cudnn(query_BTNH: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.
     return out_BTNH[:, :length]
 
 
+def _splash(
+    query_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, queries: TokenView, keys: TokenView | None
+) -> jax.Array:
+    """The mask of ``attention_mask`` as the TPU kernel takes it: a row per query, and documents."""
+    rows_BT, seen = queries.rows_BC, queries if keys is None else keys
+    if keys is None:  # slots, not rows
+        rows_BT = jnp.broadcast_to(jnp.arange(rows_BT.shape[1], dtype=jnp.int32)[None], rows_BT.shape)
+    segments_BT, key_segments_BS = queries.segments_BC, seen.segments_BC
+    if seen.valid_BC is not None:
+        if segments_BT is None or key_segments_BS is None:
+            segments_BT, key_segments_BS = jnp.zeros_like(rows_BT), jnp.zeros_like(seen.rows_BC)
+        key_segments_BS = jnp.where(seen.valid_BC, key_segments_BS, -1)
+    return splash_attention(query_BTNH, keys_BSKH, values_BSKH, rows_BT, segments_BT, key_segments_BS)
+
+
 def attend(
     query_BTNH: jax.Array,
     keys_BSKH: jax.Array,
@@ -144,6 +172,8 @@ def attend(
     Returns:
         [B, T, N, H] in the queries' dtype. Queries without any visible key return an arbitrary finite value.
     """
+    if backend == "splash":
+        return _splash(query_BTNH, keys_BSKH, values_BSKH, queries, keys)
     split = axis_size("context") > 1
     mask_B1TS = attention_mask(queries, keys, explicit=split)
     if not split:

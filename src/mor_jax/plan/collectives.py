@@ -75,6 +75,8 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
     found = []
     for computation, instruction, executions in module.executed():
         kind = instruction.opcode.removesuffix("-start")
+        if computation.name.startswith("all-reduce-scatter"):  # TPU writes reduce-scatter as a fusion of this name
+            kind = kind.replace("all-reduce", "reduce-scatter")
         if kind not in KINDS:
             continue
         groups = _groups(instruction, devices)

@@ -1,0 +1,95 @@
+"""Print the results as markdown: `python experiments/plan/table.py`. Reads results/*.json only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cases import PAIRS, TOPOLOGIES, Case, cases
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 1 << 30
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """Return the results by case name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def received(plan: dict[str, Any], key: str) -> float:
+    """Bytes that one device receives per step, all kinds of collectives."""
+    return sum(kind[key] for kind in plan["collectives_per_device"].values())
+
+
+def row(case: Case, plan: dict[str, Any]) -> str:
+    """One line of the table."""
+    slices = "" if case.slices == 1 else f"{case.slices} x "
+    start = [f"`{case.preset}`", f"{slices}{case.topology}", case.execution]
+    if "error" in plan:
+        return f"| {' | '.join(start)} | {plan['error']} |" + " |" * 9
+    memory, seconds = plan["memory_per_device"], plan["estimate"]["seconds"]
+    figures = [
+        plan["attention"],
+        f"{(memory['parameters'] + memory['optimiser']) / GIB:.2f}",
+        f"{memory['activations'] / GIB:.2f}",
+        f"{memory['total'] / GIB:.2f} of {memory['limit'] / GIB:.2f}",
+        f"{plan['flops']['per_token'] / 1e9:.3f}",
+        f"{received(plan, 'bytes') / 1e9:.2f}",
+        f"{received(plan, 'bytes_across') / 1e9:.2f}",
+        " / ".join(f"{1e3 * seconds[k]:.0f}" for k in ("arithmetic", "memory", "network", "network_across")),
+        f"{plan['estimate']['tokens_per_second_at_most'] / 1e6:.2f}",
+        f"{plan['compile_seconds']:.0f}",
+    ]
+    return f"| {' | '.join([*start, *figures])} |"
+
+
+def main() -> None:
+    """Print the table of all results, MoR against vanilla, and what was not run."""
+    plans = load()
+    head = (
+        "preset",
+        "slices",
+        "execution",
+        "attention",
+        "state GiB",
+        "activations GiB",
+        "total GiB per chip",
+        "GFLOPs per token",
+        "GB received on slice",
+        "GB received across",
+        "ms at peak: arithmetic / memory / network / across",
+        "M tokens/s at most",
+        "compile s",
+    )
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    done = [case for case in cases() if case.name in plans]
+    print("\n".join(row(case, plans[case.name]) for case in done))
+    print("\nMoR over vanilla, same mesh and batch:\n")
+    print(
+        "| size | slices | FLOPs | memory per chip | activations | received | bound on time |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    for size, presets in PAIRS.items():
+        for topology, slices in TOPOLOGIES:
+            names = [Case(preset, topology, slices, 1).name for preset in presets]
+            pair = [plans[name] for name in names if name in plans and "error" not in plans[name]]
+            if len(pair) == 2:
+                print(ratio_row(size, topology, slices, pair[0], pair[1]))
+    missing = [case.name for case in cases() if case.name not in plans]
+    print(f"\nNot run: {', '.join(missing) or 'nothing'}.")
+
+
+def ratio_row(size: str, topology: str, slices: int, mor: dict[str, Any], vanilla: dict[str, Any]) -> str:
+    """Compare MoR's step with vanilla's."""
+    figures = (
+        lambda plan: plan["flops"]["model"],
+        lambda plan: plan["memory_per_device"]["total"],
+        lambda plan: plan["memory_per_device"]["activations"],
+        lambda plan: received(plan, "bytes") + received(plan, "bytes_across"),
+        lambda plan: max(plan["estimate"]["seconds"].values()),
+    )
+    where = topology if slices == 1 else f"{slices} x {topology}"
+    return f"| {size} | {where} | " + " | ".join(f"{f(mor) / f(vanilla):.2f}" for f in figures) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""``mor plan PRESET --topology v5e:8x8 [--slices N] [--field value ...]``: compile for a pod before there is one."""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from mor_jax.cli.options import preset_and_flags
+from mor_jax.config import Config
+from mor_jax.errors import UserError, require
+from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
+from mor_jax.plan.report import print_report, report
+from mor_jax.plan.search import advise, search
+from mor_jax.plan.topology import GIB, Topology, describe_topology
+from mor_jax.train.state import abstract_train_state
+
+_DESCRIPTION = (
+    "Compile the real train step ahead of time for TPUs that need not be there, and tell what it will take: memory, "
+    "FLOPs, communication, and a bound on its speed. Every field of the configuration counts as in `mor train`."
+)
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    """What `mor plan` asks for beside the configuration."""
+
+    topology: str = "v5e:8x8"
+    """TPU generation and shape in chips, such as v5e:8x8, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1."""
+    slices: int = 1
+    """Slices of that shape, joined by the data-center network."""
+    json: bool = False
+    """Print JSON."""
+    decode: bool = False
+    """Plan a decoding step instead of a train step."""
+    search: bool = False
+    """Try mesh shapes, micro-batches and rematerialisations, and show the best that fit."""
+    search_compilations: int = 3
+    """How many candidates the search compiles; each takes minutes."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the plan."""
+    jax.config.update("jax_platforms", "cpu")  # a host that has a TPU keeps it for others
+    # shapes are traced for this host too, whose attention is of no interest; the plan names the one that was compiled
+    logging.getLogger("mor_jax.model.attention").setLevel(logging.WARNING)
+    config, flags = preset_and_flags(arguments, "plan", _DESCRIPTION, PlanFlags)
+    require(not flags.decode, "--decode: this version has no decoding step that could be compiled")
+    topology = describe_topology(flags.topology, flags.slices)
+    command = ["mor", "plan", *arguments]
+    if flags.search:
+        return _search(config, topology, flags, command)
+    planned, mesh = plan_mesh(config, topology)
+    abstract_train_state(planned, mesh)  # a mesh that does not divide is refused before anything is compiled
+    _say(f"compiling for {topology.label}: minutes")
+    try:
+        plan = report(compile_step(config, topology), command)
+    except DoesNotFitError as error:
+        raise UserError(f"{error}; {advise(planned, topology)}") from error
+    if flags.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        print_report(plan)
+    return 0
+
+
+def _search(config: Config, topology: Topology, flags: PlanFlags, command: list[str]) -> int:
+    fitting, ranked = search(config, topology, flags.search_compilations)
+    plans = [report(step, command) for step in fitting]
+    plans.sort(key=lambda plan: -plan["estimate"]["tokens_per_second_at_most"])
+    if flags.json:
+        print(json.dumps({"candidates": len(ranked), "plans": plans}, indent=2))
+        return 0
+    Console().print(_search_table(plans))
+    print(f"{len(ranked)} combinations may fit by estimate; compiled {len(plans)}. Bounds are estimates.\n")
+    print_report(plans[0])
+    return 0
+
+
+def _search_table(plans: list[dict[str, Any]]) -> Table:
+    table = Table("mesh", "micro-batches", "remat", box=None, pad_edge=False)
+    for column in ("GiB per device", "tokens/s at most", "MFU at most", "limit"):
+        table.add_column(column, justify="right")
+    for plan in plans:
+        axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+        estimate = plan["estimate"]
+        table.add_row(
+            axes or "one device",
+            str(plan["accumulation"]),
+            plan["remat"],
+            f"{plan['memory_per_device']['total'] / GIB:.2f}",
+            f"{estimate['tokens_per_second_at_most']:,.0f}",
+            f"{estimate['mfu_at_most']:.1%}",
+            estimate["limit"],
+        )
+    return table
+
+
+def _say(line: str) -> None:
+    print(f"mor: {line}", file=sys.stderr)

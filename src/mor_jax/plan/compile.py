@@ -1,0 +1,104 @@
+"""Compile the real train step for a slice of TPUs that need not be there."""
+
+import dataclasses
+import functools
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mor_jax.config import Config
+from mor_jax.errors import UserError
+from mor_jax.parallel import make_mesh
+from mor_jax.plan import hlo
+from mor_jax.plan.memory import DeviceMemory, measure_memory
+from mor_jax.plan.topology import GIB, Topology
+from mor_jax.train.state import abstract_train_state
+from mor_jax.train.step import compile_train_step
+
+
+class DoesNotFitError(UserError):
+    """The compiler found that the step exceeds a device's memory."""
+
+    def __init__(self, message: str, needed: float | None) -> None:
+        super().__init__(message)
+        self.needed = needed
+        """Bytes that it would need, if the compiler says."""
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """An executable train step for described devices, and what can be read off it."""
+
+    config: Config
+    topology: Topology
+    mesh: Mesh
+    memory: DeviceMemory
+    text: str
+    """HLO after all optimisations."""
+    seconds: float
+    """Wall-clock time of tracing, lowering and compiling."""
+
+    @functools.cached_property
+    def module(self) -> hlo.Module:
+        """The parsed program."""
+        return hlo.parse(self.text)
+
+    @property
+    def attention(self) -> str:
+        """Attention that was compiled: `splash` if its kernels are in the program, else `xla`."""
+        calls = (i for _, i, _ in self.module.executed() if i.opcode == "custom-call")
+        return "splash" if any("splash" in call.name for call in calls) else "xla"
+
+
+def plan_mesh(config: Config, topology: Topology) -> tuple[Config, Mesh]:
+    """Arrange a topology's devices; `mesh.slice` left at 1 becomes the number of slices.
+
+    Raises:
+        UserError: the mesh's sizes do not multiply to the devices.
+    """
+    if config.mesh.slice == 1:
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.slices))
+    return config, make_mesh(config.mesh, list(topology.devices))
+
+
+def compile_step(config: Config, topology: Topology) -> CompiledStep:
+    """Compile ``train.step.compile_train_step`` for a topology.
+
+    Args:
+        config: of the run; everything in it counts, as in training.
+        topology: from ``describe_topology``.
+
+    Raises:
+        DoesNotFitError: it exceeds the memory of a chip.
+        UserError: mesh, batch and model do not divide.
+    """
+    config, mesh = plan_mesh(config, topology)
+    state = abstract_train_state(config, mesh)
+    start = time.monotonic()
+    try:
+        executable: Any = compile_train_step(config, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if not _is_out_of_memory(str(error)):
+            raise
+        raise _does_not_fit(str(error), topology) from error
+    seconds = time.monotonic() - start
+    memory = measure_memory(state, executable.memory_analysis(), topology.generation.hbm_bytes)
+    return CompiledStep(config, topology, mesh, memory, executable.as_text(), seconds)
+
+
+def _is_out_of_memory(message: str) -> bool:
+    return "RESOURCE_EXHAUSTED" in message or "HbmOom" in message
+
+
+def _does_not_fit(message: str, topology: Topology) -> DoesNotFitError:
+    """Read what the compiler says, such as `Used 23.41G of 15.75G hbm`."""
+    found = re.search(r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", message)
+    if found is None:
+        return DoesNotFitError(f"out of memory: {message.splitlines()[0][:200]}", None)
+    used = float(found[1]) * (GIB if found[2] == "G" else 1 << 20)
+    name, limit = topology.generation.name, f"{found[3]} {found[4]}iB"
+    return DoesNotFitError(f"out of memory: the step needs {used / GIB:.2f} GiB of the {limit} of a {name} chip", used)

@@ -1,0 +1,126 @@
+"""Memory of one device: what the compiler allots by kind, and an estimate that needs no compiler.
+
+Letters: D model, F feed-forward, N query heads, K key/value heads, H head dim, V vocabulary, T positions.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mor_jax.config import Config, ModelConfig, Remat
+from mor_jax.model.flops import count_parameters, layer_passes
+from mor_jax.train.state import TrainState
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of one device's memory during a train step, as the compiler allots them."""
+
+    parameters: int
+    """Its share of the float32 weights."""
+    optimiser: int
+    """Its share of the optimiser's moments, and the small rest of the train state."""
+    batch: int
+    """Its rows, and the padding of all arguments to the chip's tiles."""
+    activations: int
+    """Temporaries at their peak: kept activations, gradients, gathered weights, workspace."""
+    code: int
+    """The program."""
+    limit: float
+    """What programs may use."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.optimiser + self.batch + self.activations + self.code
+
+
+def measure_memory(state: TrainState, analysis: Any, limit: float) -> DeviceMemory:
+    """Split what ``compiled.memory_analysis()`` states by kind.
+
+    Args:
+        state: abstract train state with shardings; donated to the program.
+        analysis: of the compiled train step.
+        limit: bytes that programs may use.
+    """
+    parameters = _shard_bytes(state.params)
+    others = _shard_bytes(state) - parameters
+    outputs = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    return DeviceMemory(
+        parameters=parameters,
+        optimiser=others,
+        batch=max(0, analysis.argument_size_in_bytes - parameters - others),
+        activations=analysis.temp_size_in_bytes + outputs,
+        code=analysis.generated_code_size_in_bytes,
+        limit=limit,
+    )
+
+
+def _shard_bytes(tree: Any) -> int:
+    def of_leaf(leaf: Any) -> int:
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        keys = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return size * (8 if keys else leaf.dtype.itemsize)  # a typed random key is two words
+
+    return sum(of_leaf(leaf) for leaf in jax.tree.leaves(tree))
+
+
+@functools.cache
+def parameter_total(model: ModelConfig) -> int:
+    """All parameters; counted once per model, since a search asks a thousand times."""
+    return count_parameters(model).total
+
+
+def tokens_per_device(config: Config, sizes: Mapping[str, int]) -> int:
+    """Tokens of one micro-batch that a device computes.
+
+    Args:
+        config: batch, accumulation and context length.
+        sizes: devices per mesh axis.
+    """
+    shards = math.prod(size for axis, size in sizes.items() if axis not in ("tensor",))
+    return config.train.batch_size // config.train.accumulation * config.model.context_length // shards
+
+
+def kept_values(config: Config, remat: Remat) -> int:
+    """Values per token and layer application that the forward pass keeps for the backward pass.
+
+    `full` keeps the layer's input; `names` and `dots` also queries, keys, values, the attention's output and the
+    feed-forward's gate and up (`dots`: the other products too); `none` also what lies between.
+    """
+    model = config.model
+    d, f = model.d_model, model.d_ff
+    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "full": d,
+        "names": d + 2 * heads + 2 * kv + 2 * f,
+        "dots": 3 * d + 2 * heads + 2 * kv + 2 * f,
+        "none": 5 * d + 3 * heads + 3 * kv + 3 * f,
+    }[remat]
+
+
+def estimate_bytes(config: Config, sizes: Mapping[str, int]) -> float:
+    """Estimate the memory of one device without compiling; good to about a quarter, for pruning and for advice.
+
+    Args:
+        config: model, batch and perf.
+        sizes: devices per mesh axis.
+    """
+    model, tensor = config.model, sizes["tensor"]
+    width = 2 if model.dtype == "bfloat16" else 4
+    tokens = tokens_per_device(config, sizes)
+    rows = tokens / model.context_length
+    state = parameter_total(model) / (sizes["fsdp"] * tensor) * _FLOAT32 * 3
+    gradients = state / 3 * (2 if config.train.accumulation > 1 else 1)
+    head = model.vocab_size * model.d_model / tensor * (_FLOAT32 + width)
+    applied = sum(p.layers * p.computed for p in layer_passes(model, model.context_length, config.perf.execution))
+    kept = applied * rows * kept_values(config, config.perf.remat) * width
+    one_layer = tokens * kept_values(config, "none") * width * 2  # made again, and its gradients
+    logits = tokens / model.context_length * config.perf.loss_chunk * model.vocab_size / tensor * (_FLOAT32 + width)
+    return state + gradients + head + kept / (tensor if config.perf.remat != "full" else 1) + one_layer + logits

@@ -1,0 +1,143 @@
+"""What a plan tells: one JSON object, or a table of the same figures."""
+
+import dataclasses
+import importlib.metadata
+import shlex
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from mor_jax import config_io
+from mor_jax.plan.collectives import bytes_by_kind, collectives
+from mor_jax.plan.compile import CompiledStep
+from mor_jax.plan.hlo_flops import matrix_flops
+from mor_jax.plan.roofline import roofline, step_flops
+from mor_jax.plan.topology import GIB
+
+_WIDTH = 110
+_PACKAGES = ("mor-jax", "jax", "jaxlib", "libtpu", "flax")
+
+
+def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
+    """Collect the figures of a compiled step as JSON values; bytes and seconds unless the name says otherwise.
+
+    Args:
+        step: from ``compile_step``.
+        command: what was typed, to be repeated.
+    """
+    config, topology = step.config, step.topology
+    sizes = {str(axis): size for axis, size in step.mesh.shape.items()}
+    traffic = bytes_by_kind(collectives(step.module, step.mesh.size, topology.slices))
+    received = (sum(kind["bytes"] for kind in traffic.values()), sum(kind["bytes_across"] for kind in traffic.values()))
+    fused = step.attention == "splash"
+    bound = roofline(config, sizes, topology.generation, received, fused_attention=fused)
+    compiled = matrix_flops(step.module)
+    return {
+        "command": shlex.join(command),
+        "preset": config.preset,
+        "topology": {"name": topology.name, "slices": topology.slices, "chips": topology.chips},
+        "mesh": sizes,
+        "execution": config.perf.execution,
+        "remat": config.perf.remat,
+        "attention": step.attention,
+        "rows_per_step": config.train.batch_size,
+        "accumulation": config.train.accumulation,
+        "tokens_per_step": config.train.batch_size * config.model.context_length,
+        "memory_per_device": {**dataclasses.asdict(step.memory), "total": step.memory.total},
+        "flops": {
+            **dataclasses.asdict(step_flops(config, fused_attention=fused)),
+            "compiled_per_device": compiled.total,
+            "kernel_calls": compiled.opaque_calls.get("tpu_custom_call", 0),
+        },
+        "collectives_per_device": traffic,
+        "loops_of_unknown_length": len(step.module.unknown_loops),
+        "estimate": {
+            "seconds": {
+                "arithmetic": bound.arithmetic,
+                "memory": bound.memory,
+                "network": bound.network,
+                "network_across": bound.network_across,
+            },
+            "limit": bound.limit,
+            "tokens_per_second_at_most": bound.tokens_per_second,
+            "mfu_at_most": bound.mfu,
+        },
+        "compile_seconds": step.seconds,
+        "versions": _versions(),
+        "config": config_io.to_dict(config),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def print_report(plan: dict[str, Any]) -> None:
+    """Print a plan as tables."""
+    console = Console()
+    if console.width < _WIDTH:
+        console = Console(width=_WIDTH)
+    console.print(Group(Text(_headline(plan)), _memory_table(plan), _traffic_table(plan), _estimate_table(plan)))
+
+
+def _headline(plan: dict[str, Any]) -> str:
+    topology, mesh = plan["topology"], plan["mesh"]
+    slices = "" if topology["slices"] == 1 else f"{topology['slices']} x "
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
+    flops = plan["flops"]
+    return (
+        f"{plan['preset']} on {slices}{topology['name']} ({topology['chips']} chips): {axes}\n"
+        f"{plan['rows_per_step']} rows = {plan['tokens_per_step']:,} tokens per step in {plan['accumulation']} "
+        f"micro-batches, execution {plan['execution']}, remat {plan['remat']}, attention {plan['attention']}\n"
+        f"{flops['model']:.4g} FLOPs per step, {flops['per_token']:.4g} per token, {flops['executed']:.4g} executed "
+        f"per step; compiled in {plan['compile_seconds']:.0f} s\n"
+    )
+
+
+def _memory_table(plan: dict[str, Any]) -> Table:
+    memory = plan["memory_per_device"]
+    table = Table("memory of one device", box=None, pad_edge=False)
+    table.add_column("GiB", justify="right")
+    names = {
+        "parameters": "parameters",
+        "optimiser": "optimiser",
+        "batch": "batch and padding",
+        "activations": "activations, gradients, workspace",
+        "code": "code",
+    }
+    for key, name in names.items():
+        table.add_row(name, f"{memory[key] / GIB:.3f}")
+    share = memory["total"] / memory["limit"]
+    table.add_row("total", f"{memory['total'] / GIB:.3f}", f"{share:.0%} of {memory['limit'] / GIB:.2f}")
+    return table
+
+
+def _traffic_table(plan: dict[str, Any]) -> Table:
+    table = Table("\nreceived by one device per step", box=None, pad_edge=False)
+    for column in ("\ncount", "\nMB on the slice", "\nMB across slices"):
+        table.add_column(column, justify="right")
+    for kind, traffic in plan["collectives_per_device"].items():
+        on_slice, across = (f"{traffic[key] / 1e6:,.1f}" for key in ("bytes", "bytes_across"))
+        table.add_row(kind, f"{traffic['count']:,}", on_slice, across)
+    if plan["loops_of_unknown_length"]:
+        table.add_row(f"({plan['loops_of_unknown_length']} loops of unknown length counted once)")
+    return table
+
+
+def _estimate_table(plan: dict[str, Any]) -> Table:
+    estimate = plan["estimate"]
+    table = Table("\nestimate, nothing measured: seconds per step at peak rates", box=None, pad_edge=False)
+    table.add_column("\n", justify="right")
+    for name, seconds in estimate["seconds"].items():
+        table.add_row(name.replace("_", " "), f"{seconds:.4f}")
+    bound = f"{estimate['tokens_per_second_at_most']:,.0f} tokens/s, MFU {estimate['mfu_at_most']:.1%}"
+    table.add_row(f"at most, by {estimate['limit']}, if all overlap", bound)
+    return table

@@ -1,0 +1,95 @@
+"""Ahead-of-time compilation for TPUs by the real compiler: the train step, memory that does not suffice, and the flags."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from mor_jax.cli import main
+from mor_jax.plan.topology import GENERATIONS, describe_topology
+
+pytestmark = pytest.mark.tpu_aot
+pytest.importorskip("libtpu", reason="needs the tpu extra")
+
+FLAGS = Path(__file__).parents[2] / "tpu" / "flags"
+SMALL = [
+    "--topology",
+    "v5e:2x2",
+    "--mesh.fsdp",
+    "2",
+    "--model.d-model",
+    "256",
+    "--model.d-ff",
+    "256",
+    "--model.head-dim",
+    "64",
+    "--model.context-length",
+    "256",
+    "--model.dtype",
+    "bfloat16",
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_cache():
+    """The persistent cache takes programs for described devices, but cannot read them back."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.mark.parametrize("strategy", ["recursion", "shared"])
+def test_the_train_step_compiles_with_the_fused_attention(strategy, capsys):
+    """Both shapes of attention: among the selected tokens, and selected queries over shared keys."""
+    assert main(["plan", "debug", *SMALL, "--model.recursion.kv-strategy", strategy, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["attention"] == "splash"
+    assert plan["flops"]["kernel_calls"] == 3 * 4  # forward and two backward kernels in each of four layers
+    assert plan["mesh"] == {"slice": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 1}
+    assert 0 < plan["memory_per_device"]["total"] < plan["memory_per_device"]["limit"]
+    assert plan["collectives_per_device"]["all-gather"]["bytes"] > 0
+    assert plan["loops_of_unknown_length"] == 0
+
+
+def test_a_step_that_does_not_fit_names_its_need_and_what_would(capsys):
+    """Half a million short rows per chip."""
+    arguments = ["--topology", "v5e:2x2", "--train.batch-size", "2097152", "--perf.loss-chunk", "128"]
+    assert main(["plan", "debug", *arguments]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("mor plan: out of memory: the step needs ") and "GiB of the 15.75 GiB of a v5e chip" in line
+    assert "by estimate" in line and "--train.accumulation" in line
+
+
+def test_the_compiler_refuses_a_shape_that_is_no_slice(capsys):
+    assert main(["plan", "debug", "--topology", "v5e:7x9"]) == 2
+    assert "on offer: v5e:1x1" in capsys.readouterr().err
+
+
+def _options(generation: str) -> dict[str, str]:
+    lines = (FLAGS / f"{generation}.env").read_text().splitlines()
+    flags = [line.removeprefix("--") for line in lines if line and not line.startswith("#")]
+    return dict(flag.split("=", 1) for flag in flags)
+
+
+@pytest.mark.parametrize("generation", sorted(GENERATIONS))
+def test_the_compiler_knows_every_flag(generation):
+    options = _options(generation)
+    device = describe_topology(f"{generation}:{GENERATIONS[generation].sizes[1]}").devices[0]
+    argument = jax.ShapeDtypeStruct((8, 128), "float32", sharding=SingleDeviceSharding(device))
+    lowered = jax.jit(lambda x: x + 1).lower(argument)
+    assert len(options) >= 5
+    lowered.compile(compiler_options=dict(options))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_tpu_no_such_flag'"):
+        lowered.compile(compiler_options={"xla_tpu_no_such_flag": "true"})
+
+
+def test_every_flag_has_a_reason():
+    """A comment stands above each group, and files exist for all generations and no others."""
+    assert {path.stem for path in FLAGS.glob("*.env")} == set(GENERATIONS)
+    for path in FLAGS.glob("*.env"):
+        lines = path.read_text().splitlines()
+        groups = [i for i, line in enumerate(lines) if line.startswith("--") and not lines[i - 1].startswith("--")]
+        assert groups and all(lines[i - 1].startswith("# ") for i in groups)
