@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for TPUs by the real compiler: the train step, memory that does not suffice, and the flags."""
+"""Ahead-of-time compilation for TPUs by the real compiler: the train step, too little memory, and the flags."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def _no_cache():
     """The persistent cache takes programs for described devices, but cannot read them back."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.read("jax_enable_compilation_cache")
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", before)
