@@ -1,5 +1,6 @@
 """`mor inspect` and `mor eval`: the pictures and the held-out losses of a run again, from its newest checkpoint."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from mor_jax.config import Config
 from mor_jax.data.pipeline import make_dataset
 from mor_jax.errors import require
+from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.evaluate.forward import inputs_of
 from mor_jax.evaluate.pictures import run_title, write_pictures
 from mor_jax.evaluate.restore import RestoredRun, restore_run
@@ -43,12 +45,15 @@ def inspect_run(run_folder: Path, *, text: str | None = None, output: Path | Non
     return write_pictures(folder, title, config, run.params, run.router_bias_R, batches, run.tokenizer, metrics)
 
 
-def evaluate_run(run_folder: Path, *, rows: int | None = None) -> tuple[RestoredRun, dict[str, Any]]:
+def evaluate_run(
+    run_folder: Path, *, rows: int | None = None, max_depth: int | None = None
+) -> tuple[RestoredRun, dict[str, Any]]:
     """Restore a run and measure it on its held-out text.
 
     Args:
         run_folder: of ``mor train``.
         rows: rows of held-out text; None is the run's ``train.eval_rows``.
+        max_depth: cap on the passes of a token; None is none.
 
     Returns:
         (the run, what ``validation_losses`` gives for it).
@@ -58,7 +63,11 @@ def evaluate_run(run_folder: Path, *, rows: int | None = None) -> tuple[Restored
     """
     run = restore_run(run_folder)
     wanted = run.config.train.eval_rows if rows is None else rows
-    return run, validation_losses(run.config, run.params, run.router_bias_R, held_out(run.config), wanted)
+    config, params, bias_R = run.config, run.params, run.router_bias_R
+    if max_depth is not None:
+        model, params, bias_R = cap_depth(config.model, params, bias_R, max_depth)
+        config = dataclasses.replace(config, model=model)
+    return run, validation_losses(config, params, bias_R, held_out(run.config), wanted)
 
 
 def text_batches(tokens: Sequence[int], context_length: int) -> list[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ chunk, V vocabulary.
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,24 @@ def _chunks(x_BTX: jax.Array) -> jax.Array:
 
 def _joined(x_IBC: jax.Array, length: int) -> jax.Array:
     return jnp.moveaxis(x_IBC, 0, 1).reshape(x_IBC.shape[1], -1)[:, :length]
+
+
+class RowScorer(Protocol):
+    """What scores rows: ``Scorer``, or a stand-in for it."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's configuration."""
+        ...
+
+    @property
+    def devices(self) -> int:
+        """Devices that the rows of a batch are split over."""
+        ...
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> TokenScores:
+        """Score a batch of rows."""
+        ...
 
 
 class Scorer:

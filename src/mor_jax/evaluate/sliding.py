@@ -107,7 +107,8 @@ def sliding_losses(
         prefix = f"{mode}_" if model.routing.kind == "expert" else ""
         for name, stream in streams.items():
             found = windows(stream, model.context_length, stride)
-            sources[name] |= _measure(model, scorer, found, lengths_V, rows, prefix)
+            batch_rows = -(-rows // scorer.devices) * scorer.devices
+            sources[name] |= _measure(model, scorer, found, lengths_V, batch_rows, prefix)
     total = _total(sources)
     return {
         "stride": stride,
