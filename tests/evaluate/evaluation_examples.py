@@ -56,7 +56,13 @@ def batch(seed: int, rows: int = 2, padding: int = 0) -> dict[str, np.ndarray]:
 
 
 def config(
-    kind: str = "expert", *, sharing: str = "cycle", across: bool = True, num_recursions: int = 2, **routing: Any
+    kind: str = "expert",
+    *,
+    sharing: str = "cycle",
+    across: bool = True,
+    num_recursions: int = 2,
+    num_layers: int = 2,
+    **routing: Any,
 ) -> Config:
     """A model of one shared layer, applied twice by default."""
     count = 1 if sharing == "none" else num_recursions
@@ -65,7 +71,7 @@ def config(
         routing = {"score": "softmax", "alpha": 1.0, **routing}
     model = ModelConfig(
         vocab_size=260,
-        num_layers=max(2, count),
+        num_layers=max(num_layers, count),
         d_model=16,
         num_heads=2,
         num_kv_heads=1,

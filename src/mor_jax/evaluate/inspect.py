@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from mor_jax.config import Config
+from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.data.pipeline import make_dataset
 from mor_jax.errors import require
+from mor_jax.evaluate.analysis import analyse
 from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.evaluate.forward import inputs_of
 from mor_jax.evaluate.pictures import run_title, write_pictures
@@ -18,13 +20,16 @@ from mor_jax.evaluate.validation import first_rows, validation_losses
 from mor_jax.train.metrics import read_metrics
 
 
-def inspect_run(run_folder: Path, *, text: str | None = None, output: Path | None = None) -> list[Path]:
+def inspect_run(
+    run_folder: Path, *, text: str | None = None, output: Path | None = None, analysis: bool = False
+) -> list[Path]:
     """Restore a run and write its pictures.
 
     Args:
         run_folder: of ``mor train``.
         text: text to route; None takes the run's held-out text.
         output: folder for the pictures; None is the run's own, or ``inspect`` in it when a text is given.
+        analysis: whether to analyse the router as well (see ``analysis.analyse``), into ``analysis`` in that folder.
 
     Returns:
         The files written: loss.png and, for a model with a router, depth.png and routing.html.
@@ -34,15 +39,18 @@ def inspect_run(run_folder: Path, *, text: str | None = None, output: Path | Non
     """
     run = restore_run(run_folder)
     config = run.config
+    folder = output or (run_folder if text is None else run_folder / "inspect")
     if text is not None:
-        folder = output or run_folder / "inspect"
-        batches = text_batches(run.tokenizer.encode(text), config.model.context_length)
+        tokens = run.tokenizer.encode(text)
+        batches = text_batches(tokens, config.model.context_length)
+        packed = text_rows(tokens, config.model.context_length) if analysis else []
     else:
-        folder = output or run_folder
-        batches = [inputs_of(batch) for batch in first_rows(held_out(config), config.train.eval_rows)]
+        packed = list(first_rows(held_out(config), config.train.eval_rows))
+        batches = [inputs_of(batch) for batch in packed]
     metrics = read_metrics(run_folder / "metrics.jsonl")
     title = run_title(run_folder, config)
-    return write_pictures(folder, title, config, run.params, run.router_bias_R, batches, run.tokenizer, metrics)
+    written = write_pictures(folder, title, config, run.params, run.router_bias_R, batches, run.tokenizer, metrics)
+    return [*written, *analyse(run, packed, metrics, folder / "analysis")] if analysis else written
 
 
 def evaluate_run(
@@ -86,6 +94,20 @@ def text_batches(tokens: Sequence[int], context_length: int) -> list[Mapping[str
     full = len(tokens) // context_length * context_length
     parts = [np.array(tokens[:full], np.int32).reshape(-1, context_length), np.array([tokens[full:]], np.int32)]
     return [_document_rows(part) for part in parts if part.size]
+
+
+def text_rows(tokens: Sequence[int], context_length: int) -> list[Mapping[str, Any]]:
+    """Cut a text into packed rows of T + 1 tokens as one batch, the last row padded.
+
+    Args:
+        tokens: of one document.
+        context_length: T.
+    """
+    require(len(tokens) > 1, f"the text to analyse has {len(tokens)} tokens, which predict nothing")
+    stream = Row(np.array(tokens, np.int32), np.array([0]))
+    offsets = range(0, len(tokens) - 1, context_length)
+    rows = [expand_row(cut_row(stream, offset, context_length + 1), context_length + 1) for offset in offsets]
+    return [{name: np.stack([row[name] for row in rows]) for name in rows[0]}]
 
 
 def _document_rows(tokens_BT: np.ndarray) -> Mapping[str, Any]:
