@@ -1,4 +1,4 @@
-"""``mor sweep FILE --out DIR``: a list of runs, one after another, resumable, with one table at the end."""
+"""``mor sweep FILE``: a list of runs, one after another, resumable, with one table at the end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class SweepArguments:
 
     file: Annotated[Path, tyro.conf.Positional]
     """Python or JSON file with the runs."""
-    out: Path
-    """Folder of the run folders; the same command goes on where it stopped."""
+    out: Path | None = None
+    """Folder of the run folders; the same command goes on where it stopped. None is runs/NAME, of the file's folder."""
     scale: str = ""
     """Size at which a Python file's runs are built, such as `debug` or `small`."""
     share: str = "0/1"
@@ -52,13 +52,14 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     enable_compilation_cache()
     measure = measurer(options.text, depth_curve=options.depth_curve)
-    sweep = SweepOptions(options.out, _share(options.share), options.limit_seconds)
+    out = options.out or Path("runs") / options.file.resolve().parent.name
+    sweep = SweepOptions(out, _share(options.share), options.limit_seconds)
     results = run_sweep(runs, sweep, measure=measure)
-    write_json(options.results or options.out / "results.json", results)
+    write_json(options.results or out / "results.json", results)
     table = markdown_table(results)
     groups = group_table(results)
     table += f"\n{groups}" if groups else ""
-    (options.out / "table.md").write_text(table, encoding="utf-8")
+    (out / "table.md").write_text(table, encoding="utf-8")
     print(table, end="")
     return 0 if all(result["state"] == "done" for result in results) else 1
 

@@ -54,6 +54,7 @@ def _small() -> Config:
         data=DataConfig(source=CORPUS),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
         train=_quiet(TrainConfig(steps=800, batch_size=64, eval_rows=512, log_every=50)),
+        perf=PerfConfig(scan_unroll=1),  # a run lasts under a minute: compiling unrolled layers would take longer
     )
 
 

@@ -5,6 +5,7 @@ The headline loss is the causal one: `threshold` for a model with a router, the 
 
 import dataclasses
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -152,6 +153,6 @@ def read_result(run_folder: Path) -> dict[str, Any] | None:
 def write_json(path: Path, values: Any) -> None:
     """Write indented JSON in one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may report
     part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
