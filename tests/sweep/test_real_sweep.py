@@ -10,7 +10,7 @@ from mor_jax.train.metrics import read_metrics
 MODEL = {"model.num_layers": 4, "model.d_model": 16, "model.d_ff": 32, "model.head_dim": 8, "model.context_length": 32}
 VANILLA = {"model.recursion": {"num_recursions": 1, "sharing": "none"}, "model.routing": {"kind": "none"}}
 TRAIN = {
-    "train.batch_size": 4,
+    "train.batch_size": 8,
     "train.eval_every": 0,
     "train.save_every": 0,
     "train.eval_rows": 4,
