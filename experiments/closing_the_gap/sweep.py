@@ -8,10 +8,10 @@ def runs(scale: str) -> list[SweepRun]:
     """Return N_r = 3 models at equal training FLOPs; `alpha` is the gate's largest value."""
     baseline = vanilla(scale)
     models = {
-        "paper": expert(scale, 3),
-        "plain-alpha-1": expert(scale, 3, residual="plain", alpha=1.0),
         "plain-alpha-2": expert(scale, 3, residual="plain", alpha=2.0),
-        "plain-alpha-2-loss-0.01": expert(scale, 3, residual="plain", alpha=2.0, sampling_coefficient=0.01),
+        "plain-alpha-1": expert(scale, 3, residual="plain", alpha=1.0),
         "paper-loss-0.01": expert(scale, 3, sampling_coefficient=0.01),
+        "plain-alpha-2-loss-0.01": expert(scale, 3, residual="plain", alpha=2.0, sampling_coefficient=0.01),
+        "paper": expert(scale, 3),
     }
     return [run for name, config in models.items() for run in seeded(name, at_flops_of(config, baseline))]
