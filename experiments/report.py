@@ -12,11 +12,15 @@ from typing import Any
 
 from claims import CLAIMS, Claim
 
-from mor_jax.sweep.plots import plot_depth_curves, plot_pareto
+from mor_jax.errors import UserError
+from mor_jax.sweep.fit import fit_isoflop
+from mor_jax.sweep.plots import plot_depth_curves, plot_isoflop, plot_pareto
 from mor_jax.sweep.table import group_summary
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
+SEED_NOISE = 0.005
+"""Standard deviation of the loss between seeds that isoFLOP bands assume (see the spread of mor_vs_baselines)."""
 Result = Mapping[str, Any]
 
 _HEAD = """# Results
@@ -120,15 +124,18 @@ def _mean(row: Result, name: str, form: str) -> str:
 def router_table(results: Sequence[Result]) -> str:
     """Return what the router of every finished run did: gap, boundary, dead positions, depths."""
     lines = [
-        "| run | gap | boundary decides as topk, by recursion | dead positions | tokens by depth, causal |",
-        "|---|---|---|---|---|",
+        "| run | gap | gap, calibrated | boundary decides as topk, by recursion | dead positions | tokens by depth |",
+        "|---|---|---|---|---|---|",
     ]
     for result in results:
         if result["state"] == "done" and "tokens_per_depth" in result:
             accuracy = ", ".join(f"{share:.3f}" for share in result.get("threshold_accuracy", []))
             depths = ", ".join(f"{share:.2f}" for share in result["tokens_per_depth"])
             gap = "" if result.get("gap") is None else f"{result['gap']:+.4f}"
-            lines.append(f"| {result['name']} | {gap} | {accuracy} | {result['dead_token_ratio']:.3f} | {depths} |")
+            fixed = f"{result['calibrated']['gap']:+.4f}" if "calibrated" in result else ""
+            lines.append(
+                f"| {result['name']} | {gap} | {fixed} | {accuracy} | {result['dead_token_ratio']:.3f} | {depths} |"
+            )
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
@@ -161,7 +168,26 @@ def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
     curves = {r["name"]: [(p["max_depth"], p["nll"]) for p in r["depth_curve"]] for r in done if "depth_curve" in r}
     if curves:
         written += plot_depth_curves(DOCS / "images" / "test-time-scaling", curves, "cap on the passes of a token")
+    for family in ("vanilla", "expert-r3"):
+        points = isoflop_points([r for r in done if r["name"].startswith(f"{family}-d")])
+        if points:
+            try:
+                fit = fit_isoflop(points, noise=SEED_NOISE)
+            except UserError as error:
+                print(f"isoFLOP, {family}: {error}")
+                continue
+            written += plot_isoflop(DOCS / "images" / f"isoflop-{family}", points, fit, f"isoFLOP, {family}")
     return written
+
+
+def isoflop_points(results: Sequence[Result]) -> dict[float, list[tuple[float, float]]]:
+    """Return (parameters without embedding, causal loss) by budget, for budgets with three sizes or more."""
+    points: dict[float, list[tuple[float, float]]] = {}
+    for result in results:
+        if result["group"] == result["name"] and "-d" in result["name"]:  # runs of a plan, not of seeds
+            budget = float(result["name"].rsplit("-", 1)[-1] if "e+" in result["name"] else 0)
+            points.setdefault(budget, []).append((result["non_embedding"], result["nll"]))
+    return {budget: runs for budget, runs in points.items() if budget and len({size for size, _ in runs}) >= 3}
 
 
 def _other_tables(folder: Path) -> str:

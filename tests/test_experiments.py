@@ -69,3 +69,11 @@ def test_a_table_of_runs_names_what_is_missing():
     table = REPORT.runs_table([_done("vanilla", 3.0), missing])
     assert "| token-r3 |" in table and "| not run |" in table and "| 3.0000 |" in table
     assert REPORT.machines([missing]) == "not run\n" and "5 process seconds" in REPORT.machines([_done("vanilla", 3.0)])
+
+
+def test_isoflop_points_are_read_by_budget():
+    names = ["vanilla-d128-1e+15", "vanilla-d192-1e+15", "vanilla-d256-1e+15", "vanilla-d128-5e+14"]
+    results = [
+        {"name": name, "group": name, "non_embedding": 10 + i, "nll": 3.0 - i / 10} for i, name in enumerate(names)
+    ]
+    assert REPORT.isoflop_points(results) == {1e15: [(10, 3.0), (11, 2.9), (12, 2.8)]}

@@ -39,6 +39,8 @@ class EvalArguments:
     """With --tasks: examples before every document."""
     batch_size: int = 32
     """With --tasks: rows at a time."""
+    calibrate: int = 0
+    """Rows of training text on which the boundaries of expert-choice are calibrated first, for the held-out loss."""
     max_depth: int | None = None
     """Cap on the passes of a token (test-time scaling)."""
     json: bool = False
@@ -50,6 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(EvalArguments, arguments, "eval", "Measure a run on held-out text, on any text, or on tasks.")
     require(not (options.text and options.tasks), "--text and --tasks exclude each other")
     require(options.stride is None or bool(options.text), "--stride needs --text")
+    require(not options.calibrate or not (options.text or options.tasks), "--calibrate is for the held-out loss")
     require(options.evalsets is None or options.tasks is not None, "--evalsets needs --tasks")
     enable_compilation_cache()
     if options.tasks is not None:
@@ -62,10 +65,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _held_out(options: EvalArguments) -> None:
-    restored, losses = evaluate_run(to_path(options.run), rows=options.rows, max_depth=options.max_depth)
+    restored, losses = evaluate_run(
+        to_path(options.run), rows=options.rows, max_depth=options.max_depth, calibration_rows=options.calibrate
+    )
+    boundaries = restored.config.model.routing.boundaries
     if options.json:
-        print(json.dumps({"run": options.run, "step": restored.step, **losses}, indent=2))
+        print(
+            json.dumps({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses}, indent=2)
+        )
         return
+    if options.calibrate:
+        print(f"calibrated boundaries: {', '.join(f'{boundary:.4f}' for boundary in boundaries or ())}")
     print(f"step {restored.step}, {losses['validation_tokens']} held-out tokens")
     print(summary(restored.config.model, losses))
 

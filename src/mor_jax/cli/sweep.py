@@ -37,6 +37,8 @@ class SweepArguments:
     """Texts on which every finished run is measured too (as `mor eval --text`)."""
     depth_curve: bool = False
     """Also measure every finished run with its depth capped at 1, 2, ..., N_r passes."""
+    calibrate: int = 0
+    """Also measure expert-choice with boundaries calibrated on this many rows of training text."""
     list: bool = False
     """Only list the runs with their cost."""
 
@@ -51,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
             print(f"{each.name:32s} {train.steps:6d} steps x {train.batch_size} x {model.context_length} tokens")
         return 0
     enable_compilation_cache()
-    measure = measurer(options.text, depth_curve=options.depth_curve)
+    measure = measurer(options.text, depth_curve=options.depth_curve, calibration_rows=options.calibrate)
     out = options.out or Path("runs") / options.file.resolve().parent.name
     sweep = SweepOptions(out, _share(options.share), options.limit_seconds)
     results = run_sweep(runs, sweep, measure=measure)

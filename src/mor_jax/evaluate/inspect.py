@@ -12,6 +12,7 @@ from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.data.pipeline import make_dataset
 from mor_jax.errors import require
 from mor_jax.evaluate.analysis import analyse
+from mor_jax.evaluate.calibrate import calibrate, with_boundaries
 from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.evaluate.forward import inputs_of
 from mor_jax.evaluate.pictures import run_title, write_pictures
@@ -54,7 +55,7 @@ def inspect_run(
 
 
 def evaluate_run(
-    run_folder: Path, *, rows: int | None = None, max_depth: int | None = None
+    run_folder: Path, *, rows: int | None = None, max_depth: int | None = None, calibration_rows: int = 0
 ) -> tuple[RestoredRun, dict[str, Any]]:
     """Restore a run and measure it on its held-out text.
 
@@ -62,20 +63,35 @@ def evaluate_run(
         run_folder: of ``mor train``.
         rows: rows of held-out text; None is the run's ``train.eval_rows``.
         max_depth: cap on the passes of a token; None is none.
+        calibration_rows: rows of training text that the boundaries of expert-choice are calibrated on first; 0 leaves
+            them as they are.
 
     Returns:
-        (the run, what ``validation_losses`` gives for it).
+        (the run, with calibrated boundaries if asked for; what ``validation_losses`` gives for it).
 
     Raises:
         UserError: no run or no good checkpoint there, or no held-out text.
     """
     run = restore_run(run_folder)
+    if calibration_rows:
+        run = calibrated(run, calibration_rows)
     wanted = run.config.train.eval_rows if rows is None else rows
     config, params, bias_R = run.config, run.params, run.router_bias_R
     if max_depth is not None:
         model, params, bias_R = cap_depth(config.model, params, bias_R, max_depth)
         config = dataclasses.replace(config, model=model)
     return run, validation_losses(config, params, bias_R, held_out(run.config), wanted)
+
+
+def calibrated(run: RestoredRun, rows: int) -> RestoredRun:
+    """Return a run whose boundaries are calibrated on ``rows`` rows of its training text."""
+    config = run.config
+    shape = {"context_length": config.model.context_length, "vocab_size": config.model.vocab_size}
+    batch_size = min(rows, config.train.batch_size)
+    dataset = make_dataset(config.data, split="train", batch_size=batch_size, **shape)
+    boundaries = calibrate(config, run.params, (dataset.batch(step) for step in range(-(-rows // batch_size))))
+    dataset.close()
+    return dataclasses.replace(run, config=with_boundaries(config, boundaries))
 
 
 def text_batches(tokens: Sequence[int], context_length: int) -> list[Mapping[str, Any]]:

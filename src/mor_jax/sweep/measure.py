@@ -6,21 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.evaluate.depth_cap import cap_depth
-from mor_jax.evaluate.inspect import held_out
+from mor_jax.evaluate.inspect import calibrated, held_out
 from mor_jax.evaluate.restore import RestoredRun, restore_run
 from mor_jax.evaluate.text import text_losses
 from mor_jax.evaluate.validation import threshold_refusal, validation_losses
 from mor_jax.sweep.execute import Measure
 
 
-def measurer(texts: Sequence[Path], *, depth_curve: bool) -> Measure | None:
+def measurer(texts: Sequence[Path], *, depth_curve: bool, calibration_rows: int = 0) -> Measure | None:
     """Return what to measure of every finished run, or None if it is nothing.
 
     Args:
         texts: files for ``text_losses``, windows without overlap.
         depth_curve: whether to cap the depth at 1, ..., N_r.
+        calibration_rows: rows of training text to calibrate the boundaries of expert-choice on; 0 is not to.
     """
-    if not texts and not depth_curve:
+    if not texts and not depth_curve and not calibration_rows:
         return None
 
     def measure(folder: Path) -> dict[str, Any]:
@@ -30,6 +31,9 @@ def measurer(texts: Sequence[Path], *, depth_curve: bool) -> Measure | None:
             found["text"] = text_losses(run, texts, stride=run.config.model.context_length)
         if depth_curve and _has_passes(run):
             found["depth_curve"] = depth_losses(run)
+        routing = run.config.model.routing
+        if calibration_rows and routing.kind == "expert" and routing.sampling != "aux_router" and not routing.random:
+            found["calibrated"] = calibrated_losses(run, calibration_rows)
         return found
 
     return measure
@@ -64,3 +68,13 @@ def depth_losses(run: RestoredRun, rows: int | None = None) -> list[dict[str, An
         curve.append(point)
     dataset.close()
     return curve
+
+
+def calibrated_losses(run: RestoredRun, calibration_rows: int) -> dict[str, Any]:
+    """Measure the causal held-out loss with boundaries calibrated on training text: ``boundaries``, ``nll``, ``gap``."""
+    config = calibrated(run, calibration_rows).config
+    dataset = held_out(config)
+    losses = validation_losses(config, run.params, run.router_bias_R, dataset, config.train.eval_rows)
+    dataset.close()
+    figures = {"nll": losses["validation_threshold_nll"], "gap": losses["validation_gap"]}
+    return {"boundaries": config.model.routing.boundaries, **figures}
