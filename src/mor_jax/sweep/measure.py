@@ -71,7 +71,7 @@ def depth_losses(run: RestoredRun, rows: int | None = None) -> list[dict[str, An
 
 
 def calibrated_losses(run: RestoredRun, calibration_rows: int) -> dict[str, Any]:
-    """Measure the causal held-out loss with boundaries calibrated on training text: ``boundaries``, ``nll``, ``gap``."""
+    """Measure the causal held-out loss with boundaries calibrated on training text."""
     config = calibrated(run, calibration_rows).config
     dataset = held_out(config)
     losses = validation_losses(config, run.params, run.router_bias_R, dataset, config.train.eval_rows)
