@@ -13,6 +13,8 @@ from typing import Any
 from claims import CLAIMS, Claim
 
 from mor_jax.errors import UserError
+from mor_jax.evaluate.analysis_plots import plot_correlates
+from mor_jax.evaluate.correlates import Correlate, Group
 from mor_jax.sweep.fit import fit_isoflop
 from mor_jax.sweep.plots import plot_depth_curves, plot_isoflop, plot_pareto
 from mor_jax.sweep.table import group_summary
@@ -180,6 +182,18 @@ def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
     return written
 
 
+def depth_figure(folder: Path = HERE) -> list[Path]:
+    """Draw what the depth of a trained model's tokens goes with, from `mor inspect --analysis`."""
+    written = []
+    for path in sorted(folder.glob("*/results/*.analysis.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = [
+            Correlate(c["name"], [Group(**group) for group in c["groups"]], c["spearman"]) for c in values["depth_by"]
+        ]
+        written += plot_correlates(DOCS / "images" / f"depth-by-{path.name.split('.')[0]}", found, values["mode"])
+    return written
+
+
 def isoflop_points(results: Sequence[Result]) -> dict[float, list[tuple[float, float]]]:
     """Return (parameters without embedding, causal loss) by budget, for budgets with three sizes or more."""
     points: dict[float, list[tuple[float, float]]] = {}
@@ -222,6 +236,13 @@ def _sources(values: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
+_FIGURES = (
+    ("Quality against compute", "pareto"),
+    ("Test-time scaling", "test-time-scaling"),
+    ("What the depth of a token goes with (MoR, N_r = 3)", "depth-by-expert-r3-s0"),
+)
+
+
 def report(folder: Path = HERE) -> str:
     """Return docs/results.md."""
     results = load_results(folder)
@@ -232,7 +253,7 @@ def report(folder: Path = HERE) -> str:
         mine = results.get(name, [])
         parts += [runs_table(mine), router_table(mine), machines(mine)] if mine else ["not run\n"]
     parts += ["## Trained models on tasks and texts\n", _other_tables(folder) or "not run\n"]
-    for title, name in (("Quality against compute", "pareto"), ("Test-time scaling", "test-time-scaling")):
+    for title, name in _FIGURES:
         drawn = (DOCS / "images" / f"{name}.png").exists()
         parts.append(f"## {title}\n\n" + (f"![{title}](images/{name}.png)\n" if drawn else "not run\n"))
     return "\n".join(part for part in parts if part)
@@ -240,7 +261,7 @@ def report(folder: Path = HERE) -> str:
 
 def main() -> int:
     """Write the page and the figures."""
-    for path in figures(load_results(HERE)):
+    for path in [*figures(load_results(HERE)), *depth_figure()]:
         print(path)
     (DOCS / "results.md").write_text(report(), encoding="utf-8")
     print(DOCS / "results.md")

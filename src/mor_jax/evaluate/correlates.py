@@ -136,8 +136,12 @@ def _numeric(name: str, values: np.ndarray, depth: np.ndarray, recursions: int) 
     edges = np.unique(np.quantile(values, np.linspace(0, 1, _BINS + 1)))
     which = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(0, len(edges) - 2))
     ends = list(itertools.pairwise(edges)) or [(edges[0], edges[0])]
-    labels = [f"{low:.3g} to {high:.3g}" for low, high in ends]
+    labels = [f"{_short(low)} to {_short(high)}" for low, high in ends]
     return Correlate(name, _grouped(depth, which, labels, recursions), spearman(values, depth))
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.2g}"
 
 
 def _grouped(depth: np.ndarray, which: np.ndarray, labels: Sequence[str], recursions: int) -> list[Group]:
