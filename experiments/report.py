@@ -33,6 +33,11 @@ as training does and as the paper evaluates; it stands beside it. Effects are di
 The paper's are of 360M-parameter models trained on 10 to 31 billion tokens (about 30 to 90 tokens a parameter); ours
 are of the scale `small` below, tens of times smaller and trained on a few tokens a parameter, so the direction of an
 effect is what can be compared, not its size.
+
+**Read with care.** The runs below last some hundred to a thousand optimiser steps: they measure the start of training,
+where differences are ten and more times the paper's. They show that the tools work and how the router behaves, not
+which architecture wins after billions of tokens; the folders' outcomes say what speaks for and against each figure. One
+seed has no spread.
 """
 
 

@@ -70,9 +70,7 @@ def _held_out(options: EvalArguments) -> None:
     )
     boundaries = restored.config.model.routing.boundaries
     if options.json:
-        print(
-            json.dumps({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses}, indent=2)
-        )
+        print(json.dumps({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses}, indent=2))
         return
     if options.calibrate:
         print(f"calibrated boundaries: {', '.join(f'{boundary:.4f}' for boundary in boundaries or ())}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config
+from mor_jax.distributed import to_host
 from mor_jax.errors import require
 from mor_jax.evaluate.forward import inputs_of, trace_pass
 
@@ -44,14 +45,14 @@ def calibrate(config: Config, params: Params, batches: Iterable[Mapping[str, Any
     chosen = np.zeros(recursions, np.int64)
     for batch in batches:
         inputs = inputs_of(batch)
-        trace = jax.device_get(run(params, None, inputs, jax.random.key(0)))
+        trace = to_host(run(params, None, inputs, jax.random.key(0)))
         counted_BT = np.asarray(inputs["segment_ids"]) > 0
         for r in range(recursions):
             active_BT = trace.active_RBT[r] & counted_BT
             scores[r].append(trace.scores_RBT[r][active_BT])
             chosen[r] += np.count_nonzero(trace.selected_RBT[r] & counted_BT)
     require(bool(scores[0]), "there is no text to calibrate on")
-    cuts = [_cut(np.concatenate(found), count) for found, count in zip(scores, chosen, strict=True)]
+    cuts = [_cut(np.concatenate(found), count) for found, count in zip(scores, chosen.tolist(), strict=True)]
     return tuple(0.0 if c == 1.0 else cut for c, cut in zip(config.model.capacities, cuts, strict=True))
 
 

@@ -15,6 +15,7 @@ from flax import struct
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config, ModelConfig, PerfConfig
+from mor_jax.distributed import to_host
 from mor_jax.errors import require
 from mor_jax.evaluate.forward import Mode
 from mor_jax.model.transformer import apply_trunk
@@ -100,7 +101,7 @@ def hidden_changes(
     run = _pass(config.model, dataclasses.replace(config.perf, remat="none"), mode)
     total: Any = None
     for inputs in batches:
-        sums = jax.device_get(run(params, router_bias_R, dict(inputs)))
+        sums = to_host(run(params, router_bias_R, dict(inputs)))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     assert total is not None
     rows = zip(total.tokens, total.relative, total.cosine, strict=True)

@@ -86,9 +86,14 @@ def evaluate_run(
 def calibrated(run: RestoredRun, rows: int) -> RestoredRun:
     """Return a run whose boundaries are calibrated on ``rows`` rows of its training text."""
     config = run.config
-    shape = {"context_length": config.model.context_length, "vocab_size": config.model.vocab_size}
     batch_size = min(rows, config.train.batch_size)
-    dataset = make_dataset(config.data, split="train", batch_size=batch_size, **shape)
+    dataset = make_dataset(
+        config.data,
+        split="train",
+        context_length=config.model.context_length,
+        vocab_size=config.model.vocab_size,
+        batch_size=batch_size,
+    )
     boundaries = calibrate(config, run.params, (dataset.batch(step) for step in range(-(-rows // batch_size))))
     dataset.close()
     return dataclasses.replace(run, config=with_boundaries(config, boundaries))

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.experimental import multihost_utils
 
 from mor_jax.array_types import Params
 from mor_jax.config import MeshConfig, ModelConfig, PerfConfig
+from mor_jax.distributed import to_host
 from mor_jax.errors import require
 from mor_jax.evaluate.forward import Mode, run_trunk, spread
 from mor_jax.evaluate.validation import threshold_refusal
@@ -152,7 +152,4 @@ class Scorer:
         """Score a batch of rows, int32 [B, T+1] ``tokens``, ``segment_ids`` and ``positions``: numpy [B, T]."""
         spread_batch = spread(self._params, batch)
         inputs = {name: spread_batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions")}
-        scores = self._run(self._params, self._bias_R, inputs, spread_batch["tokens"][:, 1:])
-        if jax.process_count() > 1:
-            return multihost_utils.process_allgather(scores, tiled=True)
-        return jax.device_get(scores)
+        return to_host(self._run(self._params, self._bias_R, inputs, spread_batch["tokens"][:, 1:]))
