@@ -168,9 +168,10 @@ def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
     """Draw the quality/compute front and the test-time scaling curve, as far as there are runs for them."""
     done = [r for group in results.values() for r in group if r["state"] == "done" and r.get("nll") is not None]
     written = []
-    if done:
+    compared = [r for r in done if r not in results.get("learning_rate", ())]  # a search is no comparison
+    if compared:
         costs = {"training FLOPs": "train_flops", "serving FLOPs per token": "serving_flops_per_token"}
-        panels = {label: [(r["name"], r[key], r["nll"]) for r in done] for label, key in costs.items()}
+        panels = {label: [(r["name"], r[key], r["nll"]) for r in compared] for label, key in costs.items()}
         written += plot_pareto(DOCS / "images" / "pareto", panels, "causal loss (nats/token)")
     curves = {r["name"]: [(p["max_depth"], p["nll"]) for p in r["depth_curve"]] for r in done if "depth_curve" in r}
     if curves:
