@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test lint clean
+.PHONY: train test lint experiments-smoke clean
 train: $(READY)
 	$(BIN)/mor train demo
 
@@ -23,6 +23,12 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' \
 		--constraint constraints/$$($(BIN)/python -c 'import sys; print("python%d.%d" % sys.version_info[:2])').txt
 	touch $@
+
+# Every sweep of experiments/ at size `debug`, two at a time: that they run, not what they find.
+SMOKE := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/mor sweep
+experiments-smoke: $(READY)
+	printf '%s\n' experiments/*/sweep.py | xargs -P 2 -I FILE env $(SMOKE) FILE --scale debug
+	env $(SMOKE) experiments/test_time_scaling/sweep.py --scale debug --depth-curve --out runs/test_time_scaling-curve
 
 clean:
 	rm -rf .venv .jax_cache build dist

@@ -486,6 +486,8 @@ class TrainConfig:
     """Write TensorBoard event files."""
     watchdog_seconds: float = 1800.0
     """Seconds that a step, a compilation or a save may take before all stacks are dumped to stderr; 0 is off."""
+    pictures: bool = True
+    """Draw loss.png, depth.png and routing.html after the last step (`mor inspect` can do so later)."""
 
     def __post_init__(self) -> None:
         _require_positive(

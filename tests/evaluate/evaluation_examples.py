@@ -55,14 +55,23 @@ def batch(seed: int, rows: int = 2, padding: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def config(kind: str = "expert", *, sharing: str = "cycle", across: bool = True, **routing: Any) -> Config:
-    """A two-recursion model of two layers."""
-    recursion = RecursionConfig() if sharing == "none" else RecursionConfig(num_recursions=2, sharing=sharing)  # type: ignore[arg-type]
+def config(
+    kind: str = "expert",
+    *,
+    sharing: str = "cycle",
+    across: bool = True,
+    num_recursions: int = 2,
+    num_layers: int = 2,
+    **routing: Any,
+) -> Config:
+    """A model of one shared layer, applied twice by default."""
+    count = 1 if sharing == "none" else num_recursions
+    recursion = RecursionConfig(num_recursions=count, sharing=sharing)  # type: ignore[arg-type]
     if kind == "token":
         routing = {"score": "softmax", "alpha": 1.0, **routing}
     model = ModelConfig(
         vocab_size=260,
-        num_layers=2,
+        num_layers=max(num_layers, count),
         d_model=16,
         num_heads=2,
         num_kv_heads=1,

@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "compile a run for a TPU slice that need not be there: memory, FLOPs, communication",
     "eval": "held-out loss of a run under both selection modes",
     "convert": "weights between this project, Hugging Face and the official release",
+    "sweep": "run a list of configurations, resumable, with one table at the end",
     "inspect": "make a run's pictures again, for held-out text or any other",
 }
 """Subcommand and what it does; the module ``mor_jax.cli.<name>`` has ``run(arguments) -> exit code``."""

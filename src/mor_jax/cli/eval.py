@@ -1,14 +1,17 @@
-"""``mor eval RUN``: held-out loss of a run's newest checkpoint under both selection modes."""
+"""``mor eval RUN``: held-out loss of a run's newest checkpoint, loss on any text, and tasks of lm-eval."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from mor_jax.cli.options import parse
+from mor_jax.errors import require
 from mor_jax.evaluate.inspect import evaluate_run
+from mor_jax.evaluate.restore import restore_run
 from mor_jax.evaluate.validation import summary
 from mor_jax.paths import to_path
 from mor_jax.train.loop import enable_compilation_cache
@@ -22,18 +25,95 @@ class EvalArguments:
     """Run folder, local or `gs://`."""
     rows: int | None = None
     """Rows of held-out text; None is the run's train.eval_rows."""
+    text: tuple[Path, ...] = ()
+    """Files to measure instead of the held-out text (txt, jsonl, parquet; .gz, .xz, .zst), by a sliding window."""
+    stride: int | None = None
+    """With --text: tokens that the window moves by; None is half the context."""
+    tasks: str | None = None
+    """Tasks of lm-eval, joined by commas, or `paper` for the paper's set; scored causally."""
+    evalsets: Path | None = None
+    """With --tasks: folder of local evaluation sets; None takes lm-eval's own tasks, which download their data."""
+    limit: int | None = None
+    """With --tasks: documents per task."""
+    num_fewshot: int | None = None
+    """With --tasks: examples before every document."""
+    batch_size: int = 32
+    """With --tasks: rows at a time."""
+    calibrate: int = 0
+    """Rows of training text on which the boundaries of expert-choice are calibrated first, for the held-out loss."""
+    max_depth: int | None = None
+    """Cap on the passes of a token (test-time scaling)."""
     json: bool = False
-    """Print JSON, with all router statistics."""
+    """Print JSON, with all statistics."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Measure and print."""
-    options = parse(EvalArguments, arguments, "eval", "Measure a run on its held-out text.")
+    options = parse(EvalArguments, arguments, "eval", "Measure a run on held-out text, on any text, or on tasks.")
+    require(not (options.text and options.tasks), "--text and --tasks exclude each other")
+    require(options.stride is None or bool(options.text), "--stride needs --text")
+    require(not options.calibrate or not (options.text or options.tasks), "--calibrate is for the held-out loss")
+    require(options.evalsets is None or options.tasks is not None, "--evalsets needs --tasks")
     enable_compilation_cache()
-    restored, losses = evaluate_run(to_path(options.run), rows=options.rows)
+    if options.tasks is not None:
+        _tasks(options)
+    elif options.text:
+        _text(options)
+    else:
+        _held_out(options)
+    return 0
+
+
+def _held_out(options: EvalArguments) -> None:
+    restored, losses = evaluate_run(
+        to_path(options.run), rows=options.rows, max_depth=options.max_depth, calibration_rows=options.calibrate
+    )
+    boundaries = restored.config.model.routing.boundaries
+    if options.json:
+        print(json.dumps({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses}, indent=2))
+        return
+    if options.calibrate:
+        print(f"calibrated boundaries: {', '.join(f'{boundary:.4f}' for boundary in boundaries or ())}")
+    print(f"step {restored.step}, {losses['validation_tokens']} held-out tokens")
+    print(summary(restored.config.model, losses))
+
+
+def _text(options: EvalArguments) -> None:
+    from mor_jax.evaluate.text import text_losses, text_summary
+
+    restored = restore_run(to_path(options.run))
+    losses = text_losses(restored, options.text, stride=options.stride, max_depth=options.max_depth)
     if options.json:
         print(json.dumps({"run": options.run, "step": restored.step, **losses}, indent=2))
-    else:
-        print(f"step {restored.step}, {losses['validation_tokens']} held-out tokens")
-        print(summary(restored.config.model, losses))
-    return 0
+        return
+    print(f"step {restored.step}, window {losses['context']} tokens, stride {losses['stride']}")
+    print(text_summary(losses))
+
+
+def _tasks(options: EvalArguments) -> None:
+    from mor_jax.evaluate.depth_cap import cap_depth
+    from mor_jax.evaluate.harness import MorLM, run_tasks
+    from mor_jax.evaluate.scoring import Scorer
+    from mor_jax.evaluate.tasks.local import PAPER_TASKS
+
+    assert options.tasks is not None
+    names = PAPER_TASKS if options.tasks == "paper" else tuple(options.tasks.split(","))
+    restored = restore_run(to_path(options.run))
+    model, params, bias_R = restored.config.model, restored.params, restored.router_bias_R
+    if options.max_depth is not None:
+        model, params, bias_R = cap_depth(model, params, bias_R, options.max_depth)
+    scorer = Scorer(model, restored.config.perf, params, bias_R)
+    results = run_tasks(
+        MorLM(scorer, restored.tokenizer, options.batch_size),
+        names,
+        evalsets=options.evalsets,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+    )
+    if options.json:
+        report: dict[str, Any] = {"run": options.run, "step": restored.step, "mode": scorer.mode, "tasks": results}
+        print(json.dumps(report, indent=2))
+        return
+    print(f"step {restored.step}, selection {scorer.mode}")
+    for name, figures in results.items():
+        print(f"{name:16s} " + "  ".join(f"{figure} {value:.4g}" for figure, value in figures.items()))

@@ -26,6 +26,9 @@ class InspectArguments:
     """File with the text to route (UTF-8)."""
     out: Path | None = None
     """Folder for the pictures; None is the run's own, or `inspect` in it when a text is given."""
+    analysis: bool = False
+    """Analyse the router too: depth by position, frequency, surprisal, word piece and characters; its figures over
+    training; what every pass changes. Written to `analysis` in the folder, as JSON, CSV, PNG and SVG."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -34,7 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     require(options.text is None or options.file is None, "--text and --file exclude each other")
     text = options.text if options.file is None else _read(options.file)
     enable_compilation_cache()
-    for path in inspect_run(to_path(options.run), text=text, output=options.out):
+    run_folder = to_path(options.run)
+    for path in inspect_run(run_folder, text=text, output=options.out, analysis=options.analysis):
         print(path)
     return 0
 

@@ -16,6 +16,7 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIX = ".parquet"
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 TEXT_FIELD = "text"
+SOURCE_FIELD = "source"
 _PIECE = 1 << 16
 _EXPANSION = {".gz": 3, ".xz": 4, ".zst": 4, PARQUET_SUFFIX: 3}
 
@@ -25,6 +26,8 @@ class Document(NamedTuple):
 
     text: str
     group: str | None = None
+    source: str | None = None
+    """Where it comes from, as a jsonl line's string field ``source`` says; losses can be reported by it."""
 
 
 def is_corpus_file(path: Path) -> bool:
@@ -153,7 +156,9 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             except ValueError as error:
                 raise UserError(f"{where}: not a JSON object ({error}); is the file truncated or binary?") from error
             require(isinstance(values, dict), f"{where}: not a JSON object")
-            yield Document(_checked_text(values.get(TEXT_FIELD), where))
+            source = values.get(SOURCE_FIELD)
+            text = _checked_text(values.get(TEXT_FIELD), where)
+            yield Document(text, source=source if isinstance(source, str) else None)
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:

@@ -105,9 +105,10 @@ def spread(params: Params, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: jax.make_array_from_callback(x.shape, rows, x.__getitem__) for name, x in batch.items()}
 
 
-def _trunk(
+def run_trunk(
     model: ModelConfig, perf: PerfConfig, mode: Mode, params: Params, router_bias_R: Any, inputs: Any, key: jax.Array
 ) -> TrunkOutput:
+    """Apply the trunk to a batch of ``inputs_of``; the key serves a random router only."""
     return apply_trunk(
         model,
         perf,
@@ -145,7 +146,7 @@ def totals_pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
     @jax.jit
     def run(params: Params, router_bias_R: Any, batch: Any, lengths_V: jax.Array, key: jax.Array) -> BatchTotals:
         targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
-        output = _trunk(model, perf, mode, params, router_bias_R, inputs_of(batch), key)
+        output = run_trunk(model, perf, mode, params, router_bias_R, inputs_of(batch), key)
         nll_BT = token_nll(output.hidden_BTD, head_matrix(model, params), targets_BT, chunk=perf.loss_chunk)
         mask_BT = target_mask(model, segment_ids)
         trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
@@ -165,6 +166,6 @@ def trace_pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
 
     @jax.jit
     def run(params: Params, router_bias_R: Any, inputs: Any, key: jax.Array) -> RoutingTrace | None:
-        return _trunk(model, perf, mode, params, router_bias_R, inputs, key).trace
+        return run_trunk(model, perf, mode, params, router_bias_R, inputs, key).trace
 
     return run

@@ -1,5 +1,6 @@
 """`mor inspect` and `mor eval`: the pictures and the held-out losses of a run again, from its newest checkpoint."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,12 @@ from typing import Any
 import numpy as np
 
 from mor_jax.config import Config
+from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.data.pipeline import make_dataset
 from mor_jax.errors import require
+from mor_jax.evaluate.analysis import analyse
+from mor_jax.evaluate.calibrate import calibrate, with_boundaries
+from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.evaluate.forward import inputs_of
 from mor_jax.evaluate.pictures import run_title, write_pictures
 from mor_jax.evaluate.restore import RestoredRun, restore_run
@@ -16,13 +21,16 @@ from mor_jax.evaluate.validation import first_rows, validation_losses
 from mor_jax.train.metrics import read_metrics
 
 
-def inspect_run(run_folder: Path, *, text: str | None = None, output: Path | None = None) -> list[Path]:
+def inspect_run(
+    run_folder: Path, *, text: str | None = None, output: Path | None = None, analysis: bool = False
+) -> list[Path]:
     """Restore a run and write its pictures.
 
     Args:
         run_folder: of ``mor train``.
         text: text to route; None takes the run's held-out text.
         output: folder for the pictures; None is the run's own, or ``inspect`` in it when a text is given.
+        analysis: whether to analyse the router as well (see ``analysis.analyse``), into ``analysis`` in that folder.
 
     Returns:
         The files written: loss.png and, for a model with a router, depth.png and routing.html.
@@ -32,33 +40,63 @@ def inspect_run(run_folder: Path, *, text: str | None = None, output: Path | Non
     """
     run = restore_run(run_folder)
     config = run.config
+    folder = output or (run_folder if text is None else run_folder / "inspect")
     if text is not None:
-        folder = output or run_folder / "inspect"
-        batches = text_batches(run.tokenizer.encode(text), config.model.context_length)
+        tokens = run.tokenizer.encode(text)
+        batches = text_batches(tokens, config.model.context_length)
+        packed = text_rows(tokens, config.model.context_length) if analysis else []
     else:
-        folder = output or run_folder
-        batches = [inputs_of(batch) for batch in first_rows(held_out(config), config.train.eval_rows)]
+        packed = list(first_rows(held_out(config), config.train.eval_rows))
+        batches = [inputs_of(batch) for batch in packed]
     metrics = read_metrics(run_folder / "metrics.jsonl")
     title = run_title(run_folder, config)
-    return write_pictures(folder, title, config, run.params, run.router_bias_R, batches, run.tokenizer, metrics)
+    written = write_pictures(folder, title, config, run.params, run.router_bias_R, batches, run.tokenizer, metrics)
+    return [*written, *analyse(run, packed, metrics, folder / "analysis")] if analysis else written
 
 
-def evaluate_run(run_folder: Path, *, rows: int | None = None) -> tuple[RestoredRun, dict[str, Any]]:
+def evaluate_run(
+    run_folder: Path, *, rows: int | None = None, max_depth: int | None = None, calibration_rows: int = 0
+) -> tuple[RestoredRun, dict[str, Any]]:
     """Restore a run and measure it on its held-out text.
 
     Args:
         run_folder: of ``mor train``.
         rows: rows of held-out text; None is the run's ``train.eval_rows``.
+        max_depth: cap on the passes of a token; None is none.
+        calibration_rows: rows of training text that the boundaries of expert-choice are calibrated on first; 0 leaves
+            them as they are.
 
     Returns:
-        (the run, what ``validation_losses`` gives for it).
+        (the run, with calibrated boundaries if asked for; what ``validation_losses`` gives for it).
 
     Raises:
         UserError: no run or no good checkpoint there, or no held-out text.
     """
     run = restore_run(run_folder)
+    if calibration_rows:
+        run = calibrated(run, calibration_rows)
     wanted = run.config.train.eval_rows if rows is None else rows
-    return run, validation_losses(run.config, run.params, run.router_bias_R, held_out(run.config), wanted)
+    config, params, bias_R = run.config, run.params, run.router_bias_R
+    if max_depth is not None:
+        model, params, bias_R = cap_depth(config.model, params, bias_R, max_depth)
+        config = dataclasses.replace(config, model=model)
+    return run, validation_losses(config, params, bias_R, held_out(run.config), wanted)
+
+
+def calibrated(run: RestoredRun, rows: int) -> RestoredRun:
+    """Return a run whose boundaries are calibrated on ``rows`` rows of its training text."""
+    config = run.config
+    batch_size = min(rows, config.train.batch_size)
+    dataset = make_dataset(
+        config.data,
+        split="train",
+        context_length=config.model.context_length,
+        vocab_size=config.model.vocab_size,
+        batch_size=batch_size,
+    )
+    boundaries = calibrate(config, run.params, (dataset.batch(step) for step in range(-(-rows // batch_size))))
+    dataset.close()
+    return dataclasses.replace(run, config=with_boundaries(config, boundaries))
 
 
 def text_batches(tokens: Sequence[int], context_length: int) -> list[Mapping[str, Any]]:
@@ -77,6 +115,20 @@ def text_batches(tokens: Sequence[int], context_length: int) -> list[Mapping[str
     full = len(tokens) // context_length * context_length
     parts = [np.array(tokens[:full], np.int32).reshape(-1, context_length), np.array([tokens[full:]], np.int32)]
     return [_document_rows(part) for part in parts if part.size]
+
+
+def text_rows(tokens: Sequence[int], context_length: int) -> list[Mapping[str, Any]]:
+    """Cut a text into packed rows of T + 1 tokens as one batch, the last row padded.
+
+    Args:
+        tokens: of one document.
+        context_length: T.
+    """
+    require(len(tokens) > 1, f"the text to analyse has {len(tokens)} tokens, which predict nothing")
+    stream = Row(np.array(tokens, np.int32), np.array([0]))
+    offsets = range(0, len(tokens) - 1, context_length)
+    rows = [expand_row(cut_row(stream, offset, context_length + 1), context_length + 1) for offset in offsets]
+    return [{name: np.stack([row[name] for row in rows]) for name in rows[0]}]
 
 
 def _document_rows(tokens_BT: np.ndarray) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from mor_jax.evaluate.colours import depth_colours
@@ -88,3 +89,20 @@ def _depth_areas(axes: Axes, x: np.ndarray, shares: np.ndarray) -> None:
 def _write(figure: Figure, path: Path) -> None:
     with path.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)
+
+
+def write_figure(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as PNG and SVG beside each other.
+
+    Args:
+        figure: to write.
+        path: without a suffix; its folder is created.
+
+    Returns:
+        Both files.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "svg")]
+    _write(figure, files[0])
+    FigureCanvasSVG(figure).print_svg(str(files[1]), metadata={"Date": None})
+    return files

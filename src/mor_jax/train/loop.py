@@ -91,7 +91,7 @@ def train(
             run = _Run(config, folder, ledger, make_dataset, mesh, watchdog, initial_weights)
         try:
             finished = run.train_steps(StopVote(stop, run.mesh))
-            if finished:
+            if finished and config.train.pictures:
                 run.write_pictures()
             run.checkpoints.wait()
         finally:

@@ -27,6 +27,7 @@ MAY_DIFFER = (
     "train.name",
     "train.tensorboard",
     "train.watchdog_seconds",
+    "train.pictures",
 )
 """Fields that a resumed run may change; `train.steps` may grow."""
 

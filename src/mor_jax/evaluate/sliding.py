@@ -1,0 +1,163 @@
+"""Loss of long text by a sliding window: nats per token and bits per byte, under both selection modes.
+
+A window holds as many tokens as the model's context. It moves by ``stride`` tokens, and only the targets that no
+earlier window scored count, so each of them (but those of the first window) sees at least ``context - stride`` tokens
+before it. Letters: T context, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mor_jax.array_types import Params
+from mor_jax.config import Config, ModelConfig
+from mor_jax.data.packing import Row, cut_row, expand_row
+from mor_jax.errors import require
+from mor_jax.evaluate.depth_cap import cap_depth
+from mor_jax.evaluate.forward import Mode, token_lengths
+from mor_jax.evaluate.scoring import Scorer
+from mor_jax.evaluate.validation import modes_of
+from mor_jax.train.loss import target_mask
+
+
+@dataclass(frozen=True)
+class Window:
+    """One row of a text: what it holds and from which target on it counts."""
+
+    row: Row
+    """Up to T + 1 tokens."""
+    first: int
+    """Index of the first target that counts, 0..T-1."""
+
+
+def text_stream(documents: Iterable[np.ndarray], eos_id: int) -> Row:
+    """Join documents as training rows do: each ends with end-of-text, and one stands before the first."""
+    pieces = [np.append(np.asarray(tokens, np.int32), np.int32(eos_id)) for tokens in documents]
+    tokens = np.concatenate([np.array([eos_id], np.int32), *pieces])
+    starts = np.cumsum([0, 1, *(len(piece) for piece in pieces[:-1])]) if pieces else np.array([0])
+    return Row(tokens, starts)
+
+
+def windows(stream: Row, context: int, stride: int) -> Iterator[Window]:
+    """Cut a stream into windows; the last one is moved back so that it is full, as top-k seats count by row length.
+
+    Args:
+        stream: of ``text_stream``.
+        context: T, tokens of a model input.
+        stride: tokens that a window moves by, 1..T.
+
+    Raises:
+        UserError: a stride outside 1..T.
+    """
+    require(1 <= stride <= context, f"stride={stride} is outside 1..context_length={context}")
+    scored, last = 0, max(0, len(stream.tokens) - 1 - context)
+    targets = len(stream.tokens) - 1
+    offset = 0
+    while scored < targets:
+        offset = min(offset, last)
+        yield Window(cut_row(stream, offset, context + 1), first=scored - offset)
+        scored = min(targets, offset + context)
+        offset += stride
+
+
+def sliding_losses(
+    config: Config,
+    params: Params,
+    router_bias_R: jax.Array | None,
+    streams: Mapping[str, Row],
+    tokenizer: Any,
+    *,
+    stride: int | None = None,
+    max_depth: int | None = None,
+    batch_size: int | None = None,
+    modes: tuple[Mode, ...] | None = None,
+) -> dict[str, Any]:
+    """Measure a model on long texts.
+
+    Args:
+        config: of the run.
+        params: parameter tree.
+        router_bias_R: loss-free bias of token-choice, or None.
+        streams: text by the name of its source, of ``text_stream``.
+        tokenizer: says how many bytes a token stands for.
+        stride: see ``windows``; None is half the context.
+        max_depth: cap on the passes of a token; None is none.
+        batch_size: rows at a time; None is the trainer's for validation.
+        modes: None takes all that the model can be evaluated in.
+
+    Returns:
+        ``{"stride", "context", "max_depth", "sources": {name: {"tokens", "bytes", "MODE_nll", "MODE_bits_per_byte"}}}``
+        with a last source ``all``; MODE is `topk` (looks ahead) or `threshold` (causal) for expert-choice, and left out
+        where there is nothing to select ahead (``nll``, ``bits_per_byte``).
+    """
+    model, rows = config.model, batch_size or min(config.train.eval_rows, config.train.batch_size)
+    stride = max(1, model.context_length // 2) if stride is None else stride
+    if max_depth is not None:
+        model, params, router_bias_R = cap_depth(model, params, router_bias_R, max_depth)
+    if modes is None:
+        modes = modes_of(model) if model.routing.kind == "expert" else ("topk",)
+    lengths_V = token_lengths(tokenizer, model.vocab_size)
+    sources: dict[str, dict[str, float]] = {name: {} for name in streams}
+    for mode in modes:
+        scorer = Scorer(model, config.perf, params, router_bias_R, mode=mode)
+        prefix = f"{mode}_" if model.routing.kind == "expert" else ""
+        for name, stream in streams.items():
+            found = windows(stream, model.context_length, stride)
+            batch_rows = -(-rows // scorer.devices) * scorer.devices
+            sources[name] |= _measure(model, scorer, found, lengths_V, batch_rows, prefix)
+    total = _total(sources)
+    return {
+        "stride": stride,
+        "context": model.context_length,
+        "max_depth": max_depth,
+        "sources": {name: _report(sums) for name, sums in (*sources.items(), ("all", total))},
+    }
+
+
+def _measure(
+    model: ModelConfig, scorer: Scorer, found: Iterator[Window], lengths_V: np.ndarray, rows: int, prefix: str
+) -> dict[str, float]:
+    nll, tokens, size = 0.0, 0, 0
+    for batch, first_B in _batches(found, model.context_length, rows):
+        scores = scorer(batch)
+        mask_BT = target_mask(model, batch["segment_ids"])
+        mask_BT = mask_BT & (np.arange(mask_BT.shape[1])[None, :] >= first_B[:, None])
+        nll += float(np.sum(scores.nll_BT[mask_BT], dtype=np.float64))
+        tokens += int(np.count_nonzero(mask_BT))
+        size += int(lengths_V[batch["tokens"][:, 1:][mask_BT]].sum())
+    return {f"{prefix}nll_sum": nll, "tokens": tokens, "bytes": size}
+
+
+def _batches(found: Iterator[Window], context: int, rows: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Yield (batch [rows, T+1], first target that counts [rows]); the last batch ends with empty rows."""
+    while True:
+        taken = [window for _, window in zip(range(rows), found, strict=False)]
+        if not taken:
+            return
+        empty = Window(Row(np.zeros(0, np.int32), np.zeros(0, np.int64)), 0)
+        taken += [empty] * (rows - len(taken))
+        expanded = [expand_row(window.row, context + 1) for window in taken]
+        batch = {name: np.stack([row[name] for row in expanded]) for name in expanded[0]}
+        yield batch, np.array([window.first for window in taken])
+
+
+def _total(sources: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for sums in sources.values():
+        for name, value in sums.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def _report(sums: Mapping[str, float]) -> dict[str, float]:
+    report: dict[str, float] = {"tokens": sums["tokens"], "bytes": sums["bytes"]}
+    for name, nll in sums.items():
+        if name.endswith("nll_sum"):
+            prefix = name.removesuffix("nll_sum")
+            report[f"{prefix}nll"] = nll / max(sums["tokens"], 1)
+            report[f"{prefix}bits_per_byte"] = nll / math.log(2) / max(sums["bytes"], 1)
+    return report

@@ -1,0 +1,1 @@
+"""Lists of runs, their tables, and the tools of compute-optimal scaling (paper section 3 and table 9)."""

@@ -1,0 +1,113 @@
+"""Figures of a sweep: isoFLOP parabolas, the compute-optimal path, and quality against compute; PNG and SVG each."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mor_jax.evaluate.plots import write_figure
+from mor_jax.sweep.fit import IsoFlopFit, Points
+
+_CURVE_POINTS = 100
+
+
+def plot_isoflop(path: Path, points: Points, fit: IsoFlopFit, title: str) -> list[Path]:
+    """Draw the runs, the parabola of every budget, and the compute-optimal path with its band.
+
+    Args:
+        path: file to write, without a suffix.
+        points: runs per budget.
+        fit: of these points.
+        title: of the figure.
+
+    Returns:
+        The files written.
+    """
+    figure = Figure(figsize=(10 if fit.path else 5.5, 4.4), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, 2 if fit.path else 1, squeeze=False)[0]
+    colours = mpl.colormaps["cividis"](np.linspace(0.05, 0.85, len(fit.parabolas)))
+    for colour, (budget, parabola) in zip(colours, fit.parabolas.items(), strict=True):
+        sizes, losses = (np.array(values) for values in zip(*points[budget], strict=True))
+        grid = np.geomspace(sizes.min(), sizes.max(), _CURVE_POINTS)
+        panels[0].plot(sizes, losses, "o", color=colour, markersize=5)
+        panels[0].plot(grid, parabola(grid), color=colour, label=f"{budget:.2g} FLOPs")
+        panels[0].plot(parabola.size, parabola.loss, "*", color=colour, markersize=12)
+        if budget in fit.size_bands:
+            band = fit.size_bands[budget]
+            panels[0].axvspan(band.low, band.high, color=colour, alpha=0.08)
+    panels[0].set(xscale="log", xlabel="parameters", ylabel="loss (nats/token)", title="loss by size")
+    panels[0].legend()
+    if fit.path is not None:
+        _draw_path(panels[1], fit)
+    return write_figure(figure, path)
+
+
+def _draw_path(axes: Axes, fit: IsoFlopFit) -> None:
+    assert fit.path is not None
+    budgets = np.array(list(fit.parabolas))
+    grid = np.geomspace(budgets.min() / 2, budgets.max() * 2, _CURVE_POINTS)
+    if fit.samples:
+        curves = np.array([sample(grid) for sample in fit.samples])
+        low, high = np.quantile(curves, [0.05, 0.95], axis=0)
+        axes.fill_between(grid, low, high, alpha=0.2, color="#0072b2", label="90% of the bootstrap")
+    axes.plot(grid, fit.path(grid), color="#0072b2", label=f"N* ~ C^{fit.path.exponent:.2f}")
+    axes.plot(budgets, [p.size for p in fit.parabolas.values()], "*", color="#d55e00", markersize=12, label="optima")
+    axes.set(xscale="log", yscale="log", xlabel="budget (FLOPs)", ylabel="best size (parameters)", title="path")
+    axes.legend()
+
+
+def plot_pareto(path: Path, panels: Mapping[str, Sequence[tuple[str, float, float]]], ylabel: str) -> list[Path]:
+    """Draw quality against cost, one panel per kind of cost, with the Pareto front as a line.
+
+    Args:
+        path: file to write, without a suffix.
+        panels: label of the cost: (name, cost, loss) of every model.
+        ylabel: of the loss.
+
+    Returns:
+        The files written.
+    """
+    figure = Figure(figsize=(6 * len(panels), 4.6), layout="constrained")
+    for axes, (xlabel, models) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        front = pareto_front([(cost, loss) for _, cost, loss in models])
+        axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
+        for index, (name, cost, loss) in enumerate(models):
+            axes.plot(cost, loss, "o", color=mpl.colormaps["tab20"](index % 20), label=name)
+        axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    return write_figure(figure, path)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the (cost, loss) that no other point beats in both, by rising cost."""
+    front: list[tuple[float, float]] = []
+    for cost, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
+def plot_depth_curves(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str) -> list[Path]:
+    """Draw loss against the cap on passes (test-time scaling), one line per model.
+
+    Args:
+        path: file to write, without a suffix.
+        curves: per model (cap, loss).
+        xlabel: of the cap.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=name)
+    axes.set(xlabel=xlabel, ylabel="causal loss (nats/token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return write_figure(figure, path)

@@ -1,0 +1,46 @@
+"""Calibrated boundaries let as many tokens pass as top-k does, and give a recipe without a boundary a causal mode."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from evaluation_examples import batch, config, params
+
+from mor_jax.errors import UserError
+from mor_jax.evaluate.calibrate import _cut, calibrate, with_boundaries
+from mor_jax.evaluate.forward import inputs_of, trace_pass
+from mor_jax.model.router import has_boundary
+
+
+def test_a_cut_is_halfway_between_what_is_in_and_what_is_out():
+    scores = np.array([3.0, 1.0, 2.0, 5.0])
+    assert [_cut(scores, count) for count in (1, 2, 4)] == [4.0, 2.5, 1.0]
+
+
+def test_as_many_tokens_pass_as_by_topk():
+    cfg = config(sampling="none")
+    assert not has_boundary(cfg.model)
+    batches = [batch(seed, rows=8) for seed in range(3)]
+    boundaries = calibrate(cfg, params(cfg), batches)
+    fixed = with_boundaries(cfg, boundaries)
+    assert boundaries[0] == 0.0 and has_boundary(fixed.model)  # the first recursion takes all
+    shares = {}
+    for name, each, mode in (("topk", cfg, "topk"), ("threshold", fixed, "threshold")):
+        depths = [
+            np.asarray(trace_pass(each.model, each.perf, mode)(params(cfg), None, inputs_of(b), None).depth_BT)
+            for b in batches
+        ]
+        shares[name] = np.mean(np.concatenate(depths) == 2)
+    assert shares["topk"] == 0.5
+    np.testing.assert_allclose(shares["threshold"], 0.5, atol=1 / (3 * 8 * 16))
+
+
+def test_what_has_no_boundary_to_calibrate_is_refused():
+    for cfg, message in (
+        (config("token"), "not routing.kind='token'"),
+        (config(sampling="none", random=True), "random=True selects"),
+        (config(sampling="aux_router"), "second router"),
+    ):
+        with pytest.raises(UserError, match=message):
+            calibrate(cfg, {}, [])
+    assert dataclasses.asdict(config().model)["routing"]["boundaries"] is None

@@ -1,0 +1,136 @@
+"""Sliding windows against literal tables and against the trainer's validation; the cap on the passes."""
+
+import dataclasses
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from evaluation_examples import Bytes, Rows, T, config, params
+
+from mor_jax.data.packing import Row, expand_row
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.errors import UserError
+from mor_jax.evaluate.depth_cap import cap_depth
+from mor_jax.evaluate.forward import trace_pass
+from mor_jax.evaluate.sliding import sliding_losses, text_stream, windows
+from mor_jax.evaluate.text import read_streams, text_summary
+from mor_jax.evaluate.validation import validation_losses
+
+DOCUMENTS = [np.random.default_rng(i).integers(0, 256, length) for i, length in enumerate((20, 33, 11))]
+STREAM = text_stream(DOCUMENTS, eos_id=256)
+
+
+def test_documents_are_joined_as_in_training():
+    stream = text_stream([np.array([1, 2]), np.array([3])], eos_id=9)
+    assert stream.tokens.tolist() == [9, 1, 2, 9, 3, 9] and stream.starts.tolist() == [0, 1, 4]
+    assert len(STREAM.tokens) == 1 + 21 + 34 + 12
+
+
+@pytest.mark.parametrize(
+    ("length", "stride", "table"),
+    [  # (offset, first target that counts, last) with a context of 4
+        (9, 4, [(0, 0, 4), (4, 0, 4)]),
+        (9, 2, [(0, 0, 4), (2, 2, 4), (4, 2, 4)]),
+        (8, 4, [(0, 0, 4), (3, 1, 4)]),  # the last one is moved back to be full
+        (8, 3, [(0, 0, 4), (3, 1, 4)]),
+        (4, 4, [(0, 0, 3)]),
+        (2, 1, [(0, 0, 1)]),
+    ],
+)
+def test_windows_count_every_target_once(length, stride, table):
+    stream = Row(np.arange(length), np.array([0]))
+    found = list(windows(stream, 4, stride))
+    assert [(int(w.row.tokens[0]), w.first, len(w.row.tokens) - 1) for w in found] == table
+    scored = np.concatenate([w.row.tokens[1:][w.first :] for w in found])
+    assert scored.tolist() == list(range(1, length))
+
+
+@pytest.mark.parametrize(("kind", "sharing"), [("expert", "cycle"), ("token", "cycle"), ("none", "none")])
+def test_without_overlap_it_is_the_trainers_validation(kind, sharing):
+    # full seats: token-choice is validated under `gather`, which may drop tokens, and scored without drops
+    cfg = config(kind, sharing=sharing, capacities=(1.0, 1.0) if kind == "token" else None)
+    found = sliding_losses(cfg, params(cfg), jnp.zeros(2), {"a": STREAM}, Bytes(), stride=T, batch_size=2)["sources"]
+    full = [w.row for w in windows(STREAM, T, T) if w.first == 0]
+    rows = [expand_row(row, T + 1) for row in full]
+    losses = validation_losses(
+        cfg, params(cfg), jnp.zeros(2), Rows({n: np.stack([r[n] for r in rows]) for n in rows[0]}), len(rows)
+    )
+    whole = text_stream([], 256)._replace(tokens=STREAM.tokens[: len(full) * T + 1], starts=STREAM.starts)
+    cut = sliding_losses(cfg, params(cfg), jnp.zeros(2), {"a": whole}, Bytes(), stride=T, batch_size=2)["sources"]["a"]
+    assert cut["tokens"] == losses["validation_tokens"] and cut["bytes"] == losses["validation_bytes"]
+    names = ("topk_nll", "threshold_nll", "topk_bits_per_byte") if kind == "expert" else ("nll",)
+    for name in names:
+        key = f"validation_{name}" if kind != "token" else "validation_topk_nll"
+        np.testing.assert_allclose(cut[name], losses[key], rtol=1e-5)
+    assert found["all"] == found["a"] and found["a"]["tokens"] == len(STREAM.tokens) - 1
+
+
+def test_overlap_changes_the_context_but_not_what_is_counted():
+    cfg = config()
+    by_stride = {
+        stride: sliding_losses(cfg, params(cfg), None, {"a": STREAM, "b": STREAM}, Bytes(), stride=stride, batch_size=2)
+        for stride in (T, 5)
+    }
+    for found in by_stride.values():
+        assert found["sources"]["all"]["tokens"] == 2 * (len(STREAM.tokens) - 1)
+        assert found["sources"]["all"]["bytes"] == 2 * sum(len(d) for d in DOCUMENTS)
+        np.testing.assert_allclose(found["sources"]["all"]["topk_nll"], found["sources"]["a"]["topk_nll"])
+    assert by_stride[T]["sources"]["a"]["threshold_nll"] != by_stride[5]["sources"]["a"]["threshold_nll"]
+    assert "threshold_bits_per_byte" in text_summary(by_stride[5])
+    with pytest.raises(UserError, match=f"stride=17 is outside 1..context_length={T}"):
+        list(windows(STREAM, T, 17))
+
+
+def test_texts_are_read_by_source(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    lines = [{"text": "one", "source": "x"}, {"text": "two", "source": "y"}, {"text": "three", "source": "x"}]
+    with gzip.open(path, "wt") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "b.txt").write_text("plain")
+    streams = read_streams([path, tmp_path / "b.txt"], Tokenizer.bytes_level())
+    assert {name: len(stream.tokens) for name, stream in streams.items()} == {"x": 1 + 4 + 6, "y": 5, "b.txt": 7}
+
+
+def _depths(cfg, parameters, bias, mode="threshold"):
+    rows = expand_row(Row(STREAM.tokens[:T], np.array([0])), T)
+    inputs = {name: value[None] for name, value in rows.items()}
+    trace = trace_pass(cfg.model, cfg.perf, mode)(parameters, bias, inputs, jax.random.key(0))
+    return np.asarray(trace.depth_BT)[0]
+
+
+def test_a_cap_cuts_the_deeper_passes_and_changes_no_other_decision():
+    cfg = config(num_recursions=3)
+    full = _depths(cfg, params(cfg), None)
+    assert set(full) >= {2, 3}  # otherwise the caps below cut nothing
+    for cap in (1, 2, 3):
+        model, capped, bias = cap_depth(cfg.model, params(cfg), None, cap)
+        depths = _depths(dataclasses.replace(cfg, model=model), capped, bias)
+        assert depths.tolist() == np.minimum(full, cap).tolist()
+
+
+def test_token_choice_takes_the_best_depth_that_is_allowed():
+    cfg = config("token", num_recursions=3)
+    cfg = dataclasses.replace(cfg, perf=dataclasses.replace(cfg.perf, execution="scan"))
+    bias = jnp.array([-1.0, 0.0, 1.0])  # of no effect: this model balances by a loss
+    assert _depths(cfg, params(cfg), bias).max() == 3
+    model, capped, masked = cap_depth(cfg.model, params(cfg), bias, 2)
+    depths = _depths(dataclasses.replace(cfg, model=model), capped, masked)
+    kept = _depths(cfg, params(cfg), bias)
+    assert depths.max() == 2 and np.all(depths[kept < 3] == kept[kept < 3])
+
+
+def test_a_capped_recursive_model_is_the_model_of_fewer_recursions():
+    cfg = config("none", sharing="cycle")
+    found = sliding_losses(cfg, params(cfg), None, {"a": STREAM}, Bytes(), max_depth=1, batch_size=2)
+    plain = dataclasses.replace(cfg.model.recursion, num_recursions=1, base_depth=1)
+    once = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, recursion=plain))
+    other = sliding_losses(once, params(cfg), None, {"a": STREAM}, Bytes(), batch_size=2)
+    assert found["max_depth"] == 1 and found["sources"] == other["sources"]
+    for cap in (0, 3):
+        with pytest.raises(UserError, match=f"max_depth={cap} is outside 1..num_recursions=2"):
+            cap_depth(cfg.model, params(cfg), None, cap)
+    with pytest.raises(UserError, match="sharing='sequence'"):
+        cap_depth(config("none", sharing="sequence").model, {}, None, 1)

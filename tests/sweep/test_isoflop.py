@@ -1,0 +1,64 @@
+"""Plans: steps that spend a budget, and branches that begin where the learning rate still stands at its peak."""
+
+import dataclasses
+
+import pytest
+
+from mor_jax import presets
+from mor_jax.errors import UserError
+from mor_jax.model.flops import paper_flops_per_token, train_flops_per_token
+from mor_jax.sweep.isoflop import plan_isoflop, steps_for
+from mor_jax.sweep.recipes import at_flops_of, expert, recursive, vanilla
+from mor_jax.train.optimizer import make_schedule
+
+DEBUG = vanilla("debug")
+
+
+def test_steps_spend_the_budget_by_either_count():
+    model = presets.get("vanilla-360m").config.model
+    assert steps_for(model, 16.5e18, 1024) == presets.budget_steps(model, 16.5e18) == 9438
+    tokens = 1024 * model.context_length
+    for count, per_token in (("paper", paper_flops_per_token), ("training", train_flops_per_token)):
+        steps = steps_for(model, 1e19, 1024, count)  # type: ignore[arg-type]
+        assert abs(steps * tokens * per_token(model) / 1e19 - 1) < 1 / steps
+    with pytest.raises(UserError, match="less than one step"):
+        steps_for(model, 1e9, 1024)
+
+
+def test_smaller_budgets_branch_off_the_stable_phase_of_the_largest():
+    trunk, middle, small = plan_isoflop({"a": DEBUG}, [2e9, 8e9, 4e9], count="training")
+    assert [run.name for run in (trunk, middle, small)] == ["a-8e+09", "a-4e+09", "a-2e+09"]
+    assert trunk.start is None
+    for branch in (middle, small):
+        assert branch.start is not None and branch.start.run == trunk.name
+        step = branch.start.step
+        assert step in trunk.config.train.pinned_steps
+        for run in (trunk, branch):  # both have learned at the same rates up to here
+            schedule = make_schedule(run.config.optimizer, run.config.train.steps)
+            assert float(schedule(step)) == pytest.approx(run.config.optimizer.learning_rate)
+        decays = make_schedule(branch.config.optimizer, branch.config.train.steps)
+        assert float(decays(step + 1)) < branch.config.optimizer.learning_rate
+
+
+def test_what_cannot_branch_is_refused():
+    with pytest.raises(UserError, match="warmup_steps"):
+        plan_isoflop({"a": DEBUG}, [4e8, 8e9], count="training")
+    cosine = dataclasses.replace(DEBUG, optimizer=dataclasses.replace(DEBUG.optimizer, schedule="cosine"))
+    with pytest.raises(UserError, match="schedule='wsd'"):
+        plan_isoflop({"a": cosine}, [2e9, 8e9])
+    runs = plan_isoflop({"a": cosine}, [2e9, 8e9], count="training", branches=False)
+    assert [run.start for run in runs] == [None, None]
+    with pytest.raises(UserError, match="at least one budget"):
+        plan_isoflop({"a": DEBUG}, [])
+
+
+def test_equal_flops_buy_routed_models_more_steps():
+    base = vanilla("small")
+    spent = train_flops_per_token(base.model) * base.train.steps
+    for config in (expert("small", 2), expert("small", 3), recursive("small", 3)):
+        matched = at_flops_of(config, base)
+        assert train_flops_per_token(matched.model) * matched.train.steps == pytest.approx(spent, rel=1e-3)
+    assert at_flops_of(expert("small", 3), base).train.steps > 1.2 * base.train.steps
+    assert at_flops_of(recursive("small", 3), base).train.steps == base.train.steps
+    with pytest.raises(UserError, match="did you mean 'small'"):
+        vanilla("smal")
