@@ -28,7 +28,8 @@ class Hosts:
         count: processes that the run has.
         devices: fake devices of each.
         start: ids of the processes that are started; None starts all.
-        options: ``train`` (fields), ``mesh`` (fields), ``pause`` (seconds per batch), ``timeout``.
+        options: ``train`` (fields), ``mesh`` (fields), ``pause`` (seconds per batch), ``timeout``, ``unreadable``
+            (process, checkpoint).
     """
 
     def __init__(
@@ -86,6 +87,21 @@ def batch_rows(folder: Path) -> set[str]:
     return {line for file in files for line in file.read_text().splitlines()}
 
 
+def _lose_state_of(lost: int) -> None:
+    """Make this process unable to read the arrays of a checkpoint, as a host with a bad mount is."""
+    from mor_jax.train.checkpoint import Checkpoints, DamagedCheckpointError
+
+    read = Checkpoints._read
+
+    def refuse(self: Any, step: int, item: str, args: Any) -> Any:
+        result = read(self, step, item, args)  # with the others: Orbax waits for all processes
+        if (step, item) == (lost, "state"):
+            raise DamagedCheckpointError("state cannot be read here")
+        return result
+
+    Checkpoints._read = refuse
+
+
 def _main(options: dict[str, Any]) -> None:
     from tiny_runs import dataset_maker, tiny_config
 
@@ -107,6 +123,8 @@ def _main(options: dict[str, Any]) -> None:
     place = {"coordinator": options["coordinator"], "process_id": options["index"], "num_processes": options["count"]}
     initialize(DistributedConfig(**place, timeout=options.get("timeout", 120)))
     enable_compilation_cache()
+    if options["index"] == options.get("unreadable", [None])[0]:
+        _lose_state_of(options["unreadable"][1])
     print(train(config, make_dataset=make_slow))
 
 
