@@ -1,11 +1,12 @@
-"""Ahead-of-time compilation for TPUs by the real compiler: the train step, too little memory, and the flags."""
+"""Compilation for TPUs by the real compiler: the train step, memory that does not suffice, and the flags."""
 
 import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.cli import main
 from mor_jax.plan.topology import GENERATIONS, describe_topology
@@ -14,22 +15,10 @@ pytestmark = pytest.mark.tpu_aot
 pytest.importorskip("libtpu", reason="needs the tpu extra")
 
 FLAGS = Path(__file__).parents[2] / "tpu" / "flags"
-SMALL = [
-    "--topology",
-    "v5e:2x2",
-    "--mesh.fsdp",
-    "2",
-    "--model.d-model",
-    "256",
-    "--model.d-ff",
-    "256",
-    "--model.head-dim",
-    "64",
-    "--model.context-length",
-    "256",
-    "--model.dtype",
-    "bfloat16",
-]
+SMALL = (
+    *("--topology", "v5e:2x2", "--mesh.fsdp", "2", "--model.d-model", "256", "--model.d-ff", "256"),
+    *("--model.head-dim", "64", "--model.context-length", "256", "--model.dtype", "bfloat16"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +44,7 @@ def test_the_train_step_compiles_with_the_fused_attention(strategy, capsys):
 
 
 def test_a_step_that_does_not_fit_names_its_need_and_what_would(capsys):
-    """Half a million short rows per chip."""
+    """Half a million rows per chip, with the plain attention's scores."""
     arguments = ["--topology", "v5e:2x2", "--train.batch-size", "2097152", "--perf.loss-chunk", "128"]
     assert main(["plan", "debug", *arguments]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -76,10 +65,12 @@ def _options(generation: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("generation", sorted(GENERATIONS))
 def test_the_compiler_knows_every_flag(generation):
+    """Together, on a product with gathered weights: some are refused only in company."""
     options = _options(generation)
-    device = describe_topology(f"{generation}:{GENERATIONS[generation].sizes[1]}").devices[0]
-    argument = jax.ShapeDtypeStruct((8, 128), "float32", sharding=SingleDeviceSharding(device))
-    lowered = jax.jit(lambda x: x + 1).lower(argument)
+    devices = describe_topology(f"{generation}:{GENERATIONS[generation].sizes[1]}").devices
+    mesh = Mesh(np.array(devices), ("fsdp",))
+    argument = jax.ShapeDtypeStruct((1024, 1024), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    lowered = jax.jit(lambda x: x @ x, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(argument)
     assert len(options) >= 5
     lowered.compile(compiler_options=dict(options))
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_tpu_no_such_flag'"):

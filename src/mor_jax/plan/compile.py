@@ -95,8 +95,12 @@ def _is_out_of_memory(message: str) -> bool:
 
 
 def _does_not_fit(message: str, topology: Topology) -> DoesNotFitError:
-    """Read what the compiler says, such as `Used 23.41G of 15.75G hbm`."""
-    found = re.search(r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", message)
+    """Read what the compiler says: `Used 23.41G of 15.75G hbm` or `... (920.87G) exceeds available HBM (15.75G)`."""
+    forms = (
+        r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm",
+        r"\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)([GM])\)",
+    )
+    found = next((match for form in forms if (match := re.search(form, message))), None)
     if found is None:
         return DoesNotFitError(f"out of memory: {message.splitlines()[0][:200]}", None)
     used = float(found[1]) * (GIB if found[2] == "G" else 1 << 20)
