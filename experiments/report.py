@@ -164,11 +164,15 @@ def machines(results: Sequence[Result]) -> str:
     return "\n".join([*lines, shared]) + "\n"
 
 
+_NOT_COMPARED = ("learning_rate", "early_training")
+"""Searches for a cause, at other budgets than the comparisons."""
+
+
 def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
     """Draw the quality/compute front and the test-time scaling curve, as far as there are runs for them."""
     done = [r for group in results.values() for r in group if r["state"] == "done" and r.get("nll") is not None]
     written = []
-    compared = [r for r in done if r not in results.get("learning_rate", ())]  # a search is no comparison
+    compared = [r for r in done if not any(r in results.get(name, ()) for name in _NOT_COMPARED)]
     if compared:
         costs = {"training FLOPs": "train_flops", "serving FLOPs per token": "serving_flops_per_token"}
         panels = {label: [(r["name"], r[key], r["nll"]) for r in compared] for label, key in costs.items()}
@@ -253,7 +257,7 @@ def report(folder: Path = HERE) -> str:
     """Return docs/results.md."""
     results = load_results(folder)
     parts = [_HEAD, "## The paper's claims and ours\n", claims_table(results)]
-    for path in sorted(folder.glob("*/sweep.py")):
+    for path in sorted(folder.glob("*/sweep.*")):
         name = path.parent.name
         parts.append(f"## {name}\n\n[What, how, outcome](../experiments/{name}/README.md)\n")
         mine = results.get(name, [])
