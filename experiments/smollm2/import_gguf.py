@@ -69,6 +69,13 @@ def unpermuted(matrix: np.ndarray, heads: int) -> np.ndarray:
     return np.swapaxes(pairs, 1, 2).reshape(rows, columns)
 
 
+def llama_name(name: str) -> str:
+    """Translate GGUF's name of a tensor."""
+    parts = name.removesuffix(".weight").split(".")
+    prefix = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
+    return f"{prefix}{NAMES[parts[-1]]}.weight"
+
+
 def named_tensors(reader: GGUFReader, model: ModelConfig):
     """Yield (Llama's name, float32 array) of every tensor, dequantised one at a time."""
     for tensor in reader.tensors:
@@ -76,8 +83,7 @@ def named_tensors(reader: GGUFReader, model: ModelConfig):
         value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         if parts[-1] in ("attn_q", "attn_k"):
             value = unpermuted(value, model.num_heads if parts[-1] == "attn_q" else model.num_kv_heads)
-        prefix = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
-        yield f"{prefix}{NAMES[parts[-1]]}.weight", value
+        yield llama_name(tensor.name), value
 
 
 def negative_log_likelihood(folder: Path, tokenizer: Tokenizer, text: Path, rows: int, length: int) -> dict[str, float]:
@@ -118,7 +124,9 @@ def main() -> None:
     model = read_model(reader)
     options.out.mkdir(parents=True)
     (options.out / "config.json").write_text(json.dumps(llama.describe_config(model), indent=2))
-    write_shards(options.out, named_tensors(reader, model))
+    shapes = llama.written_shapes(model)
+    in_file = [llama_name(tensor.name) for tensor in reader.tensors]
+    write_shards(options.out, {name: shapes[name] for name in in_file}, named_tensors(reader, model))
     shutil.copy(options.tokenizer, options.out / "tokenizer.json")
     start = time.monotonic()
     report = negative_log_likelihood(

@@ -55,7 +55,7 @@ class RelaxationConfig:
     lora_scale: float = 1.0
     """Factor on the update (alpha over rank)."""
     encoding: bool = False
-    """Add a learned vector of its own to the block's input in every recursion (recursion encoding)."""
+    """Multiply the block's output by a learned vector of its own in every recursion (recursion encoding)."""
 
     def __post_init__(self) -> None:
         _require_not_negative(lora_rank=self.lora_rank)

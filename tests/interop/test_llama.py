@@ -33,7 +33,7 @@ def random_params(model: ModelConfig) -> dict:
 
 def write(folder, model: ModelConfig, params, **options) -> None:
     (folder / "config.json").write_text(json.dumps(llama.describe_config(model)))
-    write_shards(folder, llama.unrolled(model, params), **options)
+    write_shards(folder, llama.written_shapes(model), llama.unrolled(model, params), **options)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -143,11 +143,10 @@ def test_either_generation_of_rotary_keys_is_read():
 def test_models_that_llama_lacks_are_refused_with_all_reasons():
     model = dataclasses.replace(
         TINY,
-        attend_across_documents=False,
         recursion=RecursionConfig(2, "cycle", kv_strategy="shared", relaxation=RelaxationConfig(encoding=True)),
         routing=RoutingConfig("expert"),
     )
-    with pytest.raises(UserError, match=r"has no router.*keys of its own.*adds nothing.*document masks"):
+    with pytest.raises(UserError, match=r"has no router.*keys of its own.*multiplies its output"):
         llama.check_expressible(model)
 
 

@@ -101,6 +101,9 @@ def test_models_that_do_not_fit_are_refused_by_field(tmp_path):
     wider = dataclasses.replace(FULL, d_ff=32, recursion=MOR)
     with pytest.raises(UserError, match="the models differ in d_ff: 24 -> 32"):
         initial_weights(_config(tmp_path, wider))
+    other = dataclasses.replace(FULL, rope_theta=5e5, recursion=MOR)
+    with pytest.raises(UserError, match=r"other constants: --model.rope_theta 10000.0 \(now 500000.0\)"):
+        initial_weights(_config(tmp_path, other))
     with pytest.raises(UserError, match="is no folder"):
         initial_weights(_config(tmp_path / "none", FULL))
     assert initial_weights(Config()) is None

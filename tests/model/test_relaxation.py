@@ -33,14 +33,14 @@ def test_a_fresh_relaxation_changes_nothing():
     plain = {name: value for name, value in params.items() if name not in ("lora", "encoding")}
     relaxed, unrelaxed = (forward(m, p, TOKENS_BT).logits for m, p in ((MODEL, params), (_without(MODEL), plain)))
     np.testing.assert_array_equal(relaxed, unrelaxed)
-    assert params["lora"]["query_down"].shape == (2, 2, 8, 2) and params["encoding"]["vectors"].shape == (2, 8)
+    assert params["lora"]["query_down"].shape == (2, 2, 8, 2) and params["encoding"]["scale"].shape == (2, 8)
 
 
 def test_every_relaxation_parameter_is_sharded_by_name():
     axes = logical_axes(MODEL)
     assert axes["lora"]["down_down"] == ("recursions", "layers", "ffn", None)
     assert axes["lora"]["key_value_up"] == ("recursions", "layers", None, None, "kv_heads", "head_dim")
-    assert axes["encoding"]["vectors"] == ("recursions", "embed")
+    assert axes["encoding"]["scale"] == ("recursions", "embed")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 The tree may live in host memory or be built on devices, where the host never holds more than one tensor.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -48,7 +51,7 @@ def check_names(where: str, listed: Sequence[Tensor], files: TensorFiles, ignore
         ignored: names that carry no weights, such as rotary buffers.
 
     Raises:
-        UserError: names every missing, unknown, misshaped and wrongly typed tensor.
+        UserError: names every missing, unknown, misshaped and wrongly typed tensor, and every alias of other values.
     """
     names, aliases = set(files.names()), {alias for tensor in listed for alias in tensor.aliases}
     known = {tensor.name for tensor in listed}
@@ -62,6 +65,11 @@ def check_names(where: str, listed: Sequence[Tensor], files: TensorFiles, ignore
             problems.append(f"misshaped {tensor.name}: {shape}, not {tensor.shape}")
         if not is_float(dtype):
             problems.append(f"wrong dtype of {tensor.name}: {dtype}, not F32, BF16 or F16")
+        problems += [
+            f"untied {alias} differs from {tensor.name}"
+            for alias in tensor.aliases
+            if alias in names and not np.array_equal(files.read(alias), files.read(tensor.name))
+        ]
     if problems:
         raise UserError(f"{where}: {len(problems)} tensors do not fit the model: {'; '.join(problems)}")
 
@@ -95,8 +103,7 @@ def assemble(
         by_path = {tuple(e.key for e in path): s for path, s in jax.tree.leaves_with_path(shardings)}
         leaves = {path: _zeros(shape, by_path[path]) for path, shape in shapes.items()}
     for tensor in listed:
-        value = read(tensor.name)
-        value = np.asarray(value.T if tensor.transposed else value, np.float32)
+        value = _oriented(tensor, read(tensor.name))
         target = leaves[tensor.path]
         if isinstance(target, np.ndarray):
             target[tensor.index] = value.reshape(target[tensor.index].shape)
@@ -106,6 +113,61 @@ def assemble(
         if progress is not None:
             progress(tensor.name)
     return nested(leaves)
+
+
+@dataclass(frozen=True)
+class LazyLeaf:
+    """A leaf of a tree whose tensors are read when they are asked for: by layer, or all of them as an array."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Tensor, ...]
+    """The tensors that fill it."""
+    read: Callable[[str], np.ndarray]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Always float32."""
+        return np.dtype(np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole leaf."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Read the whole leaf."""
+        leaf = np.empty(self.shape, self.dtype)
+        for tensor in self.parts:
+            leaf[tensor.index] = _oriented(tensor, self.read(tensor.name)).reshape(leaf[tensor.index].shape)
+        return leaf if dtype is None else leaf.astype(dtype, copy=False)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Read what an index needs: one layer of a stack if it starts with an integer."""
+        index = index if isinstance(index, tuple) else (index,)
+        for tensor in self.parts:
+            if tensor.index == index:
+                shape = jax.eval_shape(lambda leaf: leaf[index], jax.ShapeDtypeStruct(self.shape, self.dtype)).shape
+                return _oriented(tensor, self.read(tensor.name)).reshape(shape)
+        first, *rest = index or (slice(None),)
+        if not isinstance(first, int) or any(not t.index or not isinstance(t.index[0], int) for t in self.parts):
+            return np.asarray(self)[index]
+        layer = first % self.shape[0]
+        own = tuple(dataclasses.replace(t, index=t.index[1:]) for t in self.parts if t.index[0] == layer)
+        return np.asarray(LazyLeaf(self.shape[1:], own, self.read))[tuple(rest)]
+
+
+def lazily(config: ModelConfig, listed: Sequence[Tensor], read: Callable[[str], np.ndarray]) -> dict[str, Any]:
+    """Build the tree of ``assemble`` with leaves that read their tensors when they are asked for."""
+    shapes = leaf_shapes(config)
+    shapes |= {t.path: t.shape for t in listed if t.path not in shapes}
+    parts: dict[Path, list[Tensor]] = {path: [] for path in shapes}
+    for tensor in listed:
+        parts[tensor.path].append(tensor)
+    return nested({path: LazyLeaf(shape, tuple(parts[path]), read) for path, shape in shapes.items()})
+
+
+def _oriented(tensor: Tensor, value: np.ndarray) -> np.ndarray:
+    return np.asarray(value.T if tensor.transposed else value, np.float32)
 
 
 def _zeros(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
@@ -134,4 +196,4 @@ def take_apart(params: Params, listed: Sequence[Tensor]) -> Iterator[tuple[Tenso
         part = np.asarray(leaves[tensor.path][tensor.index])
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         value = part.reshape(shape)
-        yield tensor, np.array(value.T if tensor.transposed else value, order="C")
+        yield tensor, np.ascontiguousarray(value.T if tensor.transposed else value)

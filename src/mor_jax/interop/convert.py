@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from mor_jax.config import Dtype
 from mor_jax.errors import UserError, require
 from mor_jax.forward import forward
 from mor_jax.interop import llama, official, weights
@@ -54,21 +55,28 @@ def _place(path: tuple[str, ...], index: tuple[Any, ...]) -> str:
     return "/".join(path) + "".join(f"[{i}]" if isinstance(i, int) else "[:]" for i in index)
 
 
-def write(loaded: LoadedModel, target: Target, out: Path, progress: Progress | None = None) -> None:
+def write(
+    loaded: LoadedModel, target: Target, out: Path, *, dtype: Dtype = "float32", progress: Progress | None = None
+) -> None:
     """Write a model as a new folder, complete or not at all.
 
     Args:
         loaded: from ``open_model``.
         target: `mor` (our weights), `hf` (plain Llama, recursions unrolled) or `official` (the PyTorch release).
         out: must not exist.
+        dtype: of the tensors of `hf`; the others hold float32.
         progress: called with every tensor's name.
 
     Raises:
         UserError: the folder exists or cannot be written, or the target cannot express the model.
     """
     key_map(loaded, target)  # refuses before anything is written
+    require(target == "hf" or dtype == "float32", f"dtype={dtype!r} is for target 'hf'; {target!r} holds float32")
     with _new_folder(out) as folder:
-        {"mor": _write_mor, "hf": _write_hf, "official": _write_official}[target](loaded, folder, progress)
+        if target == "hf":
+            _write_hf(loaded, folder, dtype, progress)
+        else:
+            {"mor": _write_mor, "official": _write_official}[target](loaded, folder, progress)
 
 
 @contextmanager
@@ -90,15 +98,17 @@ def _write_mor(loaded: LoadedModel, folder: Path, progress: Progress | None) -> 
     weights.save(folder, loaded.model, loaded.params, loaded.tokenizer, origin=loaded.origin, progress=progress)
 
 
-def _write_hf(loaded: LoadedModel, folder: Path, progress: Progress | None) -> None:
+def _write_hf(loaded: LoadedModel, folder: Path, dtype: Dtype, progress: Progress | None) -> None:
+    model = loaded.model
     eos_id = None if loaded.tokenizer is None else loaded.tokenizer.eos_id
-    _write_json(folder / "config.json", llama.describe_config(loaded.model, eos_id=eos_id))
-    write_shards(folder, llama.unrolled(loaded.model, loaded.params, progress))
+    _write_json(folder / "config.json", llama.describe_config(model, eos_id=eos_id, dtype=dtype))
+    tensors_ = llama.unrolled(model, loaded.params, progress)
+    write_shards(folder, llama.written_shapes(model), tensors_, dtype=dtype)
     if loaded.tokenizer is not None and loaded.tokenizer.kind == "json":
         loaded.tokenizer.save(folder / "tokenizer.json")
-        special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": loaded.model.context_length}
+        special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.context_length}
         _write_json(folder / "tokenizer_config.json", special)
-    (folder / "README.md").write_text(weights.model_card(loaded.model, loaded.origin), encoding="utf-8")
+    (folder / "README.md").write_text(weights.model_card(model, loaded.origin), encoding="utf-8")
 
 
 def _write_official(loaded: LoadedModel, folder: Path, progress: Progress | None) -> None:
@@ -113,7 +123,7 @@ def _write_official(loaded: LoadedModel, folder: Path, progress: Progress | None
             if progress is not None:
                 progress(name)
 
-    write_shards(folder, named())
+    write_shards(folder, {name: value.shape for name, value in state.items()}, named())
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -132,7 +142,7 @@ def check(loaded: LoadedModel, out: Path) -> Check:
 
 def _logits(loaded: LoadedModel, tokens_BT: np.ndarray) -> np.ndarray:
     run: Callable[[Any], jax.Array] = jax.jit(lambda params: forward(loaded.model, params, tokens_BT).logits)
-    return np.asarray(run(loaded.params), np.float32)
+    return np.asarray(run(jax.tree.map(np.asarray, loaded.params)), np.float32)
 
 
 def refuse_mismatch(result: Check, tolerance: float) -> None:

@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 
 from mor_jax.array_types import Params
-from mor_jax.config import LoraTarget, ModelConfig
+from mor_jax.config import Dtype, LoraTarget, ModelConfig
 from mor_jax.errors import UserError, require
-from mor_jax.interop.assemble import Progress, assemble, check_names, take_apart
+from mor_jax.interop.assemble import Progress, assemble, check_names, lazily, take_apart
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Tensor, tensors
 from mor_jax.model.relaxation import update_of
@@ -74,12 +74,15 @@ def _rotary(values: Mapping[str, Any]) -> tuple[float, str | None]:
     return float(theta), new.get("rope_type", old.get("rope_type", old.get("type")))
 
 
-def describe_config(model: ModelConfig, *, eos_id: int | None = None) -> dict[str, Any]:
+def describe_config(model: ModelConfig, *, eos_id: int | None = None, dtype: Dtype = "float32") -> dict[str, Any]:
     """Write a vanilla or recursive model as a Hugging Face Llama configuration, recursions unrolled.
+
+    Document masks are no part of it: whoever runs a Llama passes one document per row, where they change nothing.
 
     Args:
         model: the model.
         eos_id: end-of-text token.
+        dtype: of the weights.
 
     Raises:
         UserError: names what plain Llama cannot express: a router, or keys and values shared between recursions.
@@ -88,6 +91,17 @@ def describe_config(model: ModelConfig, *, eos_id: int | None = None) -> dict[st
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        **describe_sizes(model),
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+    }
+
+
+def describe_sizes(model: ModelConfig) -> dict[str, Any]:
+    """Return the sizes and constants of a model under the keys of a Hugging Face Llama configuration."""
+    return {
         **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()},
         "num_hidden_layers": model.unrolled_depth,
         "num_key_value_heads": model.num_kv_heads,
@@ -100,10 +114,6 @@ def describe_config(model: ModelConfig, *, eos_id: int | None = None) -> dict[st
         "rope_theta": model.rope_theta,
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
     }
 
 
@@ -119,9 +129,7 @@ def check_expressible(model: ModelConfig) -> None:
     if model.recursion.kv_strategy != "recursion":
         problems.append(f"recursion.kv_strategy={model.recursion.kv_strategy!r}: every Llama layer has keys of its own")
     if model.recursion.relaxation.encoding:
-        problems.append("recursion.relaxation.encoding=True: Llama adds nothing to the input of a layer")
-    if not model.attend_across_documents:
-        problems.append("attend_across_documents=False: Llama has no document masks (its caller may pass them)")
+        problems.append("recursion.relaxation.encoding=True: no Llama layer multiplies its output by a vector")
     require(not problems, f"plain Llama cannot express this model: {'; '.join(problems)}")
 
 
@@ -141,7 +149,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load(
-    folder: Path, *, shardings: Any = None, progress: Progress | None = None
+    folder: Path, *, shardings: Any = None, lazy: bool = False, progress: Progress | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a Hugging Face folder into a vanilla model.
 
@@ -149,6 +157,7 @@ def load(
         folder: config.json and safetensors (one file, or shards with an index) or PyTorch files; float32, bfloat16
             or float16.
         shardings: see ``assemble``: with it the host holds one tensor at a time, whatever the model's size.
+        lazy: whether to return leaves that read their tensors when asked (``assemble.LazyLeaf``).
         progress: called with the name of every tensor read.
 
     Returns:
@@ -160,6 +169,8 @@ def load(
     model, files = read_config(folder), TensorFiles(folder)
     listed = tensors(model)
     check_names(str(folder), listed, files, _is_buffer)
+    if lazy:
+        return model, lazily(model, listed, files.read)
     return model, assemble(model, listed, files.read, shardings=shardings, progress=progress)
 
 
@@ -176,6 +187,11 @@ def key_map(model: ModelConfig) -> list[tuple[str, str]]:
     return rows
 
 
+def written_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that ``unrolled`` yields, by name and in its order."""
+    return {name: tensor.shape for tensor in tensors(model) for name in _written_names(tensor)}
+
+
 def unrolled(model: ModelConfig, params: Params, progress: Progress | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, array) of a plain Llama that computes what a vanilla or recursive model computes.
 
@@ -187,16 +203,17 @@ def unrolled(model: ModelConfig, params: Params, progress: Progress | None = Non
     check_expressible(model)
     for tensor, value in take_apart(params, tensors(model)):
         for name in _written_names(tensor):
-            yield name, value + _update(model, params, tensor, name)
+            update = _update(model, params, tensor, name)
+            yield name, value if update is None else value + update
             if progress is not None:
                 progress(name)
 
 
-def _update(model: ModelConfig, params: Params, tensor: Tensor, name: str) -> np.ndarray | float:
-    """What low-rank updates of this name's recursion add to a tensor, in Llama's layout."""
+def _update(model: ModelConfig, params: Params, tensor: Tensor, name: str) -> np.ndarray | None:
+    """What low-rank updates of this name's recursion add to a tensor, in Llama's layout; None is nothing."""
     target = tensor.path[-1]
     if tensor.path[0] != "block" or target not in model.recursion.relaxation.lora_targets or "lora" not in params:
-        return 0.0
+        return None
     recursion = [tensor.name, *tensor.aliases].index(name)
     layer, *part = tensor.index
     update = update_of(model, params["lora"], cast(LoraTarget, target), recursion, cast(int, layer))[tuple(part)]

@@ -100,10 +100,7 @@ def export(config: ModelConfig, params: Params) -> tuple[dict[str, Any], dict[st
         UserError: a model that the release cannot express, or a tree that does not fit the configuration.
     """
     description = describe(config)
-    flat = {
-        tuple(entry.key for entry in path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
+    flat = {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     _check_leaves(_leaves(config), flat)
     return description, {tensor.name: value for tensor, value in take_apart(params, _all_tensors(config))}
 

@@ -5,6 +5,7 @@ switch ``enable``; the sizes stand in the Hugging Face ``config.json`` that its 
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from mor_jax.errors import UserError, require
 from mor_jax.interop.tensor_files import TensorFiles
 
+logger = logging.getLogger(__name__)
 _SECTIONS = ("recursive", "kv_sharing", "mor")
 _MODEL_DEFAULTS = {
     "hidden_act": "silu",
@@ -100,6 +102,7 @@ def describe_folder(folder: Path, files: TensorFiles) -> dict[str, Any]:
         UserError: files or fields that are missing (all named).
     """
     values, sizes = read_yaml(folder), _read_sizes(folder)
+    _refuse_extras(values)
     recursive, kv, mor = (_enabled(values[name]) for name in _SECTIONS)
     kind = "vanilla" if recursive is None else "recursive" if mor is None else f"mor_{mor.get('type')}"
     tied = bool(sizes.get("tie_word_embeddings", True))
@@ -125,13 +128,38 @@ def describe_folder(folder: Path, files: TensorFiles) -> dict[str, Any]:
         }
         if kv is not None:
             description["kv_sharing"] = {
-                "num_recursion": kv.get("num_recursion", count),
-                "sharing": kv.get("sharing", sharing),
-                "update_cache": kv.get("update_cache", False),
+                "num_recursion": kv.get("num_recursion") or count,  # the release fills in null
+                "sharing": kv.get("sharing") or sharing,
+                "update_cache": bool(kv.get("update_cache")),
             }
     if mor is not None and recursive is not None:
-        description["mor"] = _describe_mor(mor, recursive["num_recursion"])
+        description["mor"] = _describe_mor(mor, recursive["num_recursion"], values)
     return description
+
+
+def _refuse_extras(values: Mapping[str, Any]) -> None:
+    """Refuse switches that a description cannot hold."""
+    problems = []
+    relaxation = values.get("relaxation")
+    if isinstance(relaxation, dict) and relaxation.get("enable"):
+        problems.append(f"relaxation.method={relaxation.get('method')!r}: its adapters cannot be imported")
+    mor = _enabled(values["mor"])
+    if mor is not None and mor.get("rand_router"):
+        problems.append("mor.rand_router=true: a random router has no weights to import")
+    require(not problems, f"the released run cannot be read: {'; '.join(problems)}")
+
+
+def _warmup_steps(own: Mapping[str, Any], values: Mapping[str, Any]) -> int:
+    """Forward calls of the capacity warm-up; null stands for the learning rate's warm-up times the accumulation."""
+    steps = own.get("cap_warmup_step", 0)
+    if steps is not None:
+        return steps
+    warmup = values.get("num_warmup_steps")
+    if warmup is None:
+        raise UserError("mor.expert.cap_warmup_step and num_warmup_steps are both null: put a number there")
+    steps = int(warmup) * int(values.get("gradient_accumulation_steps") or 1)
+    logger.warning("capacity warm-up: num_warmup_steps x gradient_accumulation_steps = %d", steps)
+    return steps
 
 
 def _enabled(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -149,7 +177,7 @@ def _read_sizes(folder: Path) -> dict[str, Any]:
     return sizes
 
 
-def _describe_mor(mor: Mapping[str, Any], count: int) -> dict[str, Any]:
+def _describe_mor(mor: Mapping[str, Any], count: int, values: Mapping[str, Any]) -> dict[str, Any]:
     kind = mor.get("type")
     require(kind in ("expert", "token"), f"mor.type={kind!r} is not 'expert' or 'token'")
     own = mor.get(str(kind)) or {}
@@ -159,7 +187,10 @@ def _describe_mor(mor: Mapping[str, Any], count: int) -> dict[str, Any]:
     return {
         **common,
         "capacity": _capacities(mor.get("capacity"), count),
-        "expert": {name: own.get(name, value) for name, value in _EXPERT_DEFAULTS.items()},
+        "expert": {
+            **{name: own.get(name, value) for name, value in _EXPERT_DEFAULTS.items()},
+            "cap_warmup_step": _warmup_steps(own, values),
+        },
     }
 
 

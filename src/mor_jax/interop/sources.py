@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from mor_jax.array_types import Params
@@ -61,16 +62,18 @@ def _is_hf(folder: Path) -> bool:
         return False
 
 
-def open_model(folder: Path, *, progress: Progress | None = None) -> LoadedModel:
+def open_model(folder: Path | str, *, lazy: bool = False, progress: Progress | None = None) -> LoadedModel:
     """Load a model into host memory (a run's newest good checkpoint).
 
     Args:
         folder: see ``detect``.
+        lazy: whether the leaves of Hugging Face and converted folders shall read their tensors only when asked for.
         progress: called with the name of every tensor read, where tensors are read one by one.
 
     Raises:
         UserError: nothing there, or files that cannot be used - every tensor that does not fit is named.
     """
+    folder = Path(folder)
     kind = detect(folder)
     if kind == "run":
         return _open_run(folder)
@@ -78,18 +81,26 @@ def open_model(folder: Path, *, progress: Progress | None = None) -> LoadedModel
         model, params = official.read(folder)
         return LoadedModel(model, params, _tokenizer(folder), kind, f"official release, {folder.name}")
     load = weights.load if kind == "weights" else llama.load
-    model, params = load(folder, progress=progress)
+    model, params = load(folder, lazy=lazy, progress=progress)
     words = {"weights": "mor_jax weights", "hf": "Hugging Face Llama folder"}[kind]
     return LoadedModel(model, params, _tokenizer(folder), kind, f"{words} {folder.name}")
 
 
 def _open_run(folder: Path) -> LoadedModel:
-    run = restore_run(folder)
-    model, params = run.config.model, dict(run.params)
+    run = restore_run(folder, device=_host())
+    model, params = run.config.model, jax.tree.map(np.asarray, dict(run.params))
     if model.routing.kind == "token" and model.routing.balancing == "loss_free":
         params[ROUTER_STATE] = {"bias": np.asarray(run.router_bias_R)}
     origin = f"run {folder.resolve().name} of preset {run.config.preset}, step {run.step}"
     return LoadedModel(model, params, run.tokenizer, "run", origin)
+
+
+def _host() -> Any:
+    """The processor as a device, so that a large model need not fit one accelerator; None where jax lacks it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return None
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

@@ -5,23 +5,36 @@ Pickles are read by ``torch.load(weights_only=True)``, which executes nothing; i
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from mor_jax.config import Dtype
 from mor_jax.errors import UserError, require
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30
-"""Bytes of a written shard at most (a larger tensor gets a shard of its own)."""
-_FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+"""Bytes of a written shard at most."""
+_READABLE: dict[str, Any] = {
+    "F32": np.float32,
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F64": np.float64,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_DTYPES: dict[Dtype, tuple[str, Any]] = {"float32": ("F32", np.float32), "bfloat16": ("BF16", ml_dtypes.bfloat16)}
 
 
 class TensorFiles:
-    """The tensors of a folder by name; nothing is read before it is asked for.
+    """The tensors of a folder by name; nothing is read before it is asked for, and no shard is mapped or held.
 
     Args:
         folder: holds `model.safetensors`, shards named by an index, or `pytorch_model.bin` / `.pt` files.
@@ -32,15 +45,16 @@ class TensorFiles:
 
     def __init__(self, folder: Path) -> None:
         require(folder.is_dir(), f"{folder} is no folder")
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, _Place | dict[str, Any]] = {}
+        self._about: dict[str, tuple[tuple[int, ...], str]] = {}
         files = _safetensors_files(folder)
         for path in files:
-            opened = _open_safetensors(path)
-            self._where |= dict.fromkeys(opened.keys(), opened)
-        if not files:
-            for path in _torch_files(folder):
-                loaded = _load_torch(path)
-                self._where |= dict.fromkeys(loaded, loaded)
+            for name, (shape, dtype, offset) in _read_header(path).items():
+                self._where[name], self._about[name] = _Place(path, offset), (shape, dtype)
+        for path in [] if files else _torch_files(folder):
+            loaded = _load_torch(path)
+            self._where |= dict.fromkeys(loaded, loaded)
+            self._about |= {name: (tuple(value.shape), _torch_dtype(value)) for name, value in loaded.items()}
         require(bool(self._where), f"{folder} holds no *.safetensors, *.bin or *.pt file with tensors")
 
     def names(self) -> list[str]:
@@ -49,26 +63,31 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
-        holder = self._where[name]
-        return tuple(holder[name].shape if isinstance(holder, dict) else holder.get_slice(name).get_shape())
+        return self._about[name][0]
 
     def dtype(self, name: str) -> str:
         """Return the dtype of a tensor without reading it: `F32`, `BF16`, `F16`, or another name."""
-        holder = self._where[name]
-        if not isinstance(holder, dict):
-            return str(holder.get_slice(name).get_dtype())
-        words = str(holder[name].dtype).removeprefix("torch.")
-        return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}.get(words, words)
+        return self._about[name][1]
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor in its own dtype."""
         holder = self._where[name]
-        if not isinstance(holder, dict):
-            return holder.get_tensor(name)
+        shape, dtype = self._about[name]
+        if isinstance(holder, _Place):
+            require(dtype in _READABLE, f"{holder.path}: {name} has dtype {dtype}, which cannot be read")
+            array = np.fromfile(holder.path, _READABLE[dtype], math.prod(shape), offset=holder.offset)
+            return array.reshape(shape)
         tensor = holder[name]
-        if self.dtype(name) == "BF16":
+        if dtype == "BF16":
             return tensor.view(_torch().int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    offset: int
 
 
 def is_float(dtype: str) -> bool:
@@ -76,44 +95,68 @@ def is_float(dtype: str) -> bool:
     return dtype in ("F32", "BF16", "F16")
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors as `model.safetensors`, or as shards with an index, holding one shard in memory at a time.
+def write_shards(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    dtype: Dtype = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write tensors as `model.safetensors`, or as shards with an index, holding one tensor in memory at a time.
+
+    safetensors' own writer wants all tensors of a file at once, so the files are written here; its format is a JSON
+    header and the bytes.
 
     Args:
         folder: exists.
+        shapes: shape of every tensor by name, in the order of ``tensors``.
         tensors: (name, array) pairs, made as they are consumed.
-        shard_bytes: bytes of a shard at most.
+        dtype: to write; float32 arrays are rounded to it.
+        shard_bytes: bytes of a shard at most (a larger tensor gets a shard of its own).
     """
-    from safetensors.numpy import save_file
-
-    names_of: list[list[str]] = []
-    total = 0
-    for number, shard in enumerate(_shards(tensors, shard_bytes)):
-        total += sum(array.nbytes for array in shard.values())
-        names_of.append(list(shard))
-        save_file(shard, folder / f"shard-{number}.safetensors", metadata={"format": "pt"})
-    if len(names_of) == 1:
-        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(names_of):
-        file = f"model-{number + 1:05d}-of-{len(names_of):05d}.safetensors"
-        (folder / f"shard-{number}.safetensors").rename(folder / file)
+    item = np.dtype(_DTYPES[dtype][1])
+    sizes = {name: math.prod(shape) * item.itemsize for name, shape in shapes.items()}
+    shards = _shards(sizes, shard_bytes)
+    arrays = iter(tensors)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        one = len(shards) == 1
+        file = "model.safetensors" if one else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with (folder / file).open("wb") as stream:
+            stream.write(_header({name: shapes[name] for name in names}, sizes, _DTYPES[dtype][0]))
+            for name in names:
+                found, array = next(arrays)
+                assert (found, array.shape) == (name, shapes[name]), (found, array.shape, name, shapes[name])
+                stream.write(np.ascontiguousarray(array, item).reshape(-1).view(np.uint8).data)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _shards(tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for name, array in tensors:
-        if shard and size + array.nbytes > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = np.ascontiguousarray(array)
-        size += array.nbytes
-    yield shard
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: str) -> bytes:
+    """The length of the JSON in 8 bytes, and the JSON, padded so that the data is aligned."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + sizes[name]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -129,11 +172,22 @@ def _safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
-def _open_safetensors(path: Path) -> Any:
+def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
+    """Shape, dtype and place in the file of every tensor.
+
+    safetensors checks the file, but maps all of it, and mapped pages count as memory: the tensors are read plainly.
+    """
     try:
         from safetensors import safe_open
 
-        return safe_open(path, framework="numpy")
+        with safe_open(path, framework="numpy"), path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            entries = json.loads(stream.read(length))
+        return {
+            name: (tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        }
     except ImportError as error:
         raise UserError(f"{path}: reading safetensors needs the extra: pip install 'mor-jax[hf]'") from error
     except Exception as error:  # safetensors raises a bare error for damaged files
@@ -147,6 +201,11 @@ def _torch_files(folder: Path) -> list[Path]:
 
 def _torch() -> Any:
     return importlib.import_module("torch")  # no dependency: type checkers need not find it
+
+
+def _torch_dtype(tensor: Any) -> str:
+    words = str(tensor.dtype).removeprefix("torch.")
+    return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}.get(words, words)
 
 
 def _load_torch(path: Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """The first weights of a run from another model: uptraining (paper section 4.2, table 12)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from mor_jax.config import Config
+from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
 from mor_jax.interop.assemble import leaf_shapes
 from mor_jax.interop.sources import describe_params, open_model
@@ -31,6 +32,7 @@ def initial_weights(config: Config) -> InitialWeights | None:
         return None
     folder = Path(config.init.source)
     loaded = open_model(folder)
+    _check_constants(loaded.model, config)
     params = describe_params(loaded.params)
     if leaf_shapes(loaded.model) == leaf_shapes(config.model):
         built: dict[str, Any] = params
@@ -44,3 +46,17 @@ def initial_weights(config: Config) -> InitialWeights | None:
         built = share_layers(loaded.model, params, config.model, config.init.strategy, key=key, seed=config.train.seed)
     hash_ = None if loaded.tokenizer is None else loaded.tokenizer.hash
     return InitialWeights(params=built, tokenizer_hash=hash_, origin=f"{loaded.origin} ({config.init.strategy})")
+
+
+def _check_constants(model: ModelConfig, config: Config) -> None:
+    """Refuse constants under which the weights would mean something else; no shape shows them.
+
+    Raises:
+        UserError: names every one that differs, with the flag that adopts it.
+    """
+    differing = [
+        f"--model.{name} {getattr(model, name)} (now {getattr(config.model, name)})"
+        for name in ("rope_theta", "norm_epsilon")
+        if not math.isclose(getattr(model, name), getattr(config.model, name), rel_tol=1e-6)  # some hold float32
+    ]
+    require(not differing, f"init.from={config.init.source!r} was trained with other constants: {', '.join(differing)}")

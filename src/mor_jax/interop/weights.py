@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from mor_jax import config_io
@@ -18,7 +17,8 @@ from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
-from mor_jax.interop.assemble import Progress, assemble, check_names, leaf_shapes, take_apart
+from mor_jax.interop.assemble import Progress, assemble, check_names, lazily, leaf_shapes, take_apart
+from mor_jax.interop.llama import describe_sizes
 from mor_jax.interop.tensor_files import TensorFiles, write_shards
 from mor_jax.interop.tensors import Tensor
 from mor_jax.model.flops import count_parameters, paper_flops_per_token
@@ -54,7 +54,7 @@ def listing(model: ModelConfig, *, with_bias: bool = False) -> list[Tensor]:
 def named(model: ModelConfig, params: Params, progress: Progress | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, float32 array) of every tensor, one at a time."""
     for tensor, value in take_apart(params, listing(model, with_bias=ROUTER_STATE in params)):
-        yield tensor.name, value.astype(np.float32)
+        yield tensor.name, value.astype(np.float32, copy=False)
         if progress is not None:
             progress(tensor.name)
 
@@ -78,11 +78,18 @@ def save(
         origin: where the weights come from, for the model card.
         progress: called with the name of every tensor written.
     """
-    values = {"format": FORMAT, "model": config_io.to_dict(model)}
+    values = {
+        "format": FORMAT,
+        "model_type": "mor_jax",
+        "architectures": ["MixtureOfRecursionsForCausalLM"],
+        **describe_sizes(model),  # for readers that look for the usual keys; `model` is what counts
+        "model": config_io.to_dict(model),
+    }
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
-    write_shards(folder, named(model, params, progress))
+    shapes = {tensor.name: tensor.shape for tensor in listing(model, with_bias=ROUTER_STATE in params)}
+    write_shards(folder, shapes, named(model, params, progress))
     (folder / "README.md").write_text(model_card(model, origin), encoding="utf-8")
 
 
@@ -105,13 +112,14 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load(
-    folder: Path, *, shardings: Any = None, progress: Progress | None = None
+    folder: Path, *, shardings: Any = None, lazy: bool = False, progress: Progress | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a weights folder.
 
     Args:
         folder: written by ``save``.
         shardings: see ``assemble``.
+        lazy: whether to return leaves that read their tensors when asked (``assemble.LazyLeaf``).
         progress: called with the name of every tensor read.
 
     Returns:
@@ -124,6 +132,8 @@ def load(
     bias = f"{ROUTER_STATE}.bias" in files.names()
     listed = listing(model, with_bias=bias)
     check_names(str(folder), listed, files, lambda _: False)
+    if lazy:
+        return model, lazily(model, listed, files.read)
     if not bias or shardings is None:
         return model, assemble(model, listed, files.read, shardings=shardings, progress=progress)
     params = assemble(model, listed[:-1], files.read, shardings=shardings, progress=progress)
@@ -162,8 +172,3 @@ Origin of the weights: {origin}.
 Load it with `mor_jax.load(folder)`. Expert-choice by top-k looks ahead along the sequence; generation and honest
 evaluation use the causal `threshold` selection.
 """
-
-
-def total_bytes(params: Params) -> int:
-    """Return the bytes of a parameter tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))

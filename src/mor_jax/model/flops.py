@@ -15,6 +15,7 @@ import jax
 
 from mor_jax.config import Execution, ModelConfig
 from mor_jax.model.capacity import routed_tokens, token_seats
+from mor_jax.model.relaxation import target_axes
 from mor_jax.model.transformer import init_params
 
 AttentionWork = Literal["causal", "full", "flash"]
@@ -144,20 +145,38 @@ def forward_flops(
         attention: see ``AttentionWork``.
 
     Returns:
-        FLOPs of `block` (projections and feed-forward of all layers), `attention` (scores and weighted values),
-        `router` and `head`.
+        FLOPs of `block` (projections, feed-forward and low-rank updates of all layers), `attention` (scores and
+        weighted values), `router` and `head`.
     """
     length = model.context_length if length is None else length
     passes = layer_passes(model, length, execution)
     d, heads = model.d_model, model.num_heads * model.head_dim
     per_token = 2 * (2 * d * heads + 3 * d * model.d_ff)
     per_key = 2 * 2 * d * model.num_kv_heads * model.head_dim
+    shared = passes[1:-1] if model.recursion.has_middle else passes
+    lora_token, lora_key = _lora_flops(model)
     return {
-        "block": float(sum(p.layers * (p.computed * per_token + p.projected * per_key) for p in passes)),
+        "block": float(
+            sum(p.layers * (p.computed * per_token + p.projected * per_key) for p in passes)
+            + sum(p.layers * (p.computed * lora_token + p.projected * lora_key) for p in shared)
+        ),
         "attention": sum(p.layers * 4 * heads * _attention_pairs(p, attention) for p in passes),
         "router": float(_router_flops(model, length, execution)),
         "head": 2.0 * length * d * model.vocab_size,
     }
+
+
+def _lora_flops(model: ModelConfig) -> tuple[int, int]:
+    """FLOPs of one layer's low-rank updates: per token computed, and per token that projects keys and values."""
+    relaxation = model.recursion.relaxation
+    if not relaxation.lora_rank:
+        return 0, 0
+    widths = {
+        target: sum(math.prod(axes.values()) for axes in target_axes(model, target))
+        for target in relaxation.lora_targets
+    }
+    key = widths.pop("key_value", 0)
+    return 2 * relaxation.lora_rank * sum(widths.values()), 2 * relaxation.lora_rank * key
 
 
 def _router_flops(model: ModelConfig, length: int, execution: Execution) -> int:

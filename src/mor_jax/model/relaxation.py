@@ -72,15 +72,15 @@ class StackedLora(nn.Module):
 
 
 class Encoding(nn.Module):
-    """A learned vector [R, D] per recursion, zero at first."""
+    """A learned vector [R, D] per recursion that multiplies the block's output, one at first (as released)."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self) -> Any:
         """Return the vectors."""
-        initialiser = nn.with_logical_partitioning(nn.initializers.zeros, ("recursions", "embed"))
-        return self.param("vectors", initialiser, (self.config.recursion.num_recursions, self.config.d_model))
+        initialiser = nn.with_logical_partitioning(nn.initializers.ones, ("recursions", "embed"))
+        return self.param("scale", initialiser, (self.config.recursion.num_recursions, self.config.d_model))
 
 
 def low_rank(config: ModelConfig, lora: dict[str, Lora] | None, target: LoraTarget, x: jax.Array) -> jax.Array | float:

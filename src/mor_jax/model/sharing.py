@@ -140,7 +140,7 @@ def share_layers(
         stands_for = unrolled_sources(config)
         built["lora"] = lora_from_residuals(config, built["block"], params["block"], stands_for)
     if config.recursion.relaxation.encoding:
-        built["encoding"] = {"vectors": np.zeros((config.recursion.num_recursions, config.d_model), np.float32)}
+        built["encoding"] = {"scale": np.ones((config.recursion.num_recursions, config.d_model), np.float32)}
     if not config.recursion.share_norms:
         count = config.recursion.num_recursions
         norms = {name: built["block"].pop(name) for name in ("attention_norm", "ffn_norm")}

@@ -55,8 +55,6 @@ class DecoderLayer(nn.Module):
             if self.repeats > 1:
                 own = jax.tree.map(lambda a, repeat=repeat: a[repeat], own)
             scales |= {name: own[name]["scale"] for name in scales if name in own}
-            if "encoding" in own:
-                x_BCD = x_BCD + own["encoding"][None, None, :].astype(x_BCD.dtype)
             if shares:
                 first = repeat == 0
                 context = dataclasses.replace(context, keep_kv=first, keys=None if first else context.queries)
@@ -66,6 +64,8 @@ class DecoderLayer(nn.Module):
             kv = kv if kept is None else kept
             x_BCD = constrain(x_BCD + delta, "batch", "sequence", None)
             x_BCD = x_BCD + ffn(ffn_norm(x_BCD, scales["ffn_norm"]), lora)
+            if "encoding" in own:
+                x_BCD = x_BCD * own["encoding"][None, None, :].astype(x_BCD.dtype)
             x_BCD = constrain(x_BCD, "batch", "sequence", None)
         return x_BCD, None if shares else kv
 
@@ -196,9 +196,10 @@ class Transformer(nn.Module):
             own |= StackedNorms(config, name="block_norms")()
         if relaxation.lora_rank:
             own["lora"] = StackedLora(config, name="lora")()
-        if relaxation.encoding:  # added to the input of the block, so it is zero for all layers but the first
-            vectors_RD = Encoding(config, name="encoding")()
-            own["encoding"] = jnp.pad(vectors_RD[:, None], ((0, 0), (0, config.block_depth - 1), (0, 0)))
+        if relaxation.encoding:  # multiplies the output of the block, so it is one for all layers but the last
+            scale_RD = Encoding(config, name="encoding")()
+            widths = ((0, 0), (config.block_depth - 1, 0), (0, 0))
+            own["encoding"] = jnp.pad(scale_RD[:, None], widths, constant_values=1.0)
         return own or None
 
     def _recursions(
