@@ -16,10 +16,12 @@ if [[ -n ${GENERATION:-} ]]; then
 fi
 export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_PORT:-8476} # open between the hosts of a pod; others may not be
 
-last=$(mktemp)
-trap 'rm -f "$last"' EXIT
+folder=$(mktemp -d)
+last=$folder/last pipe=$folder/pipe
+mkfifo "$pipe"
+trap 'rm -rf "$folder"' EXIT
 child=0 stopping=0
-trap 'stopping=1; ((child)) && kill -TERM "$child" 2>/dev/null' TERM INT
+trap 'stopping=$((stopping + 1)); ((child)) && kill -TERM "$child" 2>/dev/null' TERM INT
 
 say() { echo "supervise: $(date -u +%FT%TZ) $*"; }
 
@@ -27,14 +29,23 @@ pause=$first failures=0
 while true; do
   say "starting: $mor $*"
   start=$SECONDS
-  "$mor" "$@" > >(tee "$last") 2>&1 &
+  tee "$last" <"$pipe" &
+  copier=$!
+  "$mor" "$@" >"$pipe" 2>&1 &
   child=$!
-  # a trapped signal interrupts wait: wait again until the child, which saves first, has gone
-  while kill -0 "$child" 2>/dev/null; do
+  # a trapped signal interrupts wait: wait again for the child, which saves first
+  while true; do
+    signals=$stopping
     wait "$child"
     code=$?
+    if ((signals == stopping)); then break; fi
   done
   ran=$((SECONDS - start))
+  # its last lines decide what to do; a process it left behind may hold the pipe open, so do not wait for ever
+  for _ in {1..100}; do
+    kill -0 "$copier" 2>/dev/null || break
+    sleep 0.1
+  done
   if ((stopping)); then
     say "stopped on request after $ran s, exit code $code"
     exit "$code"

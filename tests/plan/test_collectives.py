@@ -93,6 +93,33 @@ def test_groups_in_an_unknown_notation_are_an_error():
         collectives(parse(PROGRAM.replace("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "replica_groups=?")), devices=8)
 
 
+TPU_PROGRAM = """HloModule step
+%all-reduce-scatter.3 (input: bf16[256,64]) -> bf16[128,64] {
+  %input = bf16[256,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.1 = bf16[256,64]{1,0} all-reduce(%input), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %part = bf16[128,64]{1,0} dynamic-slice(%all-reduce.1, %index), dynamic_slice_sizes={128,64}
+}
+
+ENTRY %main (x: bf16[256,64]) -> bf16[128,64] {
+  %x = bf16[256,64]{1,0} parameter(0)
+  %token = token[] after-all()
+  %mine = bf16[128,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+  %send = (bf16[128,64]{1,0}, u32[], token[]) send(%mine, %token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[128,64]{1,0}, u32[], token[]) recv(%token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %done = bf16[128,64]{1,0} bitcast(%mine)
+}
+"""  # noqa: E501
+
+
+def test_what_tpu_compilers_write_for_reduce_scatter_and_between_slices():
+    """A fusion named all-reduce-scatter is one; between slices a send stands for the exchange."""
+    size = 128 * 64 * 2
+    assert bytes_by_kind(collectives(parse(TPU_PROGRAM), devices=4, slices=2)) == {
+        "all-reduce": {"count": 1, "bytes": 0, "bytes_across": size},  # two slices: 2 x (2 - 1) / 2 of what is sent
+        "reduce-scatter": {"count": 1, "bytes": size, "bytes_across": 0},
+    }
+
+
 def test_a_compiled_program():
     """Rows over 8 devices, one product with a matrix that fsdp splits, in a scan of 3 steps."""
     mesh = make_mesh(MeshConfig(fsdp=8))

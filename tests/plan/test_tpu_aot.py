@@ -43,6 +43,18 @@ def test_the_train_step_compiles_with_the_fused_attention(strategy, capsys):
     assert plan["loops_of_unknown_length"] == 0
 
 
+def test_between_slices_gradients_travel_and_little_else(capsys):
+    """At least every parameter's gradient once; at most a few times that: activations stay on their slice."""
+    arguments = ["--topology", "v5e:2x2", "--slices", "2", "--mesh.fsdp", "2", "--json"]
+    assert main(["plan", "debug", *arguments]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    across = sum(kind["bytes_across"] for kind in plan["collectives_per_device"].values())
+    gradients = plan["memory_per_device"]["parameters"]  # a device's share, float32
+    assert plan["mesh"]["slice"] == 2
+    assert 0.9 * gradients < across < 4 * gradients
+    assert plan["estimate"]["seconds"]["network_across"] == across / GENERATIONS["v5e"].dcn_rate
+
+
 def test_a_step_that_does_not_fit_names_its_need_and_what_would(capsys):
     """Half a million rows per chip, with the plain attention's scores."""
     arguments = ["--topology", "v5e:2x2", "--train.batch-size", "2097152", "--perf.loss-chunk", "128"]

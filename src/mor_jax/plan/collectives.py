@@ -74,6 +74,10 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
     """
     found = []
     for computation, instruction, executions in module.executed():
+        if instruction.opcode == "send" and (sent := _MEGASCALE.search(instruction.attributes)):
+            kind, operands = sent[1].lower().replace("_", "-"), _operands(computation, instruction)[:1]
+            found.append(Collective(kind, operands, slices, executions, True, instruction.op_name))
+            continue
         kind = instruction.opcode.removesuffix("-start")
         if computation.name.startswith("all-reduce-scatter"):  # TPU writes reduce-scatter as a fusion of this name
             kind = kind.replace("all-reduce", "reduce-scatter")
@@ -95,6 +99,8 @@ def _operands(computation: Computation, instruction: Instruction) -> tuple[Array
     return tuple(shape for name in names for shape in computation.instructions[name].shapes)
 
 
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+"""Between TPU slices a device hands its part of a collective to the host's runtime: send, and recv of the result."""
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 _LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
