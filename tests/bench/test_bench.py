@@ -31,7 +31,7 @@ HLO = """HloModule jit_step
   ROOT %dot.9 = f32[8]{0} dot(%p, %p), metadata={op_name="jit(f)/block/ffn/dot_general"}
 }
 ENTRY %main (a: f32[8]) -> f32[8] {
-  %custom-call.1 = (f32[8]{0}, s8[4]{0}) custom-call(), custom_call_target="__cublas$gemm", metadata={op_name="j/ffn/dot"}
+  %custom-call.1 = (f32[8]{0}, s8[4]{0}) custom-call(), custom_call_target="__cublas$gemm", metadata={op_name="dot"}
   %fusion.2 = f32[8]{0} fusion(%a), kind=kCustom, calls=%fused.1, metadata={op_name="jvp(T)/first/ffn/dot_general"}
   %fusion.3 = f32[8]{0} fusion(%a), kind=kLoop, calls=%other, metadata={op_name="jvp(T)/block/ffn_norm/mul"}
   %custom-call.4 = f32[8]{0} custom-call(%a), custom_call_target="fmha", metadata={op_name="j/block/attend/fmha"}
