@@ -23,10 +23,12 @@ Sampling = Literal["aux_loss", "aux_router", "none"]
 Balancing = Literal["loss", "loss_free", "none"]
 Dtype = Literal["float32", "bfloat16"]
 Execution = Literal["gather", "scan"]
-Remat = Literal["none", "full", "dots", "names"]
+Remat = Literal["auto", "none", "full", "dots", "names"]
 InitStrategy = Literal["stepwise", "average", "lower", "upper", "random"]
 LoraTarget = Literal["query", "key_value", "output", "gate_up", "down"]
-AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
+AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "tokamax", "splash"]
+Fusion = Literal["auto", "xla", "triton"]
+LogitsDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def _require_choice(name: str, value: object, choices: object) -> None:
@@ -341,26 +343,47 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PerfConfig:
-    """How the model is executed; never what it computes (but see `execution`)."""
+    """How the model is executed; never what it computes (but see `execution`).
+
+    What is left open (`auto`, None) is chosen by device and shape when a train step is compiled, and logged
+    (``mor_jax.perf``).
+    """
 
     execution: Execution = "gather"
     """`gather` computes only the selected tokens (static shapes); `scan` is nn.scan with depth masks. They agree,
     except that token-choice under `gather` drops tokens beyond its seats."""
     attention_backend: AttentionBackend = "auto"
-    """Attention kernel; `auto` chooses by device and logs its choice."""
-    remat: Remat = "none"
-    """Rematerialisation of layers in the backward pass."""
-    scan_unroll: int = 1
-    """Layers unrolled per step of the layer scan; 0 unrolls all."""
-    loss_chunk: int = 512
-    """Positions per chunk of the fused cross-entropy."""
+    """Attention kernel; `auto` chooses by device and mask and logs its choice."""
+    remat: Remat = "auto"
+    """Rematerialisation of layers in the backward pass: of nothing, of everything (`full`), of all but matrix products
+    (`dots`) or but the named tensors that are costly to make (`names`); `auto` the least that fits the memory."""
+    scan_unroll: int | None = None
+    """Layers unrolled per step of the layer scan; 0 unrolls all; None is all on a GPU, 1 elsewhere."""
+    loss_chunk: int | None = None
+    """Positions per chunk of the fused cross-entropy; None chooses by device and batch."""
+    slot_multiple: int | None = None
+    """`gather`: computed lengths are filled up to a multiple of this with slots that hold no selected token, because
+    kernels like round lengths; exactly k tokens count in any case. None is 8 on a GPU, 1 elsewhere."""
+    logits_dtype: LogitsDtype = "auto"
+    """How the loss keeps the logits of a chunk; softmax and sums are float32 in any case. `auto` is bfloat16 for a
+    bfloat16 model on a GPU (as the release rounds them), float32 elsewhere."""
+    fusion: Fusion = "auto"
+    """Norms, SwiGLU and the projections' gradients: as XLA fuses them, or this project's kernels (one GPU)."""
+    compiler_options: tuple[str, ...] | None = None
+    """XLA options of the train step as `name=value`; None takes the device's (``mor_jax.perf`` gives the reasons)."""
 
     def __post_init__(self) -> None:
         _require_choice("perf.execution", self.execution, Execution)
         _require_choice("perf.attention_backend", self.attention_backend, AttentionBackend)
         _require_choice("perf.remat", self.remat, Remat)
-        _require_not_negative(scan_unroll=self.scan_unroll)
-        _require_positive(loss_chunk=self.loss_chunk)
+        _require_choice("perf.logits_dtype", self.logits_dtype, LogitsDtype)
+        _require_choice("perf.fusion", self.fusion, Fusion)
+        _require_not_negative(scan_unroll=self.scan_unroll or 0)
+        for name in ("loss_chunk", "slot_multiple"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"perf.{name}={value} must be positive")
+        for option in self.compiler_options or ():
+            require("=" in option, f"perf.compiler_options: {option!r} is not of the form name=value")
 
 
 @dataclass(frozen=True)

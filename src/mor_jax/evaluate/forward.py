@@ -18,6 +18,7 @@ from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.model.trace import RoutingTrace, TrunkOutput
 from mor_jax.model.transformer import apply_trunk, head_matrix
 from mor_jax.parallel import batch_sharding, batch_shards
+from mor_jax.perf import loss_chunk
 from mor_jax.train.loss import target_mask, token_nll
 
 Mode = Literal["topk", "threshold"]
@@ -147,7 +148,7 @@ def totals_pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
     def run(params: Params, router_bias_R: Any, batch: Any, lengths_V: jax.Array, key: jax.Array) -> BatchTotals:
         targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
         output = run_trunk(model, perf, mode, params, router_bias_R, inputs_of(batch), key)
-        nll_BT = token_nll(output.hidden_BTD, head_matrix(model, params), targets_BT, chunk=perf.loss_chunk)
+        nll_BT = token_nll(output.hidden_BTD, head_matrix(model, params), targets_BT, chunk=loss_chunk(perf))
         mask_BT = target_mask(model, segment_ids)
         trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
         return BatchTotals(

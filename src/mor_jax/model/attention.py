@@ -13,8 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from mor_jax.axes import axis_size, constrain, on_shards
 from mor_jax.config import AttentionBackend, ModelConfig, PerfConfig
 from mor_jax.errors import require
+from mor_jax.model import attention_tokamax
+from mor_jax.model.attention_gpu import flash_attention, visible_runs
 from mor_jax.model.attention_tpu import resolve_tpu_backend, splash_attention, target_platform
-from mor_jax.model.layers import Rotary, apply_rotary, normal_init
+from mor_jax.model.layers import Rotary, apply_rotary, compute_weight, normal_init
 from mor_jax.model.relaxation import low_rank
 from mor_jax.model.rows import Selection, merge_rows, take_rows
 
@@ -82,7 +84,9 @@ def attention_mask(queries: TokenView, keys: TokenView | None, *, explicit: bool
     return constrain(mask_BTS, "batch", "sequence", None)[:, None]
 
 
-def resolve_backend(backend: AttentionBackend, dtype: str, head_dim: int) -> AttentionBackend:
+def resolve_backend(
+    backend: AttentionBackend, dtype: str, head_dim: int, devices: int | None = None
+) -> AttentionBackend:
     """Choose the attention kernel for the device that the program is traced for; ``resolve_tpu_backend`` on a TPU.
 
     Raises:
@@ -91,26 +95,45 @@ def resolve_backend(backend: AttentionBackend, dtype: str, head_dim: int) -> Att
     if target_platform() == "tpu":
         return resolve_tpu_backend(backend, dtype, head_dim)
     require(backend != "splash", f"perf.attention_backend='splash' needs a TPU, not device={target_platform()!r}")
-    return _resolve_backend(backend, dtype, head_dim)
+    return _resolve_backend(backend, dtype, head_dim, devices)
 
 
 @functools.cache
-def _resolve_backend(backend: AttentionBackend, dtype: str, head_dim: int) -> AttentionBackend:
+def _resolve_backend(
+    backend: AttentionBackend, dtype: str, head_dim: int, devices: int | None = None
+) -> AttentionBackend:
     """Choose the attention kernel for this process's device, and log it once.
 
-    `cudnn` needs a GPU, bfloat16 and a head_dim that is a multiple of 8 up to 256; `xla` runs everywhere and holds the
-    [T, S] scores in memory.
+    `xla` runs everywhere and holds the [T, S] scores in memory. `cudnn` needs a GPU, bfloat16 and a head_dim that is a
+    multiple of 8 up to 256. `triton` (this project's kernel for packed rows and shared keys, cuDNN for plain causality)
+    and `tokamax` (tokamax's for causality, this project's for shared keys) run on one device and need a head_dim that
+    is a power of two.
+
+    Args:
+        backend: asked for.
+        dtype: of the model.
+        head_dim: of the model.
+        devices: of the mesh; None takes the process's view of all.
 
     Raises:
-        UserError: `cudnn` was asked for where it cannot run.
+        UserError: a backend was asked for where it cannot run.
     """
-    fits = jax.default_backend() == "gpu" and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 256
-    require(
-        backend != "cudnn" or fits,
-        f"perf.attention_backend='cudnn' needs a GPU, dtype='bfloat16' and head_dim a multiple of 8 up to 256, not "
-        f"device={jax.default_backend()!r}, dtype={dtype!r}, head_dim={head_dim}",
-    )
-    chosen: AttentionBackend = ("cudnn" if fits else "xla") if backend == "auto" else backend
+    on_gpu = jax.default_backend() == "gpu" and dtype == "bfloat16"
+    fits = on_gpu and head_dim % 8 == 0 and head_dim <= 256
+    fits_triton = fits and head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    for name, possible, rule in (
+        ("cudnn", fits, "head_dim a multiple of 8 up to 256"),
+        ("triton", fits_triton, "head_dim a power of two from 16 to 256"),
+        ("tokamax", fits_triton and attention_tokamax.is_available(), "head_dim 64 or more, and tokamax on Hopper"),
+    ):
+        require(
+            backend != name or possible,
+            f"perf.attention_backend={name!r} needs a GPU, dtype='bfloat16' and {rule}, not "
+            f"device={jax.default_backend()!r}, dtype={dtype!r}, head_dim={head_dim}",
+        )
+    alone = (jax.device_count() if devices is None else devices) == 1
+    automatic: AttentionBackend = ("triton" if fits_triton and alone else "cudnn") if fits else "xla"
+    chosen: AttentionBackend = automatic if backend == "auto" else backend
     logger.info("attention backend: %s (asked for %s)", chosen, backend)
     return chosen
 
@@ -122,7 +145,9 @@ def _pad_length(x: jax.Array, axis: int, value: float | bool = 0) -> jax.Array:
 
 
 def _cudnn(query_BTNH: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Lengths are padded to the kernel's block; padding stands last, so causality or the mask hides it."""
+    """Padded where cuDNN needs it: to even lengths (JAX's rule in training), or to its block when it takes a mask."""
+    if mask is None and query_BTNH.shape[1] % 2 == 0:
+        return jax.nn.dot_product_attention(query_BTNH, keys, values, is_causal=True, implementation="cudnn")
     length = query_BTNH.shape[1]
     query_BTNH, keys, values = (_pad_length(x, 1) for x in (query_BTNH, keys, values))
     if mask is not None:
@@ -146,6 +171,35 @@ def _splash(
             segments_BT, key_segments_BS = jnp.zeros_like(rows_BT), jnp.zeros_like(seen.rows_BC)
         key_segments_BS = jnp.where(seen.valid_BC, key_segments_BS, -1)
     return splash_attention(query_BTNH, keys_BSKH, values_BSKH, rows_BT, segments_BT, key_segments_BS)
+
+
+def _by_runs(
+    query_BTNH: jax.Array,
+    keys_BSKH: jax.Array,
+    values_BSKH: jax.Array,
+    queries: TokenView,
+    keys: TokenView | None,
+    backend: AttentionBackend,
+) -> jax.Array:
+    """Kernels whose memory is linear: every query sees one run of keys (`keys`, if given, holds rows 0..S-1)."""
+    plain = keys is None and queries.segments_BC is None
+    if plain and backend == "triton":
+        _log_kernel("causal", "cuDNN")
+        return _cudnn(query_BTNH, keys_BSKH, values_BSKH, None)
+    rows, key_segments = (None, None) if keys is None else (queries.rows_BC, keys.segments_BC)
+    start, end = visible_runs(rows, queries.segments_BC, key_segments, query_BTNH.shape[1])
+    if keys is None and backend == "tokamax":
+        _log_kernel("causal" if plain else "causal within documents", "tokamax mosaic_gpu")
+        return attention_tokamax.causal_attention(query_BTNH, keys_BSKH, values_BSKH, start)
+    _log_kernel("causal within documents" if keys is None else "queries over shared keys", "mor_jax triton")
+    end = jnp.broadcast_to(end, query_BTNH.shape[:2])
+    return flash_attention(query_BTNH, keys_BSKH, values_BSKH, start, end)
+
+
+@functools.cache
+def _log_kernel(mask: str, kernel: str) -> None:
+    """Log once which kernel a kind of mask gets."""
+    logger.info("attention kernel, %s: %s", mask, kernel)
 
 
 def attend(
@@ -172,6 +226,11 @@ def attend(
     Returns:
         [B, T, N, H] in the queries' dtype. Queries without any visible key return an arbitrary finite value.
     """
+    masked = queries.valid_BC is not None or (keys is not None and keys.valid_BC is not None)
+    if backend in ("triton", "tokamax"):
+        if not masked:
+            return _by_runs(query_BTNH, keys_BSKH, values_BSKH, queries, keys, backend)
+        _log_kernel("with an attention mask", backend := "xla")
     if backend == "splash":
         return _splash(query_BTNH, keys_BSKH, values_BSKH, queries, keys)
     split = axis_size("context") > 1
@@ -221,7 +280,10 @@ class Attention(nn.Module):
         )
         output = self.param("output", normal_init(config, "heads", "head_dim", "embed"), (heads, head_dim, width))
 
-        query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query.astype(x_BCD.dtype))
+        query, key_value, output = (w.astype(x_BCD.dtype) for w in (query, key_value, output))
+        if self.perf.fusion == "triton":
+            query, key_value, output = map(compute_weight, (query, key_value, output))
+        query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query)
         query_BCNH = apply_rotary(query_BCNH + low_rank(config, lora, "query", x_BCD), context.rotary)
         query_BCNH = constrain(query_BCNH, "batch", "sequence", "heads", "head_dim")
         keys, values = self._key_value(x_BCD, key_value, context, cached, lora)
@@ -229,9 +291,10 @@ class Attention(nn.Module):
         query_BCNH, keys, values = (
             checkpoint_name(a, n) for a, n in ((query_BCNH, "query"), (keys, "key"), (values, "value"))
         )
-        out_BCNH = attend(query_BCNH, keys, values, context.queries, context.keys, backend)
+        with jax.named_scope("attend"):
+            out_BCNH = attend(query_BCNH, keys, values, context.queries, context.keys, backend)
         out_BCNH = checkpoint_name(constrain(out_BCNH, "batch", "sequence", "heads", "head_dim"), "attention")
-        out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output.astype(x_BCD.dtype))
+        out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)
         out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
         return out_BCD, (keys, values) if context.keep_kv else None
 
@@ -240,7 +303,7 @@ class Attention(nn.Module):
     ) -> KeyValue:
         if cached is not None and context.update is None and context.fresh_BS is None:
             return cached
-        fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value.astype(x_BCD.dtype))
+        fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value)
         fresh = fresh + low_rank(self.config, lora, "key_value", x_BCD)
         keys, values = apply_rotary(fresh[:, :, 0], context.rotary), fresh[:, :, 1]
         if cached is None:

@@ -12,6 +12,7 @@ router selects: C / T of gathering all hidden states. Without `context` nothing 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,15 @@ _HIDDEN = ("batch", "sequence", None)
 _WHOLE = ("batch", None)
 
 
-def even_slots(count: int) -> int:
-    """Slots that seat `count` tokens in equal shares over `context`; those beyond hold no selected token."""
+def even_slots(count: int, multiple: int = 1, length: int | None = None) -> int:
+    """Slots that seat `count` tokens in equal shares over `context`; those beyond hold no selected token.
+
+    They are a multiple of `multiple` too, which kernels like, unless that exceeds the row's `length`.
+    """
     shards = axis_size("context")
-    return -(-count // shards) * shards
+    step = math.lcm(shards, multiple)
+    slots = -(-count // step) * step
+    return slots if length is None or slots <= length else -(-count // shards) * shards
 
 
 def whole(scores_BT: jax.Array) -> jax.Array:

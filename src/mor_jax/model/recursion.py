@@ -42,6 +42,8 @@ class RoutingInputs:
     """Random router: uniform numbers that replace the scores for choosing."""
     step: int | jax.Array | None = None
     """0-based optimiser step; None is after every warm-up."""
+    slot_multiple: int = struct.field(pytree_node=False, default=1)
+    """`gather`: computed lengths are filled up to a multiple of this with slots that hold no selected token."""
 
 
 def make_context(config: ModelConfig, queries: TokenView, **fields: Any) -> LayerContext:
@@ -63,8 +65,7 @@ def recurse(
     shares = config.recursion.kv_strategy == "shared"
     cached, states = None, []
     for r in range(config.recursion.num_recursions):
-        keys = view if cached is not None else None
-        context = make_context(config, view, keys=keys, keep_kv=shares and r == 0)
+        context = make_context(config, view, keep_kv=shares and r == 0)  # queries are all rows: their own causality
         x_BTD, kv = block(x_BTD, context, cached, at(norms, r))
         cached = kv if shares and r == 0 else cached
         states.append(x_BTD)
@@ -112,7 +113,7 @@ def scan_context(
     """
     if first is not None:
         fresh_BS = jnp.broadcast_to(fresh, view.rows_BC.shape)
-        return make_context(config, view, keys=view, fresh_BS=fresh_BS, keep_kv=True)
+        return make_context(config, view, fresh_BS=fresh_BS, keep_kv=True)
     if selected_BT is not None:
         valid_BT = selected_BT if view.valid_BC is None else selected_BT & view.valid_BC
         view = dataclasses.replace(view, valid_BC=valid_BT)

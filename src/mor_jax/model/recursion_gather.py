@@ -26,6 +26,7 @@ class Descent:
     selections: list[Selection]
     parents: list[jax.Array]
 
+    @jax.named_scope("routing")
     def expand(self, value_BC: jax.Array) -> jax.Array:
         """Put values of the present tokens at their rows: [B, T, ...], zero elsewhere."""
         for selection in reversed(self.selections):
@@ -38,6 +39,7 @@ class Descent:
             value_BCD = merge_hidden(value_BCD, parent, selection)
         return value_BCD
 
+    @jax.named_scope("routing")
     def absolute(self, index_BC: jax.Array) -> Selection:
         """The present tokens as a selection from whole rows, given their row index."""
         mask_BT = self.expand(jnp.ones(index_BC.shape, jnp.float32)).astype(bool)
@@ -88,7 +90,7 @@ def expert_gather(
         active_BT, raw_BT, aux_BT = descent.expand(ones_BC), descent.expand(raw), descent.expand(aux)
         gate, parent, parent_view = routing.score(config, raw), state, view
         if count < present:
-            selection = _select(raw if noise is None else noise[r], counted, present, count)
+            selection = _select(raw if noise is None else noise[r], counted, present, count, inputs.slot_multiple)
             descent.selections.append(selection)
             descent.parents.append(state)
             state, gate, view = gather_hidden(state, selection), gather_rows(gate, selection), view.take(selection)
@@ -111,13 +113,14 @@ def expert_gather(
     return descent.unwind(state), dataclasses.replace(trace, selected=tuple(rows)), tuple(stages)
 
 
-def _select(ranking: jax.Array, counted: jax.Array, present: int, count: int) -> Selection:
+def _select(ranking: jax.Array, counted: jax.Array, present: int, count: int, multiple: int) -> Selection:
     """Choose `count` of the first `present` slots; padding ranks below every token, empty slots below padding."""
     ranking = jnp.where(counted, jax.lax.stop_gradient(ranking), jnp.finfo(jnp.float32).min)
     ranking = jnp.where(jnp.arange(ranking.shape[1])[None, :] < present, ranking, -jnp.inf)
-    return select_top(ranking, count, even_slots(count))
+    return select_top(ranking, count, even_slots(count, multiple, ranking.shape[1]))
 
 
+@jax.named_scope("routing")
 def expert_trace(
     config: ModelConfig,
     inputs: RoutingInputs,
@@ -153,6 +156,7 @@ def expert_trace(
     )
 
 
+@jax.named_scope("routing")
 def choose_depth(
     config: ModelConfig, x_BTD: jax.Array, inputs: RoutingInputs
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -187,7 +191,7 @@ def token_gather(
     selected, stages = [], []
     for r, count in enumerate(seats):
         if r > 0:
-            selection = select_mask(valid_BC & (chosen > r), count, even_slots(count))
+            selection = select_mask(valid_BC & (chosen > r), count, even_slots(count, inputs.slot_multiple, length))
             descent.selections.append(selection)
             slots_C = jnp.arange(selection.index_BC.shape[1])
             valid_BC = slots_C[None, :] < jnp.sum(selection.mask_BT, axis=1, keepdims=True)
@@ -206,6 +210,7 @@ def token_gather(
     return x_BTD + delta, trace, tuple(stages)
 
 
+@jax.named_scope("routing")
 def token_trace(
     config: ModelConfig,
     inputs: RoutingInputs,

@@ -44,6 +44,7 @@ class Router(nn.Module):
         }
 
 
+@jax.named_scope("routing")
 def raw_scores(params: RouterParams, x_BTD: jax.Array, temperature: float = 1.0) -> jax.Array:
     """Raw float32 router output [B, T, outputs] of one router; the temperature divides the input (as released)."""
     x_BTD = x_BTD.astype(jnp.float32) / temperature
@@ -61,12 +62,14 @@ def _matmul(x_BTX: jax.Array, kernel_XY: jax.Array) -> jax.Array:
     return jnp.einsum("BTX,XY->BTY", x_BTX, kernel_XY, precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.named_scope("routing")
 def score(config: ModelConfig, raw: jax.Array) -> jax.Array:
     """Raw router output to gate: alpha times the score function (softmax over the last axis)."""
     functions = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "softmax": jax.nn.softmax, "none": lambda x: x}
     return config.routing.alpha * functions[config.routing.score](raw)
 
 
+@jax.named_scope("routing")
 def gated(config: ModelConfig, gate_BC: jax.Array, out_BCD: jax.Array, x_BCD: jax.Array) -> jax.Array:
     """What a token's residual stream receives: g * block(x), or g * (block(x) - x) in the `plain` form."""
     delta_BCD = out_BCD if config.routing.residual == "paper" else out_BCD - x_BCD

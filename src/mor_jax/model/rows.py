@@ -28,6 +28,7 @@ class Selection:
     """int32: slot of each selected row; arbitrary but in range for others."""
 
 
+@jax.named_scope("routing")
 def select_mask(mask_BT: jax.Array, capacity: int, slots: int | None = None) -> Selection:
     """Choose the rows where `mask_BT` holds, at most `capacity` per batch entry: the earliest keep their seats.
 
@@ -44,6 +45,7 @@ def select_mask(mask_BT: jax.Array, capacity: int, slots: int | None = None) -> 
     return _per_row(local)(mask_BT)
 
 
+@jax.named_scope("routing")
 def select_top(scores_BT: jax.Array, count: int, slots: int | None = None) -> Selection:
     """Choose the `count` rows of highest float32 score, ties to the earlier row; `slots` as in `select_mask`."""
 
@@ -61,6 +63,7 @@ def select_top(scores_BT: jax.Array, count: int, slots: int | None = None) -> Se
     return _per_row(local)(scores_BT)
 
 
+@jax.named_scope("routing")
 def top_mask(scores_BT: jax.Array, count: jax.Array) -> jax.Array:
     """bool [B, T]: the rows that `select_top` would choose, for a traced int32 `count`."""
 
@@ -77,6 +80,7 @@ def _per_row(local: Callable[[jax.Array], Selection]) -> Callable[[jax.Array], S
     return on_shards(local, (_ROWS,), Selection(index_BC=_ROWS, mask_BT=_ROWS, slot_BT=_ROWS))
 
 
+@jax.named_scope("routing")
 def take_rows(x_BTX: jax.Array, index_BC: jax.Array) -> jax.Array:
     """Return rows of [B, T, ...] by int32 index, [B, C, ...]; not meant to be differentiated."""
     index = index_BC.reshape(index_BC.shape + (1,) * (x_BTX.ndim - 2))
@@ -90,6 +94,7 @@ def masked_rows(mask_BT: jax.Array, x_BTX: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
+@jax.named_scope("routing")
 def gather_rows(x_BTX: jax.Array, selection: Selection) -> jax.Array:
     """Return the selected rows, [B, C, ...]. Slots that hold no selected row must not reach the loss."""
     return take_rows(x_BTX, selection.index_BC)
@@ -99,11 +104,13 @@ def _gather_forward(x_BTX: jax.Array, selection: Selection) -> tuple[jax.Array, 
     return gather_rows(x_BTX, selection), selection
 
 
+@jax.named_scope("routing")
 def _gather_backward(selection: Selection, grad_BCX: jax.Array) -> tuple[jax.Array, None]:
     return scatter_rows(grad_BCX, selection), None
 
 
 @jax.custom_vjp
+@jax.named_scope("routing")
 def scatter_rows(y_BCX: jax.Array, selection: Selection) -> jax.Array:
     """Return [B, T, ...] with the selected rows in place and zeros elsewhere."""
     return masked_rows(selection.mask_BT, take_rows(y_BCX, selection.slot_BT))
@@ -113,6 +120,7 @@ def _scatter_forward(y_BCX: jax.Array, selection: Selection) -> tuple[jax.Array,
     return scatter_rows(y_BCX, selection), selection
 
 
+@jax.named_scope("routing")
 def _scatter_backward(selection: Selection, grad_BTX: jax.Array) -> tuple[jax.Array, None]:
     return take_rows(masked_rows(selection.mask_BT, grad_BTX), selection.index_BC), None
 
@@ -121,6 +129,7 @@ gather_rows.defvjp(_gather_forward, _gather_backward)
 scatter_rows.defvjp(_scatter_forward, _scatter_backward)
 
 
+@jax.named_scope("routing")
 def merge_rows(y_BCX: jax.Array, x_BTX: jax.Array, selection: Selection) -> jax.Array:
     """Return x with its selected rows replaced by y's."""
     return scatter_rows(y_BCX, selection) + masked_rows(~selection.mask_BT, x_BTX)

@@ -44,9 +44,10 @@ class DecoderLayer(nn.Module):
         `norms` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
         low-rank updates, a recursion encoding.
         """
-        attention_norm = RMSNorm(self.config, name="attention_norm")
+        fused = self.perf.fusion == "triton"
+        attention_norm = RMSNorm(self.config, fused, name="attention_norm")
         attention = Attention(self.config, self.perf, name="attention")
-        ffn_norm, ffn = RMSNorm(self.config, name="ffn_norm"), SwiGLU(self.config, name="ffn")
+        ffn_norm, ffn = RMSNorm(self.config, fused, name="ffn_norm"), SwiGLU(self.config, fused, name="ffn")
         shares = self.repeats > 1 and self.config.recursion.kv_strategy == "shared"
         kv = None
         for repeat in range(self.repeats):
@@ -57,13 +58,15 @@ class DecoderLayer(nn.Module):
             scales |= {name: own[name]["scale"] for name in scales if name in own}
             if shares:
                 first = repeat == 0
-                context = dataclasses.replace(context, keep_kv=first, keys=None if first else context.queries)
+                context = dataclasses.replace(context, keep_kv=first)
                 cached = None if first else kv
             lora = own.get("lora")
-            delta, kept = attention(attention_norm(x_BCD, scales["attention_norm"]), context, cached, lora)
+            x_BCD, normed_BCD = attention_norm(x_BCD, scale_D=scales["attention_norm"])
+            delta_BCD, kept = attention(normed_BCD, context, cached, lora)
             kv = kv if kept is None else kept
-            x_BCD = constrain(x_BCD + delta, "batch", "sequence", None)
-            x_BCD = x_BCD + ffn(ffn_norm(x_BCD, scales["ffn_norm"]), lora)
+            x_BCD, normed_BCD = ffn_norm(x_BCD, delta_BCD, scales["ffn_norm"])
+            x_BCD = constrain(x_BCD, "batch", "sequence", None)
+            x_BCD = x_BCD + ffn(normed_BCD, lora)
             if "encoding" in own:
                 x_BCD = x_BCD * own["encoding"][None, None, :].astype(x_BCD.dtype)
             x_BCD = constrain(x_BCD, "batch", "sequence", None)
@@ -98,9 +101,10 @@ def _remat(perf: PerfConfig) -> Any:
         "dots": policies.dots_with_no_batch_dims_saveable,
         "names": policies.save_only_these_names(*_SAVED_NAMES),
     }
-    if perf.remat == "none":
+    if perf.remat in ("none", "auto"):  # `auto` is left open outside a compiled train step only
         return DecoderLayer
-    return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=False)
+    # a loop keeps the recomputation apart from what it repeats; unrolled layers need the barriers
+    return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=perf.scan_unroll not in (None, 1))
 
 
 class Transformer(nn.Module):
@@ -137,9 +141,10 @@ class Transformer(nn.Module):
             nn.with_logical_partitioning(_embed_init(config), ("vocab", "embed")),
             (config.vocab_size, config.d_model),
         )
-        table_VD = constrain(embedding, "vocab", None)  # moves the table, which is smaller than the hidden states
-        x_BTD = jnp.take(table_VD, constrain(tokens_BT, "batch", "sequence"), axis=0, mode="clip")
-        x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
+        with jax.named_scope("embed"):
+            table_VD = constrain(embedding, "vocab", None)  # moves the table, which is smaller than the hidden states
+            x_BTD = jnp.take(table_VD, constrain(tokens_BT, "batch", "sequence"), axis=0, mode="clip")
+            x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
         layer, context = _remat(self.perf), make_context(config, view)
         first = last = None
         if config.recursion.has_middle:
@@ -149,7 +154,7 @@ class Transformer(nn.Module):
         )
         if config.recursion.has_middle:
             last = x_BTD = layer(config, self.perf, name="last")(x_BTD, context, None, None)[0]
-        hidden_BTD = RMSNorm(config, name="final_norm")(x_BTD)
+        _, hidden_BTD = RMSNorm(config, name="final_norm")(x_BTD)
         if not config.tie_embeddings:
             self.param("head", normal_init(config, "embed", "vocab"), (config.d_model, config.vocab_size))
         stages = Stages(first=first, recursions=tuple(recursions), last=last, norm=hidden_BTD)
@@ -182,7 +187,7 @@ class Transformer(nn.Module):
             in_axes=(nn.broadcast, 0, 0),
             out_axes=0,
             length=config.block_depth,
-            unroll=self.perf.scan_unroll or config.block_depth,
+            unroll=config.block_depth if self.perf.scan_unroll == 0 else self.perf.scan_unroll or 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         repeats = config.recursion.num_recursions if config.recursion.is_sequence else 1
@@ -232,6 +237,7 @@ class Transformer(nn.Module):
             bias_R=router_bias_R if routing.kind == "token" and routing.balancing == "loss_free" else None,
             noise_RBT=_noise(config, key, x_BTD) if routing.random else None,
             step=step,
+            slot_multiple=self.perf.slot_multiple or 1,
         )
         if routing.kind == "token":
             run = token_gather if self.perf.execution == "gather" else token_scan

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mor_jax.config import Config
 from mor_jax.errors import UserError
 from mor_jax.parallel import make_mesh
+from mor_jax.perf import resolve_perf
 from mor_jax.plan import hlo
 from mor_jax.plan.memory import DeviceMemory, measure_memory
 from mor_jax.plan.topology import GIB, Topology
@@ -55,14 +56,15 @@ class CompiledStep:
 
 
 def plan_mesh(config: Config, topology: Topology) -> tuple[Config, Mesh]:
-    """Arrange a topology's devices; `mesh.slice` left at 1 becomes the number of slices.
+    """Arrange a topology's devices and choose what `perf` leaves open; `mesh.slice` 1 becomes the number of slices.
 
     Raises:
         UserError: the mesh's sizes do not multiply to the devices.
     """
     if config.mesh.slice == 1:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.slices))
-    return config, make_mesh(config.mesh, list(topology.devices))
+    mesh = make_mesh(config.mesh, list(topology.devices))
+    return dataclasses.replace(config, perf=resolve_perf(config, mesh)), mesh
 
 
 def compile_step(config: Config, topology: Topology) -> CompiledStep:

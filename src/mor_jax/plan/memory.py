@@ -13,6 +13,7 @@ import jax
 
 from mor_jax.config import Config, ModelConfig, Remat
 from mor_jax.model.flops import count_parameters, layer_passes
+from mor_jax.perf import loss_chunk
 from mor_jax.train.state import TrainState
 
 _FLOAT32 = 4
@@ -102,7 +103,7 @@ def kept_values(config: Config, remat: Remat) -> int:
         "names": d + 2 * heads + 2 * kv + 2 * f,
         "dots": 3 * d + 2 * heads + 2 * kv + 2 * f,
         "none": 5 * d + 3 * heads + 3 * kv + 3 * f,
-    }[remat]
+    }["none" if remat == "auto" else remat]
 
 
 def estimate_bytes(config: Config, sizes: Mapping[str, int]) -> float:
@@ -122,5 +123,5 @@ def estimate_bytes(config: Config, sizes: Mapping[str, int]) -> float:
     applied = sum(p.layers * p.computed for p in layer_passes(model, model.context_length, config.perf.execution))
     kept = applied * rows * kept_values(config, config.perf.remat) * width
     one_layer = tokens * kept_values(config, "none") * width * 2  # made again, and its gradients
-    logits = tokens / model.context_length * config.perf.loss_chunk * model.vocab_size / tensor * (_FLOAT32 + width)
+    logits = tokens / model.context_length * loss_chunk(config.perf) * model.vocab_size / tensor * (_FLOAT32 + width)
     return state + gradients + head + kept / (tensor if config.perf.remat != "full" else 1) + one_layer + logits

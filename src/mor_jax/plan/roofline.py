@@ -14,6 +14,7 @@ from mor_jax.plan.memory import parameter_total, tokens_per_device
 from mor_jax.plan.topology import Generation
 
 _AGAIN: Mapping[Remat, tuple[str, ...]] = {
+    "auto": (),
     "none": (),
     "names": ("attention",),
     "dots": ("attention",),

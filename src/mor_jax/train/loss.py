@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from mor_jax.array_types import Array, Float, Hidden, Int
 from mor_jax.axes import on_shards
@@ -70,8 +71,9 @@ def _unchunked(x_IBCX: jax.Array, length: int) -> jax.Array:
     return jnp.moveaxis(x_IBCX, 0, 1).reshape(batch, chunks * chunk, *rest)[:, :length]
 
 
-def _chunk_logits(hidden_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+def _chunk_logits(hidden_BCD: jax.Array, head_VD: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Logits, accumulated in float32, kept in ``dtype``, float32 again for whoever reads them."""
+    return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=dtype).astype(jnp.float32)
 
 
 def _is_target(targets_BC: jax.Array, vocabulary: VocabularyShard) -> jax.Array:
@@ -94,6 +96,7 @@ def fused_cross_entropy(
     *,
     chunk: int,
     z_coefficient: float = 0.0,
+    logits_dtype: DTypeLike = jnp.float32,
 ) -> CrossEntropy:
     """Sum the weighted cross-entropy of a batch, one chunk of positions at a time.
 
@@ -107,6 +110,7 @@ def fused_cross_entropy(
         weights_BT: float [B, T]; 0 leaves a position out.
         chunk: positions per chunk, of a device's share of each row; T need not be a multiple.
         z_coefficient: weight of the squared log-sum-exp of the logits.
+        logits_dtype: how the logits of a chunk lie in memory: bfloat16 rounds them, and moves half the bytes.
 
     Returns:
         ``CrossEntropy`` of float32 scalars.
@@ -114,18 +118,23 @@ def fused_cross_entropy(
     References:
         Chowdhery et al., PaLM (2022), section 5, for the logit z-loss.
     """
-    nll_sum, z_sum, loss_sum = _cross_entropy(chunk, float(z_coefficient), hidden_BTD, head_VD, targets_BT, weights_BT)
+    with jax.named_scope("head_loss"):
+        settings = (chunk, float(z_coefficient), jnp.dtype(logits_dtype))
+        sums = _cross_entropy(settings, hidden_BTD, head_VD, targets_BT, weights_BT)
+    nll_sum, z_sum, loss_sum = sums
     return CrossEntropy(nll_sum=nll_sum, z_sum=z_sum, loss_sum=loss_sum)
 
 
-def _cross_entropy_sums(chunk, z_coefficient, hidden_BTD, head_VD, targets_BT, weights_BT):
+def _cross_entropy_sums(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
+    chunk, z_coefficient, logits_dtype = settings
+
     def local(hidden_BTD, head_VD, targets_BT, weights_BT):
         head = whole_width(head_VD.astype(hidden_BTD.dtype))
         vocabulary = VocabularyShard(head.shape[0])
 
         def step(sums, inputs):
             hidden_BCD, targets_BC, weights_BC = inputs
-            nll_BC, lse_BC = _chunk_nll(_chunk_logits(hidden_BCD, head), targets_BC, vocabulary)
+            nll_BC, lse_BC = _chunk_nll(_chunk_logits(hidden_BCD, head, logits_dtype), targets_BC, vocabulary)
             return (sums[0] + jnp.sum(nll_BC * weights_BC), sums[1] + jnp.sum(lse_BC**2 * weights_BC)), None
 
         zero = jnp.zeros((), jnp.float32)
@@ -137,7 +146,8 @@ def _cross_entropy_sums(chunk, z_coefficient, hidden_BTD, head_VD, targets_BT, w
     return nll_sum, z_sum, nll_sum + z_coefficient * z_sum
 
 
-def _cross_entropy_forward(chunk, z_coefficient, hidden_BTD, head_VD, targets_BT, weights_BT):
+def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
+    chunk, z_coefficient, logits_dtype = settings
     dtype = hidden_BTD.dtype
 
     def local(hidden_BTD, head_VD, targets_BT, weights_BT):
@@ -147,7 +157,7 @@ def _cross_entropy_forward(chunk, z_coefficient, hidden_BTD, head_VD, targets_BT
         def step(carry, inputs):
             nll_sum, z_sum, grad_head_VD = carry
             hidden_BCD, targets_BC, weights_BC = inputs
-            logits_BCV = _chunk_logits(hidden_BCD, head)
+            logits_BCV = _chunk_logits(hidden_BCD, head, logits_dtype)
             nll_BC, lse_BC = _chunk_nll(logits_BCV, targets_BC, vocabulary)
             probability_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
             scale_BC = 1.0 + 2.0 * z_coefficient * lse_BC
@@ -172,8 +182,8 @@ def _cross_entropy_forward(chunk, z_coefficient, hidden_BTD, head_VD, targets_BT
     return (nll_sum, z_sum, nll_sum + z_coefficient * z_sum), (grad_BTD, grad_head_VD.astype(head_VD.dtype))
 
 
-def _cross_entropy_backward(chunk, z_coefficient, residuals, cotangents):
-    del chunk
+def _cross_entropy_backward(settings, residuals, cotangents):
+    _, z_coefficient, _ = settings
     grad_BTD, grad_head_VD = residuals
     nll_cotangent, _, cotangent = cotangents
     if z_coefficient == 0.0:
@@ -181,7 +191,7 @@ def _cross_entropy_backward(chunk, z_coefficient, residuals, cotangents):
     return grad_BTD * cotangent.astype(grad_BTD.dtype), grad_head_VD * cotangent.astype(grad_head_VD.dtype), None, None
 
 
-_cross_entropy: Any = jax.custom_vjp(_cross_entropy_sums, nondiff_argnums=(0, 1))
+_cross_entropy: Any = jax.custom_vjp(_cross_entropy_sums, nondiff_argnums=(0,))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 

@@ -19,6 +19,7 @@ from mor_jax.config import Config
 from mor_jax.model.trace import RoutingLosses, RoutingStatistics
 from mor_jax.model.transformer import apply_trunk, head_matrix, logical_axes
 from mor_jax.parallel import batch_sharding, replicated
+from mor_jax.perf import compiler_options, loss_chunk, resolve_perf
 from mor_jax.train.loss import fused_cross_entropy, target_mask
 from mor_jax.train.optimizer import make_optimizer, make_schedule
 from mor_jax.train.state import TrainState, abstract_train_state
@@ -99,8 +100,9 @@ def loss_fn(
         head_matrix(model, params),
         constrain(batch["tokens"][:, 1:], "batch", None),  # rows are whole: no border to shift targets across
         constrain(target_mask(model, batch["segment_ids"]).astype(jnp.float32), "batch", None),
-        chunk=config.perf.loss_chunk,
+        chunk=loss_chunk(config.perf),
         z_coefficient=config.train.logit_z_loss,
+        logits_dtype=jnp.bfloat16 if config.perf.logits_dtype == "bfloat16" else jnp.float32,
     )
     scale = 1.0 / jnp.maximum(targets, 1.0)
     total = entropy.loss_sum * scale
@@ -175,8 +177,9 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     step = state.step if config.perf.execution == "scan" else None
     gradients, parts = _gradients(config, state, batch, step)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimiser"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     metrics: Metrics = {
         "loss": parts.lm,
         "total_loss": parts.total,
@@ -204,12 +207,13 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
     """Compile ``train_step`` ahead of time for a mesh; the state's buffers are donated.
 
     Args:
-        config: of the run.
+        config: of the run; what its `perf` leaves open is chosen here.
         mesh: from ``make_mesh``.
 
     Returns:
         The executable: (state, batch) -> (state, metrics).
     """
+    config = dataclasses.replace(config, perf=resolve_perf(config, mesh))
     state = abstract_train_state(config, mesh)
     shape = (config.train.batch_size, config.model.context_length + 1)
     array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
@@ -221,4 +225,4 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
         out_shardings=(state_shardings, replicated(mesh)),
     )
     with jax.set_mesh(mesh):  # what `constrain` and `shard_map` refer to
-        return step.lower(state, batch).compile()
+        return step.lower(state, batch).compile(compiler_options=compiler_options(config.perf))

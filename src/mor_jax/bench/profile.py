@@ -1,0 +1,170 @@
+"""Where the time of a step goes, by kind of work: a trace whose kernels are traced back to the model's named scopes."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.profiler import ProfileData
+from jax.sharding import Mesh
+
+from mor_jax.config import Config
+from mor_jax.train.step import compile_train_step
+
+KINDS: Sequence[str] = (
+    "attention",
+    "block matmuls",
+    "block other",
+    "head + loss",
+    "routing",
+    "embedding",
+    "optimiser",
+    "other",
+)
+"""`block other` is what layers do beside matrix products and attention: norms, rotary embedding, SwiGLU, residuals."""
+
+_STEPS = 3
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?[\])}] ?([\w\-]+)\(")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_GEMM = re.compile(r'custom_call_target="__cublas|__triton_gemm|__triton_nested_gemm|custom_call_target="__cutlass')
+_LAYER = re.compile(r"/(block|first|last)/|/(attention|ffn|attention_norm|ffn_norm)/")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the compiled program says about one kernel."""
+
+    scope: str
+    """The named scopes it came from."""
+    is_matmul: bool
+    is_control: bool = False
+    """Whether it is a loop, call or branch, whose time is that of the kernels inside."""
+
+
+def read_instructions(hlo: str) -> dict[str, Instruction]:
+    """Index a compiled program's text by instruction name; a fusion is a matmul if it contains one."""
+    found: dict[str, Instruction] = {}
+    calls: dict[str, str] = {}
+    with_dot: set[str] = set()
+    computation = ""
+    for line in hlo.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            computation = header[1]
+            continue
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, opcode = match[1], match[2]
+        scope = _OP_NAME.search(line)
+        is_matmul = opcode == "dot" or _GEMM.search(line) is not None
+        if is_matmul:
+            with_dot.add(computation)
+        found[name] = Instruction(scope[1] if scope else "", is_matmul, opcode in ("while", "call", "conditional"))
+        called = _CALLS.search(line)
+        if called:
+            calls[name] = called[1]
+    for name, called in calls.items():
+        if called in with_dot:
+            found[name] = replace(found[name], is_matmul=True)
+    return found
+
+
+def kind_of(instruction: Instruction | None) -> str:
+    """Classify a kernel; one of ``KINDS``."""
+    if instruction is None:
+        return "other"
+    scope = instruction.scope
+    for part, kind in (
+        ("optimiser", "optimiser"),
+        ("head_loss", "head + loss"),
+        ("/attend/", "attention"),
+        ("/embed/", "embedding"),
+    ):
+        if part in scope:
+            return kind
+    if instruction.is_matmul and "routing" not in scope:
+        return "block matmuls"
+    if _LAYER.search(scope):
+        return "block other"
+    return "routing" if "routing" in scope else "other"
+
+
+def kernel_events(trace: Any) -> list[tuple[str, float]]:
+    """(HLO instruction, seconds) of every kernel in a trace: streams of a GPU, threads of a CPU."""
+    planes = list(trace.planes)
+    devices = [p for p in planes if p.name.startswith("/device:")] or [p for p in planes if p.name == "/host:CPU"]
+    events = []
+    for line in (line for plane in devices for line in plane.lines):
+        for event in line.events:
+            operation = next((str(value) for name, value in event.stats if name == "hlo_op"), None)
+            if operation is not None:
+                events.append((operation, event.duration_ns * 1e-9))
+    return events
+
+
+def time_by_kind(events: list[tuple[str, float]], instructions: Mapping[str, Instruction]) -> dict[str, float]:
+    """Sum the seconds of the kernels by kind."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for operation, duration in events:
+        seconds[kind_of(instructions.get(operation))] += duration
+    return seconds
+
+
+def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], folder: Path) -> dict[str, Any]:
+    """Trace a few steps into ``folder`` and sum the kernels' time per step by kind.
+
+    The step is compiled again without CUDA graphs, whose kernels a trace cannot attribute; so the sum differs a little
+    from the step time measured without the profiler.
+
+    Returns:
+        `seconds_by_kind` per step, their `share` of all kernel time, and the `top` kernels.
+    """
+    if mesh.devices.flat[0].platform == "gpu":
+        options = (*(config.perf.compiler_options or ()), "xla_gpu_enable_command_buffer=")
+        config = replace(config, perf=replace(config.perf, compiler_options=options))
+    step: Any = compile_train_step(config, mesh)
+    state, metrics = step(state, batches[0])
+    jax.block_until_ready(metrics)
+    with jax.profiler.trace(str(folder)):
+        for index in range(_STEPS):
+            state, metrics = step(state, batches[index % len(batches)])
+        jax.block_until_ready(metrics)
+    hlo = step.as_text()
+    (folder / "step.hlo.txt").write_text(hlo, encoding="utf-8")
+    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    instructions = read_instructions(hlo)
+    events = [
+        (name, seconds / _STEPS)
+        for name, seconds in kernel_events(ProfileData.from_file(str(newest)))
+        if name not in instructions or not instructions[name].is_control
+    ]
+    by_kind = time_by_kind(events, instructions)
+    total = sum(by_kind.values())
+    return {
+        "seconds_by_kind": by_kind,
+        "share_by_kind": {kind: seconds / total if total else 0.0 for kind, seconds in by_kind.items()},
+        "kernel_seconds": total,
+        "top": top_kernels(events, instructions),
+    }
+
+
+def top_kernels(
+    events: list[tuple[str, float]], instructions: Mapping[str, Instruction], count: int = 40
+) -> list[dict[str, Any]]:
+    """The kernels that take the most time, grouped by kind and scope (layer numbers are not told apart)."""
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for operation, seconds in events:
+        instruction = instructions.get(operation)
+        label = instruction.scope if instruction and instruction.scope else operation
+        groups[kind_of(instruction), label].append(seconds)
+    ranked = sorted(groups.items(), key=lambda item: -sum(item[1]))[:count]
+    return [
+        {"kind": kind, "scope": scope, "seconds": sum(durations), "kernels": len(durations)}
+        for (kind, scope), durations in ranked
+    ]

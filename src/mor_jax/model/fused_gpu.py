@@ -1,0 +1,207 @@
+"""Element-wise work of a layer in one pass over memory, for NVIDIA GPUs in Pallas (Triton).
+
+XLA reads the rows of a norm twice in either direction, and reads gate and up twice in the gradient of SwiGLU; here
+every tensor is read and written once. Letters: M tokens of all rows, D model, F feed-forward.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+_ROWS = 4
+"""Rows of a norm in registers at once."""
+_CHUNK = 64
+"""Rows per program of the norm's gradient: each writes one partial sum of the scale's gradient."""
+_SWIGLU_ROWS = 8
+
+
+def _interpret() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _call(kernel: Any, warps: int, name: str, **arguments: Any) -> Any:
+    params = {} if _interpret() else {"compiler_params": plt.CompilerParams(num_warps=warps, num_stages=1)}
+    return pl.pallas_call(kernel, interpret=_interpret(), name=name, **params, **arguments)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _inside(row: Any, shape: tuple[int, int], rows: int, width: int) -> jax.Array:
+    """bool: which entries of a block that starts at ``row`` lie inside [rows, width]."""
+    in_row = row + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < rows
+    return in_row & (jax.lax.broadcasted_iota(jnp.int32, shape, 1) < width)
+
+
+# --- x + delta, and its norm ---
+
+
+def add_norm(x: jax.Array, delta: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Return (x + delta, its RMSNorm), each [..., D] in x's dtype; the gradients of both meet in one pass."""
+    add: Any = _add_norm
+    total, normed = add(epsilon, _flat(x), _flat(delta), scale_D.astype(jnp.float32))
+    return total.reshape(x.shape), normed.reshape(x.shape)
+
+
+def skip_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Return (x, its RMSNorm), each [..., D]; x comes back so that both its gradients are added in one pass."""
+    skip: Any = _skip_norm
+    same, normed = skip(epsilon, _flat(x), scale_D.astype(jnp.float32))
+    return same.reshape(x.shape), normed.reshape(x.shape)
+
+
+def _add_norm_kernel(x_ref: Any, delta_ref: Any, scale_ref: Any, total_ref: Any, normed_ref: Any, *, size: Any) -> None:
+    rows, width, epsilon = size
+    inside = _inside(pl.program_id(0) * _ROWS, x_ref.shape, rows, width)
+    load = lambda ref: plt.load(ref, mask=inside, other=0.0).astype(jnp.float32)  # noqa: E731
+    total = (load(x_ref) + load(delta_ref)).astype(total_ref.dtype)
+    x32 = total.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.sum(x32 * x32, axis=1) / width + epsilon)
+    normed = x32 * inverse[:, None] * scale_ref[...][None, :]
+    plt.store(total_ref, total, mask=inside)
+    plt.store(normed_ref, normed.astype(normed_ref.dtype), mask=inside)
+
+
+def _add_norm_forward(epsilon, x_MD, delta_MD, scale_D):
+    rows, width = x_MD.shape
+    padded = _power_of_two(width)
+    block = pl.BlockSpec((_ROWS, padded), lambda i: (i, 0))
+    total, normed = _call(
+        functools.partial(_add_norm_kernel, size=(rows, width, epsilon)),
+        4,
+        "mor_add_norm",
+        grid=(pl.cdiv(rows, _ROWS),),
+        in_specs=[block, block, pl.BlockSpec((padded,), lambda _: (0,))],
+        out_specs=[block, block],
+        out_shape=[jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype)] * 2,
+    )(x_MD, delta_MD, jnp.pad(scale_D, (0, padded - width)))
+    return (total, normed), (total, scale_D)
+
+
+def _norm_gradient_kernel(
+    x_ref: Any, scale_ref: Any, skip_ref: Any, grad_ref: Any, grad_x_ref: Any, grad_scale_ref: Any, *, size: Any
+) -> None:
+    rows, width, epsilon = size
+    scale = scale_ref[...][None, :]
+    first = pl.program_id(0) * _CHUNK
+
+    def step(index: Any, grad_scale: Any) -> Any:
+        block = (pl.ds(index * _ROWS, _ROWS), slice(None))
+        inside = _inside(first + index * _ROWS, (_ROWS, x_ref.shape[1]), rows, width)
+        load = lambda ref: plt.load(ref.at[block], mask=inside, other=0.0).astype(jnp.float32)  # noqa: E731
+        x, grad = load(x_ref), load(grad_ref)
+        inverse = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / width + epsilon)[:, None]
+        unit = x * inverse
+        scaled = grad * scale
+        mean = jnp.sum(scaled * unit, axis=1)[:, None] / width
+        grad_x = load(skip_ref) + inverse * (scaled - unit * mean)
+        plt.store(grad_x_ref.at[block], grad_x.astype(grad_x_ref.dtype), mask=inside)
+        return grad_scale + jnp.sum(grad * unit, axis=0)
+
+    zero = jnp.zeros((x_ref.shape[1],), jnp.float32)
+    grad_scale_ref[...] = jax.lax.fori_loop(0, _CHUNK // _ROWS, step, zero)
+
+
+def _norm_gradient(epsilon, x_MD, scale_D, skip_MD, grad_MD):
+    rows, width = x_MD.shape
+    padded, programs = _power_of_two(width), pl.cdiv(rows, _CHUNK)
+    block = pl.BlockSpec((_CHUNK, padded), lambda i: (i, 0))
+    grad_x, grad_scale = _call(
+        functools.partial(_norm_gradient_kernel, size=(rows, width, epsilon)),
+        4,
+        "mor_norm_gradient",
+        grid=(programs,),
+        in_specs=[block, pl.BlockSpec((padded,), lambda _: (0,)), block, block],
+        out_specs=[block, pl.BlockSpec((None, padded), lambda i: (i, 0))],
+        out_shape=[
+            jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype),
+            jax.ShapeDtypeStruct((programs, padded), jnp.float32),
+        ],
+    )(x_MD, jnp.pad(scale_D, (0, padded - width)), skip_MD, grad_MD)
+    return grad_x, jnp.sum(grad_scale, axis=0)[:width]
+
+
+def _add_norm_backward(epsilon, residuals, grads):
+    grad_x, grad_scale = _norm_gradient(epsilon, *residuals, *grads)
+    return grad_x, grad_x, grad_scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_norm(epsilon, x_MD, delta_MD, scale_D):
+    return _add_norm_forward(epsilon, x_MD, delta_MD, scale_D)[0]
+
+
+_add_norm.defvjp(_add_norm_forward, _add_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _skip_norm(epsilon, x_MD, scale_D):
+    x32 = x_MD.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return x_MD, (x32 * inverse * scale_D[None, :]).astype(x_MD.dtype)
+
+
+def _skip_norm_forward(epsilon, x_MD, scale_D):
+    return _skip_norm(epsilon, x_MD, scale_D), (x_MD, scale_D)
+
+
+def _skip_norm_backward(epsilon, residuals, grads):
+    return _norm_gradient(epsilon, *residuals, *grads)
+
+
+_skip_norm.defvjp(_skip_norm_forward, _skip_norm_backward)
+
+
+# --- SwiGLU ---
+
+
+@jax.custom_vjp
+def swiglu(gate_up: jax.Array) -> jax.Array:
+    """silu(gate) * up of [..., 2, F], [..., F]; the gradient reads each of its three inputs once."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def _swiglu_forward(gate_up):
+    return swiglu(gate_up), gate_up
+
+
+def _swiglu_gradient_kernel(gate_ref: Any, up_ref: Any, grad_ref: Any, out_ref: Any) -> None:
+    gate, up, grad = (ref[...].astype(jnp.float32) for ref in (gate_ref, up_ref, grad_ref))
+    share = jax.nn.sigmoid(gate)
+    grad_gate = grad * up * share * (1.0 + gate * (1.0 - share))
+    out_ref[:, 0, :] = grad_gate.astype(out_ref.dtype)
+    out_ref[:, 1, :] = (grad * gate * share).astype(out_ref.dtype)
+
+
+def _swiglu_backward(gate_up, grad):
+    width = grad.shape[-1]
+    gate_up_MXF, grad_MF = gate_up.reshape(-1, 2, width), grad.reshape(-1, width)
+    rows = grad_MF.shape[0]
+    columns = width & -width  # the largest power of two that divides F
+    columns = min(columns, 1024)
+    half = lambda x: pl.BlockSpec((_SWIGLU_ROWS, None, columns), lambda i, j: (i, x, j))  # noqa: E731
+    padding = -rows % _SWIGLU_ROWS
+    if padding:
+        gate_up_MXF, grad_MF = (jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (gate_up_MXF, grad_MF))
+    out_MXF = _call(
+        _swiglu_gradient_kernel,
+        8,
+        "mor_swiglu_gradient",
+        grid=((rows + padding) // _SWIGLU_ROWS, width // columns),
+        in_specs=[half(0), half(1), pl.BlockSpec((_SWIGLU_ROWS, columns), lambda i, j: (i, j))],
+        out_specs=pl.BlockSpec((_SWIGLU_ROWS, 2, columns), lambda i, j: (i, 0, j)),
+        out_shape=jax.ShapeDtypeStruct(gate_up_MXF.shape, gate_up.dtype),
+    )(gate_up_MXF, gate_up_MXF, grad_MF)
+    return (out_MXF[:rows].reshape(gate_up.shape),)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -1,0 +1,200 @@
+"""What `perf` leaves open, chosen by device and shape: unrolling, rematerialisation, loss chunk, XLA options.
+
+Every choice is logged with its reason and can be overridden; the figures behind them are in docs/performance.md.
+Letters: B rows, T positions, L layers, D F N K H as everywhere.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mor_jax.axes import BATCH_AXES
+from mor_jax.config import AttentionBackend, Config, ModelConfig, PerfConfig, Remat
+from mor_jax.model.attention import resolve_backend
+from mor_jax.model.flops import count_parameters, layer_passes
+from mor_jax.parallel import Device
+
+_log = logging.getLogger(__name__)
+
+PLAIN = PerfConfig(
+    remat="none",
+    scan_unroll=1,
+    loss_chunk=512,
+    slot_multiple=1,
+    logits_dtype="float32",
+    fusion="xla",
+    compiler_options=(),
+)
+"""What an open field means outside a compiled train step (evaluation, notebooks), and on a CPU."""
+
+COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "gpu": {},
+    "tpu": {},
+    "cpu": {},
+}
+"""Per backend: XLA option `name=value` and why it is set."""
+
+_MEMORY_BYTES = {
+    "TPU v4": 32 << 30,
+    "TPU v5 lite": 16 << 30,
+    "TPU v5e": 16 << 30,
+    "TPU v5": 95 << 30,
+    "TPU v5p": 95 << 30,
+    "TPU v6 lite": 32 << 30,
+    "TPU v6e": 32 << 30,
+    "TPU7x": 96 << 30,
+}
+"""Memory of devices that are only described (ahead-of-time compilation), by ``jax.Device.device_kind``."""
+_USABLE = 0.85
+"""Share of the memory that estimates may fill: allocators fragment and kernels need workspace."""
+_CHUNK_TOKENS = 4096
+"""Positions x rows of one loss chunk on an accelerator: products that fill the chip, logits that stay small."""
+
+
+def resolve_perf(config: Config, mesh: Mesh) -> PerfConfig:
+    """Fill the open fields of ``config.perf`` for a train step on a mesh.
+
+    Args:
+        config: model, batch and ``perf``.
+        mesh: where the step will run; only its first device is looked at.
+
+    Returns:
+        ``config.perf`` without `auto` or None (the attention backend stays `auto` where the model chooses it).
+    """
+    device = mesh.devices.flat[0]
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    rows = max(1, config.train.batch_size // config.train.accumulation // shards)
+    perf, platform = config.perf, device.platform
+    half = config.model.dtype == "bfloat16"
+    if platform == "cpu":
+        chosen = _fill(perf, PLAIN)
+    else:
+        defaults = PerfConfig(
+            remat=_least_remat(config, rows / mesh.shape.get("context", 1), device)
+            if perf.remat == "auto"
+            else perf.remat,
+            scan_unroll=0 if platform == "gpu" else 1,
+            loss_chunk=max(1, _CHUNK_TOKENS // rows),
+            slot_multiple=8 if platform == "gpu" else 1,
+            logits_dtype="bfloat16" if platform == "gpu" and half else "float32",
+            fusion="triton" if platform == "gpu" and half and mesh.size == 1 else "xla",
+            attention_backend=_attention(config, mesh, platform),
+            compiler_options=tuple(COMPILER_OPTIONS.get(platform, ())),
+        )
+        chosen = _fill(perf, defaults)
+    _report(platform, perf, chosen)
+    return chosen
+
+
+def _attention(config: Config, mesh: Mesh, platform: str) -> AttentionBackend:
+    """On a GPU the choice depends on the mesh's size; elsewhere the model makes it."""
+    if platform != "gpu":
+        return "auto"
+    return resolve_backend("auto", config.model.dtype, config.model.head_dim, mesh.size)
+
+
+@functools.lru_cache(maxsize=64)
+def _report(platform: str, asked: PerfConfig, chosen: PerfConfig) -> None:
+    """Log a choice once."""
+    names = (
+        "remat",
+        "scan_unroll",
+        "loss_chunk",
+        "slot_multiple",
+        "logits_dtype",
+        "fusion",
+        "attention_backend",
+        "compiler_options",
+    )
+    parts = [
+        f"{name}={getattr(chosen, name)!r}{'' if getattr(asked, name) == getattr(chosen, name) else ' (chosen)'}"
+        for name in names
+    ]
+    _log.info("perf for %s: %s", platform, ", ".join(parts))
+
+
+def _fill(perf: PerfConfig, defaults: PerfConfig) -> PerfConfig:
+    return dataclasses.replace(
+        perf,
+        remat=defaults.remat if perf.remat == "auto" else perf.remat,
+        scan_unroll=defaults.scan_unroll if perf.scan_unroll is None else perf.scan_unroll,
+        loss_chunk=defaults.loss_chunk if perf.loss_chunk is None else perf.loss_chunk,
+        slot_multiple=defaults.slot_multiple if perf.slot_multiple is None else perf.slot_multiple,
+        logits_dtype=defaults.logits_dtype if perf.logits_dtype == "auto" else perf.logits_dtype,
+        fusion=defaults.fusion if perf.fusion == "auto" else perf.fusion,
+        attention_backend=(defaults.attention_backend if perf.attention_backend == "auto" else perf.attention_backend),
+        compiler_options=defaults.compiler_options if perf.compiler_options is None else perf.compiler_options,
+    )
+
+
+def loss_chunk(perf: PerfConfig) -> int:
+    """Positions per chunk of the loss where no train step has chosen them."""
+    assert PLAIN.loss_chunk is not None
+    return PLAIN.loss_chunk if perf.loss_chunk is None else perf.loss_chunk
+
+
+def compiler_options(perf: PerfConfig) -> dict[str, str | bool]:
+    """XLA options of a resolved ``perf`` as the compiler takes them."""
+    options: dict[str, str | bool] = {}
+    for option in perf.compiler_options or ():
+        name, _, value = option.partition("=")
+        options[name] = value
+    return options
+
+
+def memory_bytes(device: Device) -> int | None:
+    """Memory that programs may use on a device; None if it does not say."""
+    stats: Any = None
+    try:
+        stats = device.memory_stats()
+    except (AttributeError, NotImplementedError, RuntimeError):  # described devices have none
+        stats = None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return _MEMORY_BYTES.get(device.device_kind)
+
+
+def activation_bytes(model: ModelConfig, rows: float, remat: Remat) -> float:
+    """Estimate the bytes that the backward pass keeps of the layers of ``rows`` rows, in 2-byte values.
+
+    Counted per token and layer application. `none`: two norms' inputs and outputs (4 D), queries before and after
+    rotation and the attention's output (3 N H), keys and values (4 K H), gate, up and their product (3 F), and 2 D for
+    what XLA keeps in float32. `names`: the named tensors and the layer's input. `dots`: every product's result.
+    `full`: the layer's input.
+    """
+    d, f = model.d_model, model.d_ff
+    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    values = {
+        "none": 6 * d + 3 * heads + 4 * kv + 3 * f,
+        "dots": 3 * d + 2 * heads + 2 * kv + 2 * f,
+        "names": d + 2 * heads + 2 * kv + 2 * f,
+        "full": d,
+    }[remat]
+    width = 2 if model.dtype == "bfloat16" else 4
+    passes = layer_passes(model, model.context_length)
+    return width * values * rows * sum(p.layers * p.computed for p in passes)
+
+
+def state_bytes(config: Config, shards: int) -> int:
+    """Bytes per device of float32 weights, two moments and gradients, and the compute copy of the weights."""
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    return count_parameters(config.model).total * (4 * 4 + width) // shards
+
+
+def _least_remat(config: Config, rows: float, device: Device) -> Remat:
+    """The least rematerialisation whose estimate fits; `none` where the memory is not known."""
+    memory = memory_bytes(device)
+    if memory is None:
+        return "none"
+    loss_bytes = 3 * 4 * _CHUNK_TOKENS * config.model.vocab_size
+    left = _USABLE * memory - state_bytes(config, max(1, config.mesh.fsdp * config.mesh.tensor)) - loss_bytes
+    candidates: tuple[Remat, ...] = ("none", "names")
+    for remat in candidates:
+        if activation_bytes(config.model, rows, remat) <= left:
+            return remat
+    return "full"

@@ -1,0 +1,70 @@
+"""The Triton attention kernels against plain attention, values and gradients, in Pallas' interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mor_jax.model.attention_gpu import Blocks, Tiling, flash_attention, visible_runs
+
+SMALL = Tiling(Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2))
+QUERIES, KEYS = 41, 70
+
+
+def _inputs(queries: int) -> tuple[jax.Array, ...]:
+    q, k, v, grad, order = jax.random.split(jax.random.key(0), 5)
+    rows = jnp.argsort(jax.random.uniform(order, (2, KEYS)), axis=1)[:, :queries]
+    return (
+        jax.random.normal(q, (2, queries, 4, 16)),
+        jax.random.normal(k, (2, KEYS, 2, 16)),
+        jax.random.normal(v, (2, KEYS, 2, 16)),
+        jax.random.normal(grad, (2, queries, 4, 16)),
+        jnp.sort(rows, axis=1).astype(jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_selected_queries_over_all_keys(packed: bool):
+    query, key, value, grad_out, rows_BT = _inputs(QUERIES)
+    start = rows_BT // 30 * 30 if packed else None
+    end = rows_BT + 1
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        keys = jnp.arange(KEYS)[None, None, :]
+        mask_BTS = keys < end[:, :, None]
+        if start is not None:
+            mask_BTS &= keys >= start[:, :, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask_BTS[:, None], implementation="xla")
+
+    def fused(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return flash_attention(query, key, value, start, end, tiling=SMALL, interpret=True)
+
+    results = []
+    for function in (plain, fused):
+        out, pull = jax.vjp(jax.jit(function), query, key, value)
+        results.append([out, *pull(grad_out)])
+    for want, got in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+def test_a_query_without_keys_returns_zero_and_gets_no_gradient():
+    query, key, value, grad_out, rows_BT = _inputs(QUERIES)
+    end = jnp.where(jnp.arange(QUERIES)[None, :] == 3, 0, rows_BT + 1)
+    out, pull = jax.vjp(lambda q: flash_attention(q, key, value, None, end, tiling=SMALL, interpret=True), query)
+    (grad_query,) = pull(grad_out)
+    assert float(jnp.max(jnp.abs(out[:, 3]))) == 0 and float(jnp.max(jnp.abs(grad_query[:, 3]))) == 0
+    assert float(jnp.max(jnp.abs(out[:, 4]))) > 0 and bool(jnp.all(jnp.isfinite(grad_query)))
+
+
+def test_runs_of_packed_documents_by_hand():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0]])
+    start, end = visible_runs(None, segments, None, 6)
+    np.testing.assert_array_equal(start, [[0, 0, 2, 2, 2, 5]])
+    np.testing.assert_array_equal(end, [[1, 2, 3, 4, 5, 6]])
+    rows = jnp.array([[1, 2, 4]])
+    start, end = visible_runs(rows, segments[:, rows[0]], segments, 3)
+    np.testing.assert_array_equal(start, [[0, 2, 2]])
+    np.testing.assert_array_equal(end, [[2, 3, 5]])
+    start, end = visible_runs(rows, None, None, 3)
+    assert start is None
+    np.testing.assert_array_equal(end, [[2, 3, 5]])

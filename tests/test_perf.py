@@ -1,0 +1,72 @@
+"""What `perf` leaves open is filled by device and shape; filling changes nothing that the model computes."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax import presets
+from mor_jax.bench.measure import random_batch
+from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.parallel import make_mesh
+from mor_jax.perf import PLAIN, activation_bytes, compiler_options, resolve_perf
+from mor_jax.train.state import init_train_state
+from mor_jax.train.step import loss_fn
+
+
+def _mesh(kind: str, platform: str, memory: int | None = None) -> Any:
+    """A mesh of one described device."""
+    stats = None if memory is None else {"bytes_limit": memory}
+    device = SimpleNamespace(platform=platform, device_kind=kind, memory_stats=lambda: stats)
+    return SimpleNamespace(devices=np.array([device]), shape={"data": 1, "fsdp": 1, "tensor": 1}, size=1)
+
+
+def test_a_cpu_keeps_the_plain_execution_and_overrides_stay():
+    config = presets.get("debug").config
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    perf = resolve_perf(config, mesh)
+    assert perf == dataclasses.replace(PLAIN, loss_chunk=config.perf.loss_chunk)
+    asked = dataclasses.replace(config.perf, remat="full", scan_unroll=0, compiler_options=("a=b=c",))
+    perf = resolve_perf(dataclasses.replace(config, perf=asked), mesh)
+    assert (perf.remat, perf.scan_unroll, compiler_options(perf)) == ("full", 0, {"a": "b=c"})
+
+
+def test_rematerialisation_is_the_least_that_fits():
+    config = presets.get("vanilla-360m").config
+    for rows, memory, wanted in ((16, 75 << 30, "none"), (32, 75 << 30, "names"), (128, 75 << 30, "full")):
+        batch = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
+        assert resolve_perf(batch, _mesh("a GPU", "tpu", memory)).remat == wanted
+    sizes = [activation_bytes(config.model, 16, remat) for remat in ("none", "dots", "names", "full")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert resolve_perf(config, _mesh("unheard of", "tpu")).remat == "none"
+
+
+def test_slots_without_a_token_change_neither_loss_nor_gradient():
+    model = ModelConfig(
+        vocab_size=32,
+        num_layers=4,
+        d_model=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        d_ff=16,
+        context_length=21,
+        dtype="float32",
+        recursion=RecursionConfig(num_recursions=2, sharing="middle_cycle", kv_strategy="shared"),
+        routing=RoutingConfig(kind="expert"),
+    )
+    config = Config(model=model, train=TrainConfig(batch_size=2, steps=100))
+    state = init_train_state(config, make_mesh(config.mesh, jax.devices()[:1]))
+    batch = {name: jnp.asarray(x) for name, x in random_batch(model, 2, packed=False, seed=0).items()}
+
+    def run(multiple: int) -> Any:
+        perf = PerfConfig(slot_multiple=multiple, loss_chunk=16)
+        with_slots = dataclasses.replace(config, perf=perf)  # k = 10 of 21, in 16 slots
+        loss = lambda p: loss_fn(with_slots, p, state.router_bias_R, batch, state.key, None)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(state.params)
+
+    for want, got in zip(*(jax.tree.leaves(run(multiple)) for multiple in (1, 8)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
