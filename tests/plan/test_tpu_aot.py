@@ -24,7 +24,7 @@ SMALL = (
 @pytest.fixture(autouse=True)
 def _no_cache():
     """The persistent cache takes programs for described devices, but cannot read them back."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", before)
