@@ -18,7 +18,8 @@ COMMANDS = {
     "eval": "held-out loss of a run under both selection modes",
     "convert": "weights between this project, Hugging Face and the official release",
     "sweep": "run a list of configurations, resumable, with one table at the end",
-    "bench": "time the train step on the present device",
+    "generate": "continue texts with a trained model",
+    "bench": "measure speed on the present device",
     "inspect": "make a run's pictures again, for held-out text or any other",
 }
 """Subcommand and what it does; the module ``mor_jax.cli.<name>`` has ``run(arguments) -> exit code``."""

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,8 @@ from mor_jax.model.rows import Selection, merge_rows, take_rows
 logger = logging.getLogger(__name__)
 KeyValue = tuple[jax.Array, jax.Array]
 _CUDNN_BLOCK = 128
+JOINT_PROJECTION = "query_key_value"
+"""Decoding: parameter [D, N + 2K, H] that holds `query` and `key_value` side by side."""
 
 
 @struct.dataclass
@@ -43,6 +45,22 @@ class TokenView:
         return jax.tree.map(lambda a_BT: constrain(take_rows(a_BT, selection.index_BC), "batch", None), self)
 
 
+class KeyValueStore(Protocol):
+    """Keys and values that outlive a call, as decoding keeps them (``mor_jax.infer``)."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether the layer projects new keys and values for it."""
+        ...
+
+    def attend(self, projected_BTMH: jax.Array, cached: Any, rotary: Rotary) -> tuple[jax.Array, Any]:
+        """Append to one layer's ``cached`` arrays and attend to them: (output [B, T, N, H], the arrays).
+
+        ``projected_BTMH`` holds N queries and, if the store writes, K keys and K values, none of them rotated.
+        """
+        ...
+
+
 @struct.dataclass
 class LayerContext:
     """What every layer of one pass over the block shares."""
@@ -57,6 +75,8 @@ class LayerContext:
     """Cached rows that are replaced by fresh keys and values of the queries (compact queries)."""
     fresh_BS: jax.Array | None = None
     """bool: cached rows that are replaced by fresh ones (full-length queries)."""
+    store: KeyValueStore | None = None
+    """Decoding: reads and writes what ``cached`` then is, one layer's share of a cache; other fields rest."""
     keep_kv: bool = struct.field(pytree_node=False, default=False)
     """Whether the layer returns its keys and values for later recursions."""
 
@@ -272,6 +292,8 @@ class Attention(nn.Module):
 
         `lora` holds this recursion's low-rank updates, if any.
         """
+        if context.store is not None:
+            return self._decode(x_BCD, context, context.store, cached)
         config = self.config
         width, heads, kv_heads, head_dim = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         query = self.param("query", normal_init(config, "embed", "heads", "head_dim"), (width, heads, head_dim))
@@ -297,6 +319,20 @@ class Attention(nn.Module):
         out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)
         out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
         return out_BCD, (keys, values) if context.keep_kv else None
+
+    def _decode(
+        self, x_BCD: jax.Array, context: LayerContext, store: KeyValueStore, cached: Any
+    ) -> tuple[jax.Array, Any]:
+        """Attend through a store. Its projections are one matrix: decoding waits for launches and weights."""
+        config = self.config
+        width, heads, head_dim = config.d_model, config.num_heads, config.head_dim
+        initialiser = normal_init(config, "embed", None, "head_dim")
+        joint = self.param(JOINT_PROJECTION, initialiser, (width, heads + 2 * config.num_kv_heads, head_dim))
+        output = self.param("output", normal_init(config, "heads", "head_dim", "embed"), (heads, head_dim, width))
+        kernel_DMH = joint if store.writes else joint[:, :heads]
+        projected_BCMH = jnp.einsum("BCD,DMH->BCMH", x_BCD, kernel_DMH.astype(x_BCD.dtype))
+        out_BCNH, cached = store.attend(projected_BCMH, cached, context.rotary)
+        return jnp.einsum("BCNH,NHD->BCD", out_BCNH, output.astype(x_BCD.dtype)), cached
 
     def _key_value(
         self, x_BCD: jax.Array, key_value: jax.Array, context: LayerContext, cached: KeyValue | None, lora: Any

@@ -20,11 +20,12 @@ def normal_init(config: ModelConfig, *axes: str | None) -> Callable[..., Any]:
     return nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
 
 
-def rms_norm(x_BCD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
+def rms_norm(x_BCD: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype; scale [D] or [B, 1, D]."""
     x32_BCD = x_BCD.astype(jnp.float32)
     inverse_BC1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BCD), axis=-1, keepdims=True) + epsilon)
-    return (x32_BCD * inverse_BC1 * scale_D[None, None, :].astype(jnp.float32)).astype(x_BCD.dtype)
+    scale_BCD = scale[None, None, :] if scale.ndim == 1 else scale
+    return (x32_BCD * inverse_BC1 * scale_BCD.astype(jnp.float32)).astype(x_BCD.dtype)
 
 
 class RMSNorm(nn.Module):

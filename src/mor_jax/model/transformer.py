@@ -308,7 +308,7 @@ def head_matrix(config: ModelConfig, params: Params) -> jax.Array:
     return params["embedding"]["embedding"] if config.tie_embeddings else params["head"]["kernel"].T
 
 
-def _compute_copy(config: ModelConfig, params: Params) -> Params:
+def compute_copy(config: ModelConfig, params: Params) -> Params:
     """Weights in the compute dtype, made once; norms and routers stay float32."""
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
@@ -373,7 +373,7 @@ def apply_trunk(
         step is None or isinstance(step, int) or perf.execution == "scan",
         "step is traced, but perf.execution='gather' needs the static shapes that a concrete step gives",
     )
-    variables = _from_tree(_compute_copy(config, params))
+    variables = _from_tree(compute_copy(config, params))
     output = Transformer(config, perf).apply(
         variables,
         tokens_BT,

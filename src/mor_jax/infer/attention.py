@@ -1,0 +1,89 @@
+"""Attention over a paged cache: the plain path that runs everywhere, and the choice of a kernel.
+
+Letters: B rows, T tokens of a row, M pages per group, Z entries per page, N K H heads.
+"""
+
+import functools
+import logging
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mor_jax.config import ModelConfig
+from mor_jax.errors import require
+from mor_jax.infer.cache import append
+from mor_jax.infer.decode_kernel import decode_attention
+from mor_jax.model.attention import KeyValue
+from mor_jax.model.layers import Rotary, apply_rotary
+
+logger = logging.getLogger(__name__)
+DecodeBackend = Literal["auto", "xla", "pallas"]
+
+
+@functools.cache
+def resolve_decode_backend(backend: DecodeBackend, head_dim: int) -> DecodeBackend:
+    """Choose how single tokens attend to the cache on this process's device, and log it once.
+
+    `pallas` is one kernel that appends and attends; it needs a GPU and a head_dim that is a power of 2. `xla` gathers
+    the pages first and runs everywhere; prompts always use it.
+
+    Raises:
+        UserError: `pallas` was asked for where it cannot run.
+    """
+    allowed = get_args(DecodeBackend)
+    require(backend in allowed, f"backend={backend!r} is not one of {', '.join(map(repr, allowed))}")
+    fits = jax.default_backend() == "gpu" and head_dim & (head_dim - 1) == 0
+    require(
+        backend != "pallas" or fits,
+        f"backend='pallas' needs a GPU and head_dim a power of 2, not device={jax.default_backend()!r}, "
+        f"head_dim={head_dim}",
+    )
+    chosen: DecodeBackend = ("pallas" if fits else "xla") if backend == "auto" else backend
+    logger.info("decode attention: %s (asked for %s)", chosen, backend)
+    return chosen
+
+
+def decode_backend(config: ModelConfig, backend: DecodeBackend = "auto") -> DecodeBackend:
+    """Choose the decode attention of a model; see ``resolve_decode_backend``."""
+    return resolve_decode_backend(backend, config.head_dim)
+
+
+@struct.dataclass
+class PagedStore:
+    """The groups that a batch of rows reads and writes: what attention layers call (``attention.KeyValueStore``)."""
+
+    table_BM: jax.Array
+    """int32: pages of each row's group."""
+    start_B: jax.Array
+    """int32: entries that it held before this call."""
+    count_B: jax.Array
+    """int32: leading tokens of the row that are appended."""
+    visible_BT: jax.Array
+    """int32: leading entries, those appended included, that each query attends to; 0 for queries that nobody reads."""
+    writes: bool = struct.field(pytree_node=False, default=True)
+    """Whether any row appends."""
+    backend: DecodeBackend = struct.field(pytree_node=False, default="xla")
+
+    def attend(self, projected_BTMH: jax.Array, cached: KeyValue, rotary: Rotary) -> tuple[jax.Array, KeyValue]:
+        """Append one layer's new entries and attend; queries that see nothing return an arbitrary finite value."""
+        kv_heads = cached[0].shape[2]
+        if self.backend == "pallas" and projected_BTMH.shape[1] == 1 and self.writes:
+            angles = (rotary[0][:, 0, 0], rotary[1][:, 0, 0])
+            sizes = (self.table_BM, self.start_B, self.count_B, self.visible_BT[:, 0])
+            out_BNH, cached = decode_attention(projected_BTMH[:, 0], angles, cached, *sizes)
+            return out_BNH[:, None], cached
+        if not self.writes:
+            return self._gather_and_attend(apply_rotary(projected_BTMH, rotary), cached), cached
+        rotated, values = projected_BTMH[:, :, :-kv_heads], projected_BTMH[:, :, -kv_heads:]
+        rotated = apply_rotary(rotated, rotary)
+        fresh = (rotated[:, :, -kv_heads:], values)
+        cached = append(cached, fresh, self.table_BM, self.start_B, self.count_B)
+        return self._gather_and_attend(rotated[:, :, :-kv_heads], cached), cached
+
+    def _gather_and_attend(self, query_BTNH: jax.Array, cached: KeyValue) -> jax.Array:
+        rows = self.table_BM.shape[0]
+        keys, values = (pool[self.table_BM].reshape(rows, -1, *pool.shape[2:]) for pool in cached)
+        mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < self.visible_BT[:, :, None]
+        return jax.nn.dot_product_attention(query_BTNH, keys, values, mask=mask_BTX[:, None], implementation="xla")

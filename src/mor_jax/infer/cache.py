@@ -1,0 +1,233 @@
+"""Paged key/value caches: pages per sequence and recursion, so that memory follows the tokens that came that deep.
+
+Paper section 2.2.2 and table 2. A *group* is one list of pages of a sequence: recursion r's under recursion-wise
+caching (it holds only the tokens that reached r), or the single one that all recursions share. A page holds Z
+consecutive entries of its group in every layer of the block. The free list lies on the device, as a stack.
+
+Letters: S sequences, G groups, M pages per group, P pages of the pool, Z entries per page, B rows, T tokens, K H heads.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mor_jax.config import ModelConfig
+from mor_jax.errors import require
+from mor_jax.model.attention import KeyValue
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """How many caches of what depth a model keeps."""
+
+    passes: int
+    """Passes over the block that a token takes at most (1 where layers repeat in place)."""
+    groups: int
+    """Page lists per sequence in the block."""
+    block_layers: int
+    """Layers that one page of the block covers."""
+    edge_layers: int
+    """First and last layer (2), or none."""
+
+
+def kv_layout(config: ModelConfig) -> KvLayout:
+    """Return the layout of a model's caches."""
+    recursion, depth = config.recursion, config.block_depth
+    own = recursion.num_recursions if recursion.kv_strategy == "recursion" else 1
+    edges = 2 if recursion.has_middle else 0
+    if recursion.is_sequence:
+        return KvLayout(passes=1, groups=1, block_layers=depth * own, edge_layers=edges)
+    return KvLayout(passes=recursion.num_recursions, groups=own, block_layers=depth, edge_layers=edges)
+
+
+@struct.dataclass
+class PagedCache:
+    """One pool of pages and who holds them."""
+
+    keys: tuple[jax.Array, ...]
+    """Per layer [P, Z, K, H], rotated."""
+    values: tuple[jax.Array, ...]
+    """Per layer [P, Z, K, H]."""
+    table_SGM: jax.Array
+    """int32: m-th page of a sequence's group; meaningless beyond its length."""
+    length_SG: jax.Array
+    """int32: entries held."""
+    free_P: jax.Array
+    """int32: stack of free pages."""
+    num_free: jax.Array
+    """int32 scalar: its height."""
+
+    @property
+    def page_size(self) -> int:
+        """Z."""
+        return self.keys[0].shape[1]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all its layers, keys and values."""
+        return 2 * sum(pool.nbytes // pool.shape[0] for pool in self.keys)
+
+
+@struct.dataclass
+class Cache:
+    """Everything that a model keeps of the tokens it has read."""
+
+    block: PagedCache
+    edge: PagedCache | None
+    """Of the first and the last layer, where the model has them."""
+
+    @property
+    def pools(self) -> tuple[PagedCache, ...]:
+        """The pools there are."""
+        return (self.block,) if self.edge is None else (self.block, self.edge)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Static sizes of a cache."""
+
+    sequences: int
+    """S: sequences that hold pages at the same time."""
+    max_length: int
+    """Tokens of one sequence at most."""
+    page_size: int = 16
+    """Z: entries per page."""
+    block_pages: int | None = None
+    """Pages of the block's pool; None is enough for every sequence at its longest and deepest."""
+    edge_pages: int | None = None
+    """Pages of the first and last layers' pool; None likewise."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequences", "max_length", "page_size"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+
+    @property
+    def pages_per_group(self) -> int:
+        """M."""
+        return -(-self.max_length // self.page_size)
+
+
+def init_cache(config: ModelConfig, shape: CacheShape) -> Cache:
+    """Make an empty cache; every page is free.
+
+    Args:
+        config: the model.
+        shape: its sizes; the pools hold ``block_pages`` and ``edge_pages`` pages.
+    """
+    layout, most = kv_layout(config), shape.sequences * shape.pages_per_group
+
+    def pool(layers: int, groups: int, pages: int | None) -> PagedCache:
+        pages = groups * most if pages is None else pages
+        size = (pages, shape.page_size, config.num_kv_heads, config.head_dim)
+        empty = lambda: tuple(jnp.zeros(size, config.dtype) for _ in range(layers))  # noqa: E731
+        return PagedCache(
+            keys=empty(),
+            values=empty(),
+            table_SGM=jnp.zeros((shape.sequences, groups, shape.pages_per_group), jnp.int32),
+            length_SG=jnp.zeros((shape.sequences, groups), jnp.int32),
+            free_P=jnp.arange(pages, dtype=jnp.int32),
+            num_free=jnp.array(pages, jnp.int32),
+        )
+
+    edge = pool(layout.edge_layers, 1, shape.edge_pages) if layout.edge_layers else None
+    return Cache(block=pool(layout.block_layers, layout.groups, shape.block_pages), edge=edge)
+
+
+def reserve(
+    cache: PagedCache, sequence_B: jax.Array, group_B: jax.Array, count_B: jax.Array, most: int
+) -> tuple[PagedCache, jax.Array]:
+    """Lengthen groups by new entries, taking pages from the free list where their last page is full.
+
+    Args:
+        cache: the pool; whoever admits sequences sees to it that pages never run out.
+        sequence_B: sequence of each row; no (sequence, group) twice.
+        group_B: group of each row.
+        count_B: entries to add; rows with 0 may name any sequence.
+        most: static bound of ``count_B``.
+
+    Returns:
+        The cache, and the entries that each row's group held before.
+    """
+    size, sequences = cache.page_size, cache.length_SG.shape[0]
+    start_B = cache.length_SG.at[sequence_B, group_B].get(mode="clip")
+    held_B = (start_B + size - 1) // size
+    needed_B = jnp.where(count_B > 0, (start_B + count_B + size - 1) // size - held_B, 0)
+    before_B = jnp.cumsum(needed_B) - needed_B
+    # one page more than whole pages: the entries may begin in the middle of one
+    nth_X = jnp.arange(-(-most // size) + (1 if most > 1 else 0))
+    takes_BX = nth_X[None, :] < needed_B[:, None]
+    page_BX = cache.free_P.at[cache.num_free - 1 - before_B[:, None] - nth_X[None, :]].get(mode="clip")
+    row_BX = jnp.where(takes_BX, sequence_B[:, None], sequences)
+    table_SGM = cache.table_SGM.at[row_BX, group_B[:, None], held_B[:, None] + nth_X[None, :]].set(page_BX, mode="drop")
+    row_B = jnp.where(count_B > 0, sequence_B, sequences)
+    length_SG = cache.length_SG.at[row_B, group_B].add(count_B, mode="drop")
+    num_free = cache.num_free - jnp.sum(needed_B)
+    return dataclasses.replace(cache, table_SGM=table_SGM, length_SG=length_SG, num_free=num_free), start_B
+
+
+def release(cache: PagedCache, done_S: jax.Array) -> PagedCache:
+    """Give the pages of whole sequences back to the free list."""
+    pages_SG = (cache.length_SG + cache.page_size - 1) // cache.page_size
+    nth_M = jnp.arange(cache.table_SGM.shape[2])
+    held_SGM = done_S[:, None, None] & (nth_M[None, None, :] < pages_SG[:, :, None])
+    held = held_SGM.reshape(-1)
+    slot = cache.num_free + jnp.cumsum(held) - 1
+    slot = jnp.where(held, slot, cache.free_P.shape[0])
+    return dataclasses.replace(
+        cache,
+        free_P=cache.free_P.at[slot].set(cache.table_SGM.reshape(-1), mode="drop"),
+        num_free=cache.num_free + jnp.sum(held),
+        length_SG=jnp.where(done_S[:, None], 0, cache.length_SG),
+    )
+
+
+def release_all(cache: Cache, done_S: jax.Array) -> Cache:
+    """Give the pages of whole sequences back, in every pool."""
+    edge = None if cache.edge is None else release(cache.edge, done_S)
+    return Cache(block=release(cache.block, done_S), edge=edge)
+
+
+def append(cached: KeyValue, fresh: KeyValue, table_BM: jax.Array, start_B: jax.Array, count_B: jax.Array) -> KeyValue:
+    """Write new entries of one layer behind those that rows hold.
+
+    Args:
+        cached: keys and values [P, Z, K, H].
+        fresh: keys and values [B, T, K, H]; the first ``count_B`` of each row are written.
+        table_BM: pages of each row's group.
+        start_B: entries held before.
+        count_B: entries to write.
+    """
+    pages, size = cached[0].shape[:2]
+    nth_T = jnp.arange(fresh[0].shape[1])
+    entry_BT = start_B[:, None] + nth_T[None, :]
+    page_BT = jnp.take_along_axis(table_BM, entry_BT // size, axis=1, mode="clip")
+    page_BT = jnp.where(nth_T[None, :] < count_B[:, None], page_BT, pages)
+    write = lambda pool, new: pool.at[page_BT, entry_BT % size].set(new, mode="drop")  # noqa: E731
+    return write(cached[0], fresh[0]), write(cached[1], fresh[1])
+
+
+@dataclass(frozen=True)
+class KvUsage:
+    """Bytes of keys and values."""
+
+    used: int
+    """Of the tokens cached."""
+    allocated: int
+    """Of the pages that hold them."""
+    reserved: int
+    """Of the pools."""
+
+
+def kv_usage(cache: Cache) -> KvUsage:
+    """Measure a cache."""
+    used = allocated = reserved = 0
+    for pool in cache.pools:
+        pages = pool.free_P.shape[0]
+        length_SG, num_free = jax.device_get((pool.length_SG, pool.num_free))  # sums here would compile
+        used += int(length_SG.sum()) * pool.page_bytes // pool.page_size
+        allocated += (pages - int(num_free)) * pool.page_bytes
+        reserved += pages * pool.page_bytes
+    return KvUsage(used=used, allocated=allocated, reserved=reserved)

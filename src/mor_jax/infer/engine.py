@@ -1,0 +1,376 @@
+"""The engine's host side: a queue of requests, prompts read in chunks between dispatches, and tokens handed out.
+
+The host stays one dispatch behind: it reads the tokens of a dispatch while the next one runs. Requests whose prompt has
+been read wait on the device, so that a place that falls free is taken in the same step.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from mor_jax.errors import require
+from mor_jax.infer.attention import DecodeBackend, decode_backend
+from mor_jax.infer.cache import KvUsage, kv_layout, kv_usage
+from mor_jax.infer.prefill import prefill
+from mor_jax.infer.sampling import Sampling
+from mor_jax.infer.stages import dispatch
+from mor_jax.infer.state import Control, Counters, Emitted, EngineShape, empty_control, init_state
+from mor_jax.infer.weights import DecodeModel
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of an engine; None is chosen from the others."""
+
+    max_running: int = 8
+    """Sequences decoded at the same time."""
+    max_length: int = 2048
+    """Tokens of one sequence, prompt and completion."""
+    block_slots: int | None = None
+    """Tokens that one pass over the block computes; None is two thirds of max_running (all for one pass)."""
+    exit_slots: int | None = None
+    """Tokens that leave and enter together; None is what block_slots leave of max_running (all for one pass)."""
+    exit_at: int | None = None
+    """Tokens that make an exit step due; None is exit_slots."""
+    staged: int | None = None
+    """Further sequences whose prompt is read ahead; None is a quarter of max_running, at least 2."""
+    steps: int = 16
+    """Block passes per dispatch."""
+    page_size: int = 16
+    """Cache entries per page."""
+    prefill_rows: int = 4
+    """Prompts that are read at a time."""
+    prefill_chunk: int = 128
+    """Tokens of each that are read at a time."""
+    block_pages: int | None = None
+    """Pages of the block's pool; None is enough for every sequence at its longest and deepest."""
+    edge_pages: int | None = None
+    """Pages of the first and last layers' pool; None likewise."""
+    backend: DecodeBackend = "auto"
+    """Decode attention."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_length", "steps", "page_size", "prefill_rows", "prefill_chunk"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+
+
+def engine_shape(model: DecodeModel, options: EngineOptions) -> EngineShape:
+    """Resolve the options for a model."""
+    running, passes = options.max_running, kv_layout(model.config).passes
+    block = options.block_slots or (running if passes == 1 else max(1, round(running * 2 / 3)))
+    exits = options.exit_slots or (running if passes == 1 else max(1, running - block))
+    staged = max(2, running // 4) if options.staged is None else options.staged
+    return EngineShape(
+        max_running=running,
+        block_slots=block,
+        exit_slots=exits,
+        exit_at=options.exit_at or exits,
+        places=running + staged,
+        max_length=options.max_length,
+        steps=options.steps,
+        page_size=options.page_size,
+        block_pages=options.block_pages,
+        edge_pages=options.edge_pages,
+        backend=decode_backend(model.config, options.backend),
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and what is wanted of it."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    max_tokens: int
+    """Tokens to generate at most."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_token: int | None = None
+    """Token that ends the completion (and is its last token)."""
+    max_depth: int | None = None
+    """Budget of passes per token; None is the model's."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    request: int
+    """Number that ``submit`` gave."""
+    token: int
+    depth: int
+    """Passes completed by the token before it, whose state this one was read from."""
+    log_probability: float
+    finished: bool
+    """Whether it is the request's last."""
+    time: float
+    """``time.perf_counter`` when the host saw it."""
+
+
+@dataclass
+class _Place:
+    """What the host knows of a place on the device."""
+
+    number: int
+    request: Request
+    read: int = 0
+    """Prompt tokens read."""
+    admitted: bool = False
+
+
+@dataclass
+class EngineStatistics:
+    """Sums over an engine's life, but for the slots used: those since ``reset_statistics``."""
+
+    tokens: int = 0
+    dispatches: int = 0
+    prefills: int = 0
+    prompt_tokens: int = 0
+    block_steps: int = 0
+    block_used: int = 0
+    block_entries: int = 0
+    exit_steps: int = 0
+    exit_used: int = 0
+    exit_entries: int = 0
+    peak: KvUsage = field(default_factory=lambda: KvUsage(0, 0, 0))
+    """Largest use of the caches at the times when ``measure`` looked."""
+
+
+class Engine:
+    """Decodes many requests at the same time.
+
+    Args:
+        model: from ``prepare_weights``.
+        options: sizes.
+    """
+
+    def __init__(self, model: DecodeModel, options: EngineOptions) -> None:
+        self.model, self.options = model, options
+        self.shape = engine_shape(model, options)
+        self.statistics = EngineStatistics()
+        self._layout = kv_layout(model.config)
+        self._state = init_state(model, self.shape)
+        self._queue: deque[tuple[int, Request]] = deque()
+        self._places: list[_Place | None] = [None] * self.shape.places
+        self._next_number = 0
+        self._admissions = 0
+        self._cancelled: set[int] = set()
+        self._flight: deque[tuple[list[int], jax.Array, Counters]] = deque()
+        self._pages = [pool.free_P.shape[0] for pool in self._state.cache.pools]
+        self._promised = [0] * len(self._pages)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no place yet."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self._queue) or any(place is not None for place in self._places)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request.
+
+        Returns:
+            Its number.
+
+        Raises:
+            UserError: it can never be served: an empty prompt, tokens outside the vocabulary, or too long.
+        """
+        self.check(request)
+        number = self._next_number
+        self._next_number += 1
+        self._queue.append((number, request))
+        return number
+
+    def check(self, request: Request) -> None:
+        """Raise ``UserError`` if a request can never be served."""
+        length, vocabulary = len(request.prompt) + request.max_tokens, self.model.config.vocab_size
+        require(len(request.prompt) > 0, "the prompt holds no token")
+        require(request.max_tokens > 0, f"max_tokens={request.max_tokens} must be positive")
+        outside = next((t for t in request.prompt if not 0 <= t < vocabulary), None)
+        require(outside is None, f"prompt token {outside} is outside 0..{vocabulary - 1}")
+        require(
+            length <= self.shape.max_length,
+            f"prompt ({len(request.prompt)} tokens) and max_tokens={request.max_tokens} exceed "
+            f"max_length={self.shape.max_length}",
+        )
+        require(
+            request.max_depth is None or request.max_depth >= 1, f"max_depth={request.max_depth} must be at least 1"
+        )
+        needed = self._needed(request)
+        require(
+            all(n <= pages for n, pages in zip(needed, self._pages, strict=True)),
+            f"the request may need {needed} pages, but the pools hold {self._pages}",
+        )
+
+    def cancel(self, number: int) -> None:
+        """Drop a request, wherever it is; it gives no more tokens. An unknown or finished number is ignored."""
+        self._queue = deque(entry for entry in self._queue if entry[0] != number)
+        if any(place is not None and place.number == number for place in self._places):
+            self._cancelled.add(number)
+
+    def step(self) -> list[Token]:
+        """Launch one dispatch and the prompts that fit beside it, and return the tokens of the dispatch before."""
+        control = self._control()
+        self._state, emitted, counters = dispatch(self.model, self._state, control, shape=self.shape)
+        numbers = [-1 if place is None else place.number for place in self._places]
+        self._flight.append((numbers, emitted, counters))
+        self.statistics.dispatches += 1
+        self._read_prompts()
+        return self._collect(keep=1)
+
+    def drain(self) -> list[Token]:
+        """Return the tokens of dispatches that are still on their way."""
+        return self._collect(keep=0)
+
+    def run(self) -> Iterator[Token]:
+        """Yield tokens until nothing is left to do."""
+        while self.busy:
+            yield from self.step()
+        yield from self.drain()
+
+    def warm_up(self, *, prompts: bool = True) -> None:
+        """Compile everything that serving runs; without ``prompts`` only what prompts of one token need."""
+        for _ in range(2):  # the second time around, all arrays are what compiled programs returned
+            if prompts:
+                self._read_prompts(warm_up=True)
+            self.step()
+        self.drain()
+        jax.block_until_ready(self._state)
+        self.reset_statistics()
+
+    def reset_statistics(self) -> None:
+        """Begin to count anew."""
+        self.statistics = EngineStatistics()
+
+    def measure(self) -> KvUsage:
+        """Bytes of keys and values now (waits for the device); remembers the largest."""
+        usage, peak = kv_usage(self._state.cache), self.statistics.peak
+        largest = zip(dataclasses.astuple(usage), dataclasses.astuple(peak), strict=True)
+        self.statistics.peak = KvUsage(*(max(pair) for pair in largest))
+        return usage
+
+    def _needed(self, request: Request) -> list[int]:
+        """Pages that a request takes at most, per pool: the last token generated is never cached."""
+        pages = -(-(len(request.prompt) + request.max_tokens - 1) // self.shape.page_size)
+        return [pages * self._layout.groups, pages][: len(self._pages)]
+
+    def _promise(self, request: Request, sign: int) -> None:
+        self._promised = [p + sign * n for p, n in zip(self._promised, self._needed(request), strict=True)]
+
+    def _fits(self, request: Request) -> bool:
+        triples = zip(self._promised, self._needed(request), self._pages, strict=True)
+        return all(promised + needed <= pages for promised, needed, pages in triples)
+
+    def _control(self) -> Control:
+        """Turn what happened since the last dispatch into arrays, and seat queued requests."""
+        self._seat()
+        control = empty_control(self.shape.places)
+        for index, place in enumerate(self._places):
+            if place is None:
+                continue
+            if place.number in self._cancelled:
+                control.cancel[index] = True
+                self._empty(index)
+            elif not place.admitted and place.read == len(place.request.prompt) - 1:
+                place.admitted = True
+                self._admit(control, index, place.request)
+        self._cancelled.clear()
+        return control
+
+    def _admit(self, control: Control, index: int, request: Request) -> None:
+        rows, sampling = control.requests, request.sampling
+        passes = self._layout.passes
+        values = (
+            (control.admit, True),
+            (control.token, request.prompt[-1]),
+            (control.position, len(request.prompt) - 1),
+            (rows.order, self._admissions),
+            (rows.remaining, request.max_tokens),
+            (rows.stop_token, -1 if request.stop_token is None else request.stop_token),
+            (rows.max_depth, passes if request.max_depth is None else min(request.max_depth, passes)),
+            (rows.sampling.temperature_E, sampling.temperature),
+            (rows.sampling.top_k_E, sampling.top_k),
+            (rows.sampling.top_p_E, sampling.top_p),
+            (rows.sampling.seed_E, sampling.seed),
+        )
+        for array, value in values:
+            array[index] = value
+        self._admissions += 1
+
+    def _seat(self) -> None:
+        """Give free places to the oldest requests whose pages are sure to be there; nobody overtakes."""
+        for index, place in enumerate(self._places):
+            if not self._queue or not self._fits(self._queue[0][1]):
+                return
+            if place is None:
+                number, request = self._queue.popleft()
+                self._promise(request, 1)
+                self._places[index] = _Place(number, request)
+
+    def _empty(self, index: int) -> None:
+        place = self._places[index]
+        assert place is not None
+        self._promise(place.request, -1)
+        self._places[index] = None
+
+    def _read_prompts(self, warm_up: bool = False) -> None:
+        """Read the next chunk of up to ``prefill_rows`` prompts."""
+        rows, chunk = self.options.prefill_rows, self.options.prefill_chunk
+        unread = [
+            (index, place)
+            for index, place in enumerate(self._places)
+            if place is not None and place.read < len(place.request.prompt) - 1
+        ]
+        unread = sorted(unread, key=lambda entry: entry[1].number)[:rows]
+        if not unread and not warm_up:
+            return
+        place_B = np.full(rows, self.shape.places, np.int32)
+        tokens_BT, sizes = np.zeros((rows, chunk), np.int32), np.zeros((3, rows), np.int32)
+        for row, (index, place) in enumerate(unread):
+            part = place.request.prompt[place.read : len(place.request.prompt) - 1][:chunk]
+            budget = place.request.max_depth or self._layout.passes
+            place_B[row], tokens_BT[row, : len(part)] = index, part
+            sizes[:, row] = place.read, len(part), min(budget, self._layout.passes)
+            place.read += len(part)
+            self.statistics.prompt_tokens += len(part)
+        cache, _ = prefill(self.model, self._state.cache, place_B, tokens_BT, *sizes)
+        self._state = dataclasses.replace(self._state, cache=cache)
+        self.statistics.prefills += 1
+
+    def _collect(self, keep: int) -> list[Token]:
+        tokens = []
+        while len(self._flight) > keep:
+            numbers, packed, counters = self._flight.popleft()
+            packed, counters = jax.device_get((packed, counters))
+            emitted = Emitted.unpack(packed)
+            now, total = time.perf_counter(), self.statistics
+            for counter in dataclasses.fields(Counters):
+                setattr(total, counter.name, getattr(total, counter.name) + int(getattr(counters, counter.name)))
+            for step, slot in np.argwhere(emitted.place >= 0):
+                tokens.append(self._token(numbers, emitted, step, slot, now))
+        tokens = [token for token in tokens if token is not None]
+        self.statistics.tokens += len(tokens)
+        return tokens
+
+    def _token(self, numbers: Sequence[int], emitted: Emitted, step: int, slot: int, now: float) -> Token | None:
+        index = int(emitted.place[step, slot])
+        place, finished = self._places[index], bool(emitted.finished[step, slot])
+        if place is None or place.number != numbers[index] or place.number in self._cancelled:
+            return None  # cancelled after this dispatch had been launched
+        if finished:
+            self._empty(index)
+        return Token(
+            request=place.number,
+            token=int(emitted.token[step, slot]),
+            depth=int(emitted.depth[step, slot]),
+            log_probability=float(emitted.log_probability[step, slot]),
+            finished=finished,
+            time=now,
+        )

@@ -1,0 +1,225 @@
+"""A trained model with its tokenizer: load it, and generate text."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from mor_jax.array_types import Params
+from mor_jax.config import ModelConfig
+from mor_jax.errors import require
+from mor_jax.infer.engine import Engine, EngineOptions, Request
+from mor_jax.infer.sampling import Sampling
+from mor_jax.infer.text import GrowingText
+from mor_jax.infer.weights import DecodeModel, prepare_weights
+
+_MOST_RUNNING = 32
+
+
+@dataclass
+class Completion:
+    """What was generated for one prompt."""
+
+    prompt: str
+    text: str = ""
+    """Generated text, without the stop string that ended it."""
+    tokens: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    """Per token the passes of the token before it, from whose state it was read."""
+    log_probabilities: list[float] = field(default_factory=list)
+    """Per token, in nats, before temperature and cuts."""
+    finish: Literal["stop", "length", ""] = ""
+    """Why it ended: end of text or a stop string, or max_tokens; empty while it goes on."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one generated token adds."""
+
+    prompt: int
+    """Number of the prompt."""
+    text: str
+    """New text that can be shown; may be empty, and may end the text of earlier tokens."""
+    token: int
+    depth: int
+    completion: Completion
+    """All of the prompt's completion so far."""
+
+
+class LanguageModel:
+    """A model that generates text.
+
+    Args:
+        config: the model.
+        params: its parameter tree.
+        tokenizer: ``data.tokenizer.Tokenizer``, or anything like it.
+        router_bias_R: bias of loss-free balancing.
+        boundaries: raw-score boundary of every recursion; None takes the configuration's, or 0.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Any,
+        *,
+        router_bias_R: jax.Array | None = None,
+        boundaries: Sequence[float] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.model: DecodeModel = prepare_weights(config, params, router_bias_R=router_bias_R, boundaries=boundaries)
+        self._engines: dict[EngineOptions, Engine] = {}
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.model.config
+
+    def engine(self, options: EngineOptions) -> Engine:
+        """Return an idle engine of these sizes, made once."""
+        kept = self._engines.get(options)
+        if kept is None or kept.busy:
+            kept = self._engines[options] = Engine(self.model, options)
+        return kept
+
+    def generate(self, prompts: str | Sequence[str], **arguments: Any) -> list[Completion]:
+        """Generate a completion for every prompt; see ``stream`` for the arguments.
+
+        Returns:
+            The completions in the order of the prompts.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        completions = [Completion(prompt) for prompt in prompts]
+        for piece in self.stream(prompts, **arguments):
+            completions[piece.prompt] = piece.completion
+        return completions
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        max_depth: int | None = None,
+        max_length: int | None = None,
+    ) -> Iterator[Piece]:
+        """Generate completions of all prompts at the same time, and yield every token as it comes.
+
+        Args:
+            prompts: texts; an empty one begins a new document.
+            max_tokens: tokens to generate at most.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: draw among so many of the most likely tokens; 0 is all.
+            top_p: draw among the most likely tokens that together have this probability.
+            seed: of the draws; prompt i uses seed + i.
+            stop: strings that end a completion.
+            max_depth: passes over the shared block that a token may take at most.
+            max_length: tokens of prompt and completion; None is the model's context, or more if max_tokens needs it.
+
+        Raises:
+            UserError: arguments out of range, or a prompt that is too long.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        require(len(prompts) > 0, "there is no prompt")
+        token_lists = [self.tokenizer.encode(prompt) or [self.tokenizer.eos_id] for prompt in prompts]
+        longest = max(map(len, token_lists)) + max_tokens
+        limit = max_length or self.config.context_length
+        require(
+            longest <= limit,
+            f"the longest prompt and max_tokens={max_tokens} make {longest} tokens, more than max_length={limit}",
+        )
+        options = EngineOptions(max_running=min(len(prompts), _MOST_RUNNING), max_length=limit)
+        engine = self.engine(options)
+        requests = [
+            Request(
+                tuple(map(int, tokens)),
+                max_tokens,
+                Sampling(temperature, top_k, top_p, (seed + index) % 2**32),
+                stop_token=self.tokenizer.eos_id,
+                max_depth=max_depth,
+            )
+            for index, tokens in enumerate(token_lists)
+        ]
+        for request in requests:
+            engine.check(request)
+        yield from self._stream(engine, requests, prompts, stop)
+
+    def _stream(
+        self, engine: Engine, requests: Sequence[Request], prompts: Sequence[str], stop: Sequence[str]
+    ) -> Iterator[Piece]:
+        numbers = {engine.submit(request): index for index, request in enumerate(requests)}
+        completions = [Completion(prompt) for prompt in prompts]
+        texts = [GrowingText(self.tokenizer, stop) for _ in prompts]
+        try:
+            for token in engine.run():
+                index = numbers[token.request]
+                completion, text = completions[index], texts[index]
+                if completion.finish:
+                    continue  # a stop string ended it before the engine knew
+                ended = token.token == requests[index].stop_token
+                completion.tokens.append(token.token)
+                completion.depths.append(token.depth)
+                completion.log_probabilities.append(token.log_probability)
+                piece = text.add(token.token, last=token.finished)
+                completion.text = text.text
+                if ended or text.stopped:
+                    completion.finish = "stop"
+                elif token.finished:
+                    completion.finish = "length"
+                if text.stopped and not token.finished:
+                    engine.cancel(token.request)
+                yield Piece(index, piece, token.token, token.depth, completion)
+        finally:  # the reader may have left
+            for number in numbers:
+                engine.cancel(number)
+            for _ in engine.run():
+                pass
+
+
+def load(path: str | Path, *, boundaries: Sequence[float] | None = None) -> LanguageModel:
+    """Load a model for generation.
+
+    Args:
+        path: run folder that ``mor train`` wrote.
+        boundaries: raw-score boundary of every recursion (expert-choice); None takes the run's.
+
+    Raises:
+        UserError: there is no run, or a model that cannot decode.
+    """
+    from mor_jax.evaluate.restore import restore_run  # generation without a run needs no checkpoint library
+
+    run = restore_run(Path(path))
+    return LanguageModel(
+        run.config.model, run.params, run.tokenizer, router_bias_R=run.router_bias_R, boundaries=boundaries
+    )
+
+
+@dataclass
+class Speed:
+    """Tokens per second of a stream, the first token's time apart."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float = 0.0
+    tokens: int = 0
+
+    def count(self) -> None:
+        """Count one token now."""
+        self.last = time.perf_counter()
+        self.first = self.last if self.first is None else self.first
+        self.tokens += 1
+
+    def summary(self) -> str:
+        """Say it in one line; the first token's time includes compilation."""
+        if self.first is None:
+            return "no tokens"
+        whole = max(self.last - self.first, 1e-9)
+        rate = f", then {(self.tokens - 1) / whole:.1f} tokens/s" if self.tokens > 1 else ""
+        return f"{self.tokens} tokens: first after {self.first - self.begin:.2f} s{rate}"

@@ -1,0 +1,263 @@
+"""The two stages of depth-wise continuous batching and the loop that runs them (paper section 3.4, figure 4a).
+
+A *block step* runs the shared block once for C tokens of different sequences that may stand at different recursions. An
+*exit step* takes E tokens out of their last pass, through last layer, head and sampling, and their successors in,
+through embedding, first layer and router. It runs when E tokens wait for it, or when the block would have free slots.
+All decisions are taken on the device; a dispatch runs many steps. Vanilla models are the case of one pass.
+
+Letters: S places, C block slots, E exit slots, M pages per group.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.infer.attention import PagedStore
+from mor_jax.infer.cache import PagedCache, kv_layout, reserve
+from mor_jax.infer.layers import block_pass, decode_context, edge_layer, embed, logits
+from mor_jax.infer.sampling import sample
+from mor_jax.infer.state import (
+    DONE,
+    ENTERING,
+    LEAVING,
+    RUNNING,
+    WAITING,
+    Control,
+    Counters,
+    Emitted,
+    EngineShape,
+    EngineState,
+    apply_control,
+    choose,
+    ranks,
+)
+from mor_jax.infer.walk import Walk, advance, start_walk
+from mor_jax.infer.weights import DecodeModel
+from mor_jax.model.attention import LayerContext
+
+
+@functools.partial(jax.jit, static_argnames="shape", donate_argnums=1)
+def dispatch(
+    model: DecodeModel, state: EngineState, control: Control, *, shape: EngineShape
+) -> tuple[EngineState, jax.Array, Counters]:
+    """Take the host's wishes and run ``shape.steps`` steps.
+
+    Args:
+        model: the model.
+        state: donated.
+        control: what the host asks for.
+        shape: static sizes.
+
+    Returns:
+        The state, the tokens generated (packed ``Emitted`` [steps, F, E]), and the slots used.
+    """
+    state = apply_control(state, control)
+
+    def step(index: jax.Array, carry: tuple[EngineState, jax.Array]) -> tuple[EngineState, jax.Array]:
+        state, emitted_XFE = carry
+        state = _promote(state, shape)
+        # the block's pool stays outside of the branches, which might copy it
+        cache = state.cache
+        rest, edge, row_FE = jax.lax.cond(
+            _exit_is_due(state, shape),
+            lambda rest, edge: _exit_step(model, rest, edge, shape),
+            lambda rest, edge: (rest, edge, empty_FE),
+            dataclasses.replace(state, cache=None),
+            cache.edge,
+        )
+        state = dataclasses.replace(rest, cache=dataclasses.replace(cache, edge=edge))
+        state = _block_step(model, state, shape)
+        return dataclasses.replace(state, step=state.step + 1), emitted_XFE.at[index].set(row_FE)
+
+    empty_FE = Emitted.none(shape.exit_slots).pack()
+    emitted_XFE = jnp.broadcast_to(empty_FE[None], (shape.steps, *empty_FE.shape))
+    state, emitted_XFE = jax.lax.fori_loop(0, shape.steps, step, (state, emitted_XFE))
+    return state, emitted_XFE, state.counters
+
+
+def _promote(state: EngineState, shape: EngineShape) -> EngineState:
+    """Start waiting requests while fewer than ``max_running`` run."""
+    waits_S = state.phase_S == WAITING
+    running = jnp.sum((state.phase_S > WAITING) & (state.phase_S < DONE))
+    starts_S = waits_S & (ranks(waits_S, state.requests.order) < shape.max_running - running)
+    return dataclasses.replace(
+        state,
+        phase_S=jnp.where(starts_S, ENTERING, state.phase_S),
+        since_S=jnp.where(starts_S, state.step, state.since_S),
+    )
+
+
+def _exit_is_due(state: EngineState, shape: EngineShape) -> jax.Array:
+    exits = jnp.sum((state.phase_S == LEAVING) | (state.phase_S == ENTERING))
+    block = jnp.sum(state.phase_S == RUNNING)
+    return (exits >= shape.exit_at) | ((exits > 0) & (block < shape.starves_below))
+
+
+def _take(tree: Walk, place_X: jax.Array) -> Walk:
+    return jax.tree.map(lambda leaf_SX: leaf_SX.at[place_X].get(mode="clip"), tree)
+
+
+def _put(tree: Walk, place_X: jax.Array, rows: Walk, fields: tuple[str, ...]) -> Walk:
+    """Store the fields that changed; places in phase `RUNNING` are going, so that is not stored."""
+    new = {name: getattr(rows, name) for name in fields}
+    old = {name: getattr(tree, name) for name in fields}
+    return dataclasses.replace(
+        tree, **jax.tree.map(lambda leaf_SX, row: leaf_SX.at[place_X].set(row, mode="drop"), old, new)
+    )
+
+
+def _shares(model: DecodeModel) -> bool:
+    """Whether a pass may compute a token that it does not change."""
+    return model.config.routing.kind == "expert" and model.config.recursion.kv_strategy == "shared"
+
+
+def _stored(model: DecodeModel, *more: str) -> tuple[str, ...]:
+    """Fields that a stage changes."""
+    expert = ("gate_BTR",) if model.config.routing.kind == "expert" else ()
+    return ("x_BTD", "recursion_BT", "depth_BT", *expert, *(("applies_BT",) if _shares(model) else ()), *more)
+
+
+def _token_store(
+    cache: PagedCache,
+    place_X: jax.Array,
+    group_X: jax.Array,
+    count_X: jax.Array,
+    valid_X: jax.Array,
+    shape: EngineShape,
+) -> tuple[PagedCache, PagedStore]:
+    """Room for one more entry of the groups that get one, and the store through which layers see them."""
+    cache, start_X = reserve(cache, place_X, group_X, count_X, 1)
+    table_XM = cache.table_SGM.at[place_X, group_X].get(mode="clip")
+    visible_X = jnp.where(valid_X, start_X + count_X, 0)
+    return cache, PagedStore(table_XM, start_X, count_X, visible_X[:, None], backend=shape.backend)
+
+
+def _block_step(model: DecodeModel, state: EngineState, shape: EngineShape) -> EngineState:
+    place_C, valid_C = choose(state.phase_S == RUNNING, state.since_S, shape.block_slots)
+    walk, groups = _take(state.walk_S, place_C), kv_layout(model.config).groups
+    whole_C1 = jnp.ones_like(walk.going_BT)
+    walk = dataclasses.replace(walk, going_BT=whole_C1, applies_BT=walk.applies_BT if _shares(model) else whole_C1)
+    recursion_C = walk.recursion_BT[:, 0]
+    # shared keys and values: recursion 1 writes, later ones read
+    writes_C = valid_C & (recursion_C < groups)
+    store_groups = jnp.minimum(recursion_C, groups - 1)
+    block, store = _token_store(state.cache.block, place_C, store_groups, writes_C.astype(jnp.int32), valid_C, shape)
+    position_C1 = state.position_S.at[place_C].get(mode="clip")[:, None]
+    context = decode_context(model, position_C1, store)
+    out_C1D, block = block_pass(model, block, walk.x_BTD, context, recursion_C)
+    walk = advance(model, walk, out_C1D)
+    phase_C = jnp.where(walk.going_BT[:, 0], RUNNING, LEAVING)
+    counters = dataclasses.replace(
+        state.counters,
+        block_steps=state.counters.block_steps + 1,
+        block_used=state.counters.block_used + jnp.sum(valid_C),
+        block_entries=state.counters.block_entries + jnp.sum(store.visible_BT),
+    )
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, block=block),
+        walk_S=_put(state.walk_S, place_C, walk, _stored(model)),
+        phase_S=state.phase_S.at[place_C].set(phase_C, mode="drop"),
+        since_S=state.since_S.at[place_C].set(state.step, mode="drop"),
+        counters=counters,
+    )
+
+
+def _exit_step(
+    model: DecodeModel, state: EngineState, edge: PagedCache | None, shape: EngineShape
+) -> tuple[EngineState, PagedCache | None, jax.Array]:
+    """One exit step on a state without its caches, and the first and last layers' pool."""
+    waits_S = (state.phase_S == LEAVING) | (state.phase_S == ENTERING)
+    place_E, valid_E = choose(waits_S, state.since_S, shape.exit_slots)
+    at = lambda leaf_S: leaf_S.at[place_E].get(mode="clip")  # noqa: E731
+    leaves_E = valid_E & (at(state.phase_S) == LEAVING)
+    edge, token_E, emitted = _leave(model, state, edge, place_E, leaves_E, shape)
+    stays_E = valid_E & ~emitted.finished
+    position_E = at(state.position_S) + leaves_E
+    max_depth_E = at(state.requests.max_depth)
+    edge, walk = _enter(model, edge, place_E, stays_E, token_E, position_E, max_depth_E, shape)
+    phase_E = jnp.where(stays_E, jnp.where(walk.going_BT[:, 0], RUNNING, LEAVING), DONE)
+    counters = dataclasses.replace(
+        state.counters,
+        exit_steps=state.counters.exit_steps + 1,
+        exit_used=state.counters.exit_used + jnp.sum(valid_E),
+        exit_entries=state.counters.exit_entries + jnp.sum(jnp.where(leaves_E, position_E, 0)),
+    )
+    token_choice = ("origin_BTD", "gate_BTR") if model.config.routing.kind == "token" else ()
+    remaining_S = state.requests.remaining.at[place_E].add(-leaves_E.astype(jnp.int32), mode="drop")
+    state = dataclasses.replace(
+        state,
+        walk_S=_put(state.walk_S, place_E, walk, _stored(model, "limit_BT", *token_choice)),
+        phase_S=state.phase_S.at[place_E].set(phase_E, mode="drop"),
+        since_S=state.since_S.at[place_E].set(state.step, mode="drop"),
+        token_S=state.token_S.at[place_E].set(token_E, mode="drop"),
+        position_S=state.position_S.at[place_E].set(position_E, mode="drop"),
+        requests=dataclasses.replace(state.requests, remaining=remaining_S),
+        counters=counters,
+    )
+    return state, edge, emitted.pack()
+
+
+def _edge_context(
+    model: DecodeModel,
+    edge: PagedCache,
+    place_E: jax.Array,
+    position_E: jax.Array,
+    counts_E: jax.Array,
+    shape: EngineShape,
+) -> LayerContext:
+    """What the first and last layers see: entry number and position are the same, a page holds both layers."""
+    table_EM = edge.table_SGM.at[place_E, 0].get(mode="clip")
+    visible_E1 = jnp.where(counts_E > 0, position_E + 1, 0)[:, None]
+    store = PagedStore(table_EM, position_E, counts_E, visible_E1, backend=shape.backend)
+    return decode_context(model, position_E[:, None], store)
+
+
+def _leave(
+    model: DecodeModel,
+    state: EngineState,
+    edge: PagedCache | None,
+    place_E: jax.Array,
+    leaves_E: jax.Array,
+    shape: EngineShape,
+) -> tuple[PagedCache | None, jax.Array, Emitted]:
+    """Last layer, head and sampling of the tokens that leave; those that enter bring their token along."""
+    at = lambda leaf_S: leaf_S.at[place_E].get(mode="clip")  # noqa: E731
+    position_E, walk = at(state.position_S), _take(state.walk_S, place_E)
+    x_E1D = walk.x_BTD
+    if edge is not None:
+        context = _edge_context(model, edge, place_E, position_E, leaves_E.astype(jnp.int32), shape)
+        x_E1D, edge = edge_layer(model, edge, x_E1D, context, 1)
+    sampling = jax.tree.map(at, state.requests.sampling)
+    sampled_E, log_probability_E = sample(logits(model, x_E1D)[:, 0], sampling, position_E)
+    ends_E = (at(state.requests.remaining) <= 1) | (sampled_E == at(state.requests.stop_token))
+    emitted = Emitted(
+        place=jnp.where(leaves_E, place_E, -1),
+        token=sampled_E,
+        depth=walk.depth_BT[:, 0],
+        log_probability=log_probability_E,
+        finished=leaves_E & ends_E,
+    )
+    return edge, jnp.where(leaves_E, sampled_E, at(state.token_S)), emitted
+
+
+def _enter(
+    model: DecodeModel,
+    edge: PagedCache | None,
+    place_E: jax.Array,
+    stays_E: jax.Array,
+    token_E: jax.Array,
+    position_E: jax.Array,
+    max_depth_E: jax.Array,
+    shape: EngineShape,
+) -> tuple[PagedCache | None, Walk]:
+    """Embedding and first layer of the next token, and the decision before its first pass."""
+    x_E1D = embed(model, token_E[:, None])
+    if edge is not None:
+        counts_E = stays_E.astype(jnp.int32)
+        edge, _ = reserve(edge, place_E, jnp.zeros_like(place_E), counts_E, 1)
+        context = _edge_context(model, edge, place_E, position_E, counts_E, shape)
+        x_E1D, edge = edge_layer(model, edge, x_E1D, context, 0)
+    return edge, start_walk(model, x_E1D, max_depth_E[:, None])

@@ -1,0 +1,132 @@
+"""A model ready to decode: weights in the compute dtype, one tree per layer, and the boundaries of its routers.
+
+Decoding unrolls the layers, so that every product reads its weights where they lie; a scan over stacked weights would
+copy each layer's slice first. Letters: R recursions, L layers in the block, V vocabulary, D width.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mor_jax.array_types import Params
+from mor_jax.config import ModelConfig
+from mor_jax.errors import require
+from mor_jax.model.attention import JOINT_PROJECTION
+from mor_jax.model.router import RouterParams, has_boundary
+from mor_jax.model.transformer import compute_copy, head_matrix
+
+
+@struct.dataclass
+class DecodeModel:
+    """Weights and configuration of a model that decodes."""
+
+    config: ModelConfig = struct.field(pytree_node=False)
+    embedding_VD: jax.Array
+    head_VD: jax.Array | None
+    """Output head; None is the embedding."""
+    block: tuple[Any, ...]
+    """Parameters of each layer of the shared block."""
+    final_norm_D: jax.Array
+    first: Any = None
+    last: Any = None
+    norms: Any = None
+    """Norm scales [R, L, D], if the recursions do not share them."""
+    router: RouterParams | None = None
+    aux_router: RouterParams | None = None
+    boundary_R: jax.Array | None = None
+    """Expert-choice: raw score from which a token goes on; -inf where capacity 1 lets all pass."""
+    bias_R: jax.Array | None = None
+    """Token-choice, loss-free balancing: added to the scores for choosing only."""
+
+
+def decoding_refusal(config: ModelConfig) -> str | None:
+    """Say why a model cannot decode, or None if it can."""
+    if config.recursion.kv_strategy == "shared_update":
+        return (
+            "recursion.kv_strategy='shared_update' cannot decode: each recursion attends to recursion 1's keys and "
+            "values with the rows of its own tokens replaced, so a cache must hold both the shared and every "
+            "recursion-wise copy, and gains nothing over 'recursion'"
+        )
+    relaxation = config.recursion.relaxation
+    if relaxation.lora_rank or relaxation.encoding:
+        return (
+            f"recursion.relaxation (lora_rank={relaxation.lora_rank}, encoding={relaxation.encoding}) has no decoding "
+            "yet: tokens at different recursions would need different weights in one pass"
+        )
+    if not has_boundary(config):
+        return (
+            f"routing.sampling={config.routing.sampling!r}, random={config.routing.random} trains no causal boundary; "
+            "calibrate routing.boundaries on held-out text first"
+        )
+    return None
+
+
+def prepare_weights(
+    config: ModelConfig,
+    params: Params,
+    *,
+    router_bias_R: jax.Array | None = None,
+    boundaries: Sequence[float] | None = None,
+) -> DecodeModel:
+    """Make a decoding model from a parameter tree.
+
+    Args:
+        config: the model.
+        params: parameter tree of ``init_params``.
+        router_bias_R: float32 bias of loss-free balancing.
+        boundaries: raw-score boundary of every recursion; None takes ``routing.boundaries``, or 0.
+
+    Returns:
+        The model, in ``config.dtype`` but for norms and routers.
+
+    Raises:
+        UserError: what ``decoding_refusal`` says, or a wrong number of boundaries.
+    """
+    if boundaries is not None:
+        routing = dataclasses.replace(config.routing, boundaries=tuple(float(b) for b in boundaries))
+        config = dataclasses.replace(config, routing=routing)
+    refusal = decoding_refusal(config)
+    require(refusal is None, refusal or "")
+    weights = jax.jit(_decode_weights, static_argnums=0)(config, params)
+    routing = config.routing
+    loss_free = routing.kind == "token" and routing.balancing == "loss_free"
+    return DecodeModel(
+        config=config,
+        embedding_VD=weights["embedding"]["embedding"],
+        head_VD=None if config.tie_embeddings else head_matrix(config, weights),
+        block=weights["block"],
+        final_norm_D=weights["final_norm"]["scale"],
+        first=weights.get("first"),
+        last=weights.get("last"),
+        norms=weights.get("block_norms"),
+        router=weights.get("router"),
+        aux_router=weights.get("aux_router"),
+        boundary_R=_boundaries(config) if routing.kind == "expert" else None,
+        bias_R=router_bias_R if loss_free else None,
+    )
+
+
+def _decode_weights(config: ModelConfig, params: Params) -> dict[str, Any]:
+    """Weights in the compute dtype, the block as a tuple of layers, projections joined."""
+    weights = dict(compute_copy(config, params))
+    block = (jax.tree.map(lambda leaf_LX, i=i: leaf_LX[i], weights["block"]) for i in range(config.block_depth))
+    weights["block"] = tuple(map(_join, block))
+    return weights | {name: _join(weights[name]) for name in ("first", "last") if name in weights}
+
+
+def _join(layer: Any) -> dict[str, Any]:
+    attention = dict(layer["attention"])
+    query_DNH, key_value_DXKH = attention.pop("query"), attention.pop("key_value")
+    flat_DMH = key_value_DXKH.reshape(key_value_DXKH.shape[0], -1, key_value_DXKH.shape[-1])
+    attention[JOINT_PROJECTION] = jnp.concatenate([query_DNH, flat_DMH], axis=1)
+    return {**layer, "attention": attention}
+
+
+def _boundaries(config: ModelConfig) -> jax.Array:
+    values = config.routing.boundaries or (0.0,) * config.recursion.num_recursions
+    pairs = zip(config.capacities, values, strict=True)
+    return jnp.array([-jnp.inf if capacity == 1.0 else value for capacity, value in pairs], jnp.float32)

@@ -1,0 +1,77 @@
+"""The serving benchmark: how engines are sized, and a tiny run of the whole."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from mor_jax.bench import serve
+from mor_jax.bench.serve_setup import (
+    Scenario,
+    ServeSettings,
+    bytes_per_position,
+    make_requests,
+    options_for,
+    parse_model,
+)
+from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
+from mor_jax.errors import UserError
+from mor_jax.infer.weights import DecodeModel
+
+VANILLA = ModelConfig(64, 6, 16, 2, 1, 8, 24, 64)
+MOR = dataclasses.replace(
+    VANILLA, recursion=RecursionConfig(2, "middle_cycle"), routing=RoutingConfig("expert"), num_layers=6
+)
+SETTINGS = ServeSettings(batches=(8,), reserve=64, requests=50, mean_length=20, std_length=5, page_size=8)
+
+
+def _shell(config: ModelConfig) -> DecodeModel:
+    """A model without layers, for sizes only."""
+    nothing = np.zeros((config.vocab_size, config.d_model), np.float32)
+    return DecodeModel(config=config, embedding_VD=nothing, head_VD=None, block=(), final_norm_D=nothing[0])  # type: ignore[arg-type]
+
+
+def test_engines_are_sized_by_slots_or_by_bytes():
+    vanilla = options_for(_shell(VANILLA), SETTINGS, Scenario("slots", 8, None))
+    assert (vanilla.max_running, vanilla.block_slots, vanilla.exit_slots, vanilla.block_pages) == (8, 8, 8, 64)
+    slots = options_for(_shell(MOR), SETTINGS, Scenario("slots", 8, 1e9))
+    assert (slots.max_running, slots.block_slots, slots.exit_slots, slots.exit_at) == (24, 8, 16, 16)
+    weights = 64 * 16 * 4 + 16 * 4
+    budget = weights + 10.5 * 64 * bytes_per_position(MOR)
+    memory = options_for(_shell(MOR), SETTINGS, Scenario("memory", 8, budget))
+    assert (memory.max_running, memory.block_slots, memory.block_pages, memory.edge_pages) == (10, 10, 120, 80)
+    with pytest.raises(UserError, match="exceed the budget"):
+        options_for(_shell(MOR), SETTINGS, Scenario("memory", 8, weights - 1.0))
+
+
+def test_all_models_get_the_same_requests():
+    requests = make_requests(VANILLA, SETTINGS)
+    assert requests == make_requests(MOR, SETTINGS) and len(requests) == 50
+    assert all(len(r.prompt) == 1 and 1 <= r.max_tokens <= 64 for r in requests)
+    assert 15 < np.mean([r.max_tokens for r in requests]) < 25
+
+
+def test_models_are_presets_with_layers():
+    assert parse_model("vanilla-360m@34").num_layers == 34
+    assert parse_model("mor-360m-expert-r4").recursion.num_recursions == 4
+    with pytest.raises(UserError, match="'many' is not a number of layers"):
+        parse_model("vanilla-360m@many")
+    with pytest.raises(UserError, match="matches='size' is not one of"):
+        ServeSettings(matches=("size",))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_tiny_run_reports_what_it_measured(monkeypatch):
+    monkeypatch.setattr(serve, "parse_model", {"vanilla": VANILLA, "mor": MOR}.get)
+    settings = dataclasses.replace(SETTINGS, matches=("slots", "memory"), calibration_rows=4)
+    record = json.loads(json.dumps(serve.bench_serve(["vanilla", "mor"], settings)))
+    first, slots, memory = record["results"]
+    tokens = sum(r.max_tokens for r in make_requests(VANILLA, settings))
+    assert [r["tokens"] for r in (first, slots, memory)] == [tokens] * 3
+    assert [r["compilations_after_warm_up"] for r in (first, slots, memory)] == [0, 0, 0]
+    assert first["ratio"] == 1 and slots["ratio"] == slots["tokens_per_second"] / first["tokens_per_second"]
+    assert "calibrated to the training capacities" in slots["router"] and "router" not in first
+    budget = first["bytes_of_parameters_and_reserved_keys_and_values"]
+    assert memory["bytes_of_parameters_and_reserved_keys_and_values"] <= budget
+    assert sum(slots["tokens_per_depth"].values()) == pytest.approx(1)

@@ -1,0 +1,88 @@
+"""Pages: taken as entries come, given back whole, and as many bytes as the paper's table says."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_examples import decode_model, make_params, model_config, tokens
+
+from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
+from mor_jax.errors import UserError
+from mor_jax.infer.cache import CacheShape, init_cache, kv_layout, kv_usage, release, reserve
+from mor_jax.infer.calibrate import calibrate_boundaries
+from mor_jax.infer.prefill import prefill
+from mor_jax.infer.weights import decoding_refusal, prepare_weights
+
+
+def test_reserving_takes_pages_only_where_the_last_is_full():
+    config = model_config("none", "none")
+    pool = init_cache(config, CacheShape(sequences=3, max_length=12, page_size=4)).block
+    rows, group = jnp.array([2, 0]), jnp.zeros(2, jnp.int32)
+    pool, start = reserve(pool, rows, group, jnp.array([5, 0]), 5)
+    assert start.tolist() == [0, 0] and pool.length_SG[:, 0].tolist() == [0, 0, 5]
+    assert pool.num_free == 9 - 2 and pool.table_SGM[2, 0, :2].tolist() == [8, 7]
+    pool, start = reserve(pool, rows, group, jnp.array([3, 1]), 5)
+    assert start.tolist() == [5, 0] and pool.num_free == 9 - 3 and pool.table_SGM[0, 0, 0] == 6
+    pool, _ = reserve(pool, rows, group, jnp.array([1, 4]), 5)
+    assert pool.length_SG[:, 0].tolist() == [5, 0, 9] and pool.num_free == 9 - 5
+    pool = release(pool, jnp.array([False, False, True]))
+    assert pool.num_free == 9 - 2 and pool.length_SG[:, 0].tolist() == [5, 0, 0]
+    held = pool.table_SGM[0, 0, :2].tolist()
+    assert sorted([*pool.free_P[: int(pool.num_free)].tolist(), *held]) == list(range(9))
+
+
+def _read(model, text, page_size):
+    rows, length = text.shape
+    cache = init_cache(model.config, CacheShape(rows, length, page_size))
+    whole = jnp.arange(rows)
+    sizes = (jnp.zeros_like(whole), jnp.full_like(whole, length), jnp.full_like(whole, 9))
+    return prefill(model, cache, whole, jnp.asarray(text), *sizes)
+
+
+@pytest.mark.parametrize(
+    ("recursions", "kv"),
+    [
+        (3, "recursion"),
+        (2, "shared"),
+        *(pytest.param(r, kv, marks=pytest.mark.slow) for r, kv in ((2, "recursion"), (4, "recursion"), (3, "shared"))),
+    ],
+)
+def test_bytes_follow_the_tokens_that_came_that_deep(recursions, kv):
+    size, rows = 4, 5
+    recursion = RecursionConfig(recursions, "middle_cycle", kv_strategy=kv)
+    routing = RoutingConfig("expert")
+    config = ModelConfig(31, 2 + recursions, 8, 2, 1, 4, 8, 64, dtype="float32", init_std=0.3, recursion=recursion,
+                         routing=routing)  # fmt: skip
+    text = tokens(rows, 50)
+    model = prepare_weights(config, make_params(config))
+    boundaries = calibrate_boundaries(model, text).boundaries
+    cache, output = _read(prepare_weights(config, make_params(config), boundaries=boundaries), text, size)
+    usage, depth_BT = kv_usage(cache), np.asarray(output.depth_BT)
+    shares = [float((depth_BT > r).mean()) for r in range(recursions)]
+    np.testing.assert_allclose(shares, config.capacities, atol=0.05)
+    layer = 2 * config.num_kv_heads * config.head_dim * 4
+    vanilla = layer * config.num_layers * text.size
+    block = sum(shares) if kv == "recursion" else 1.0
+    expected = (2 + config.block_depth * block) / config.num_layers
+    assert usage.used / vanilla == pytest.approx(expected, rel=1e-6)
+    # within one page per sequence and group
+    slack = rows * size * layer * (2 + config.block_depth * kv_layout(config).groups)
+    assert usage.used <= usage.allocated <= usage.used + slack
+
+
+def test_calibration_hits_wanted_shares_and_says_what_it_cannot():
+    model, text = decode_model(model_config("expert", "middle_cycle")), tokens(8, 60)
+    found = calibrate_boundaries(model, text, (1.0, 0.5, 0.2))
+    np.testing.assert_allclose(found.shares, (1.0, 0.5, 0.2), atol=0.02)
+    for shares, message in (((0.9, 0.5, 0.2), "lets all tokens pass"), ((1.0, 0.2, 0.5), "must not ascend")):
+        with pytest.raises(UserError, match=message):
+            calibrate_boundaries(model, text, shares)
+    with pytest.raises(UserError, match="has no boundary"):
+        calibrate_boundaries(decode_model(model_config("token", "cycle")), text)
+
+
+def test_what_cannot_decode_is_refused_with_a_reason():
+    update = model_config("expert", "cycle", "shared_update")
+    assert "shared_update" in (decoding_refusal(update) or "")
+    assert decoding_refusal(model_config("expert", "cycle")) is None
+    untrained = ModelConfig(recursion=RecursionConfig(2, "cycle"), routing=RoutingConfig("expert", sampling="none"))
+    assert "trains no causal boundary" in (decoding_refusal(untrained) or "")

@@ -1,0 +1,208 @@
+"""The engine gives every request what it would get alone, whatever else runs, and compiles nothing once warm."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from decode_examples import decode_model, full_forward, model_config, tokens
+
+from mor_jax.errors import UserError
+from mor_jax.infer.cache import kv_usage
+from mor_jax.infer.compilations import compilations
+from mor_jax.infer.engine import Engine, EngineOptions, Request
+from mor_jax.infer.sampling import Sampling
+
+LENGTH = 24
+OPTIONS = EngineOptions(
+    max_running=6,
+    max_length=LENGTH,
+    block_slots=4,
+    exit_slots=3,
+    exit_at=2,
+    steps=4,
+    page_size=4,
+    prefill_rows=2,
+    prefill_chunk=5,
+    # too few for all places at once: requests must wait for pages
+    block_pages=60,
+    edge_pages=30,
+)
+
+
+def _requests(count, seed=0, **fields):
+    rng = np.random.default_rng(seed)
+    return [
+        Request(tuple(tokens(1, int(length), seed=i)[0].tolist()), int(rng.integers(1, LENGTH - length + 1)), **fields)
+        for i, length in enumerate(rng.integers(1, LENGTH, count))
+    ]
+
+
+def _serve(engine, requests, seed=0):
+    """Submit requests at random times; return the tokens of each."""
+    rng, left, found = np.random.default_rng(seed), list(requests), {}
+    while left or engine.busy:
+        for _ in range(int(rng.integers(0, 4))):
+            if left:
+                found[engine.submit(left.pop(0))] = []
+        for token in engine.step():
+            found[token.request].append(token)
+    for token in engine.drain():
+        found[token.request].append(token)
+    return list(found.values())
+
+
+def _check_greedy(config, requests, results, margin=1e-4):
+    """Each token is the full forward pass's most likely one, with its log-probability and depth; count close calls."""
+    close = 0
+    for request, result in zip(requests, results, strict=True):
+        assert len(result) == request.max_tokens
+        assert [t.finished for t in result] == [False] * (len(result) - 1) + [True]
+        row = np.zeros((1, LENGTH), np.int32)
+        whole = [*request.prompt, *(t.token for t in result)]
+        row[0, : len(whole)] = whole
+        logits_TV, depth_T = (np.asarray(x[0]) for x in full_forward(config)(row))
+        for nth, token in enumerate(result):
+            place = len(request.prompt) - 1 + nth
+            logits_V = logits_TV[place].astype(np.float64)
+            log_probability = logits_V[token.token] - np.log(np.exp(logits_V).sum())
+            np.testing.assert_allclose(token.log_probability, log_probability, atol=1e-4, rtol=0)
+            assert token.depth == depth_T[place]
+            if token.token != logits_V.argmax():
+                assert logits_V.max() - logits_V[token.token] < margin
+                close += 1
+    return close
+
+
+@pytest.fixture(scope="module")
+def config():
+    return model_config("expert", "middle_cycle", "recursion")
+
+
+@pytest.fixture(scope="module")
+def engine(config):
+    engine = Engine(decode_model(config), OPTIONS)
+    engine.warm_up()
+    return engine
+
+
+def test_requests_at_random_times_get_what_they_get_alone(config, engine):
+    requests = _requests(40)
+    before = compilations()
+    results = _serve(engine, requests)
+    assert compilations() == before
+    assert _check_greedy(config, requests, results) == 0
+    assert {t.depth for result in results for t in result} == {1, 2, 3}
+
+
+def test_nothing_stays_behind(engine):
+    for token in engine.run():
+        raise AssertionError(token)
+    engine.step()  # gives the pages of the last sequences back
+    usage = kv_usage(engine._state.cache)
+    assert usage.used == usage.allocated == 0
+    for pool in engine._state.cache.pools:
+        np.testing.assert_array_equal(np.sort(pool.free_P), np.arange(pool.free_P.shape[0]))
+    assert engine._promised == [0, 0]
+
+
+def test_draws_depend_on_the_seed_alone(engine):
+    fields = [Sampling(1.5, seed=7), Sampling(1.5, top_k=5, seed=7), Sampling(1.0, top_p=0.5, seed=9)]
+    requests = [dataclasses.replace(r, sampling=fields[i % 3]) for i, r in enumerate(_requests(12, seed=1))]
+    together = _serve(engine, requests, seed=3)
+    alone = [_serve(engine, [request])[0] for request in requests[:6]]
+    for one, other in zip(alone, together, strict=False):
+        assert [t.token for t in one] == [t.token for t in other]
+
+
+def test_cancelled_requests_give_nothing_more_and_leave_nothing(engine):
+    requests, got = _requests(30, seed=2), {}
+    numbers = [engine.submit(request) for request in requests]
+    rng, cancelled = np.random.default_rng(0), set()
+    while engine.busy:
+        for token in engine.step():
+            assert token.request not in cancelled
+            got.setdefault(token.request, []).append(token)
+        for number in rng.choice(numbers, 2):
+            if len(cancelled) < 12 and not (got.get(number) and got[number][-1].finished):
+                engine.cancel(int(number))
+                cancelled.add(int(number))
+    assert not engine.drain()
+    assert len(cancelled) == 12
+    for number, request in zip(numbers, requests, strict=True):
+        if number not in cancelled:
+            assert len(got[number]) == request.max_tokens
+    test_nothing_stays_behind(engine)
+
+
+def test_a_budget_of_passes_holds(engine):
+    requests = [dataclasses.replace(r, max_depth=1 + i % 2) for i, r in enumerate(_requests(8, seed=4))]
+    for request, result in zip(requests, _serve(engine, requests), strict=True):
+        assert max(t.depth for t in result) <= request.max_depth
+
+
+def test_a_stop_token_ends_a_request(engine):
+    request = Request((3, 4), 20)
+    (result,) = _serve(engine, [request])
+    third = result[2].token
+    (stopped,) = _serve(engine, [dataclasses.replace(request, stop_token=third)])
+    first = next(i for i, t in enumerate(result) if t.token == third)
+    assert [t.token for t in stopped] == [t.token for t in result[: first + 1]]
+    assert stopped[-1].finished
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((), 1), "the prompt holds no token"),
+        (Request((1,), 0), "max_tokens=0 must be positive"),
+        (Request((1, 99), 1), "prompt token 99 is outside 0..30"),
+        (Request((1,) * 20, 5), "exceed max_length=24"),
+        (Request((1,), 1, max_depth=0), "max_depth=0 must be at least 1"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(engine, request_, message):
+    with pytest.raises(UserError, match=message):
+        engine.submit(request_)
+    assert not engine.busy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("routing", "sharing", "kv"),
+    [
+        ("expert-aux", "cycle", "shared"),
+        ("token", "cycle", "recursion"),
+        ("token-bias", "middle_cycle", "shared"),
+        ("none", "middle_cycle", "recursion"),
+        ("none", "middle_sequence", "shared"),
+        ("none", "none", "recursion"),
+    ],
+)
+def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv):
+    config = model_config(routing, sharing, kv)
+    engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, block_pages=None, edge_pages=None))
+    engine.warm_up()
+    before, requests = compilations(), _requests(40)
+    results = _serve(engine, requests)
+    assert compilations() == before
+    assert _check_greedy(config, requests, results) == 0
+
+
+def test_block_slots_are_full_while_requests_wait(config):
+    options = dataclasses.replace(
+        OPTIONS, max_running=9, block_slots=4, exit_slots=5, exit_at=5, staged=6, block_pages=None, edge_pages=None
+    )
+    engine = Engine(decode_model(config), options)
+    for index in range(60):
+        engine.submit(Request((index % 31,), 20))
+    for _ in range(8):  # the first sequences come in
+        engine.step()
+    engine.reset_statistics()
+    while engine.waiting:
+        engine.step()
+    total = engine.statistics
+    assert total.block_used >= 0.9 * total.block_steps * engine.shape.block_slots
+    for _ in engine.run():
+        pass
+    jax.block_until_ready(engine._state)

@@ -1,0 +1,105 @@
+"""Prefill and decoding give the logits of the full causal forward pass, token by token."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_examples import decode_model, full_forward, model_config, tokens
+
+from mor_jax.infer.cache import CacheShape, init_cache
+from mor_jax.infer.prefill import prefill
+
+PROMPTS = (13, 7, 1)
+LENGTH, CHUNK = 19, 5
+
+
+def _read(model, cache, tokens_BT, start_B, count_B, width):
+    """Read the next ``count_B`` tokens of three sequences in one call of a static width."""
+    rows = np.zeros((3, width), np.int32)
+    for row, (start, count) in enumerate(zip(start_B, count_B, strict=True)):
+        rows[row, :count] = tokens_BT[row, start : start + count]
+    # the cache has room for more sequences, and rows stand for any of them
+    places = jnp.array([3, 0, 2], jnp.int32)
+    sizes = (jnp.asarray(start_B, jnp.int32), jnp.asarray(count_B, jnp.int32), jnp.full(3, 9, jnp.int32))
+    return prefill(model, cache, places, jnp.asarray(rows), *sizes, piece=3, return_logits=True)
+
+
+def _decode_all(config, tokens_BT):
+    """Logits and depths of every token: prompts of mixed lengths in chunks, then one token at a time."""
+    model = decode_model(config)
+    cache = init_cache(config, CacheShape(sequences=4, max_length=LENGTH + 2, page_size=4))
+    logits_BTV = np.zeros((3, LENGTH, config.vocab_size), np.float32)
+    depth_BT = np.zeros((3, LENGTH), np.int32)
+    read_B = np.zeros(3, np.int32)
+    while (read_B < LENGTH).any():
+        left_B = np.array(PROMPTS) - read_B
+        width = CHUNK if (left_B > 0).any() else 1
+        count_B = np.clip(left_B, 0, CHUNK) if width == CHUNK else np.minimum(LENGTH - read_B, 1)
+        cache, output = _read(model, cache, tokens_BT, read_B, count_B, width)
+        for row, count in enumerate(count_B):
+            span = slice(read_B[row], read_B[row] + count)
+            logits_BTV[row, span] = output.logits_BTV[row, :count]
+            depth_BT[row, span] = output.depth_BT[row, :count]
+        read_B = read_B + count_B
+    return logits_BTV, depth_BT, cache
+
+
+def _check(config):
+    tokens_BT = tokens(3, LENGTH)
+    expected_BTV, expected_depth_BT = full_forward(config)(tokens_BT)
+    logits_BTV, depth_BT, cache = _decode_all(config, tokens_BT)
+    np.testing.assert_array_equal(depth_BT, expected_depth_BT)
+    np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-4, rtol=0)
+    if config.routing.kind != "none":
+        assert len(np.unique(depth_BT)) >= 3  # tokens really go to different depths
+    _check_lengths(config, depth_BT, cache)
+
+
+def _check_lengths(config, depth_BT, cache):
+    """Caches hold exactly the tokens that came there, in pages taken for them alone."""
+    places, size = [3, 0, 2], cache.block.page_size
+    groups = cache.block.length_SG.shape[1]
+    reached_BG = np.stack([(depth_BT > r).sum(1) for r in range(groups)], axis=1)
+    if config.recursion.kv_strategy == "shared" or config.recursion.is_sequence or config.routing.kind == "none":
+        reached_BG = np.full_like(reached_BG, LENGTH)
+    np.testing.assert_array_equal(cache.block.length_SG[np.array(places)], reached_BG)
+    pages = -(-reached_BG // size)
+    assert int(cache.block.free_P.shape[0] - cache.block.num_free) == pages.sum()
+    held = [cache.block.table_SGM[s, g, : pages[b, g]] for b, s in enumerate(places) for g in range(groups)]
+    held = np.concatenate(held)
+    assert len(np.unique(held)) == len(held)
+
+
+@pytest.mark.parametrize(
+    ("routing", "sharing", "kv"),
+    [
+        ("expert", "middle_cycle", "recursion"),
+        ("expert-aux", "cycle", "shared"),
+        ("token", "cycle", "recursion"),
+        ("token-bias", "middle_cycle", "shared"),
+        ("none", "middle_sequence", "shared"),
+        ("none", "none", "recursion"),
+    ],
+)
+def test_decoding_is_the_causal_forward_pass(routing, sharing, kv):
+    _check(model_config(routing, sharing, kv))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["recursion", "shared"])
+@pytest.mark.parametrize("sharing", ["cycle", "middle_cycle"])
+@pytest.mark.parametrize("routing", ["expert", "expert-aux", "token", "token-bias"])
+def test_every_router_decodes_exactly(routing, sharing, kv):
+    _check(model_config(routing, sharing, kv))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["recursion", "shared"])
+@pytest.mark.parametrize("sharing", ["cycle", "middle_cycle", "sequence", "middle_sequence"])
+def test_every_recursive_sharing_decodes_exactly(sharing, kv):
+    _check(model_config("none", sharing, kv))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("routing", "sharing"), [("expert", "middle_cycle"), ("none", "sequence"), ("token", "cycle")])
+def test_unshared_norms_and_an_untied_head_decode_exactly(routing, sharing):
+    _check(model_config(routing, sharing, share_norms=False, tie_embeddings=False))

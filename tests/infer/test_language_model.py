@@ -1,0 +1,120 @@
+"""Loading a run and generating text: streaming, stop strings, and the console command."""
+
+import json
+
+import jax
+import pytest
+from decode_examples import make_params, model_config
+
+import mor_jax
+from mor_jax import config_io
+from mor_jax.cli import generate
+from mor_jax.config import Config
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.errors import UserError
+from mor_jax.infer.language_model import LanguageModel
+from mor_jax.infer.text import GrowingText
+from mor_jax.parallel import make_mesh
+from mor_jax.train.checkpoint import Checkpoints
+from mor_jax.train.state import init_train_state
+
+MODEL = model_config("expert", "middle_cycle", vocab_size=257, num_layers=5, context_length=32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LanguageModel(MODEL, make_params(MODEL), Tokenizer.bytes_level())
+
+
+class Letters:
+    """Token i is the i-th of these pieces; some are half a character."""
+
+    pieces = (b"ab", b"c", b"\xc3", b"\xa9", b"END")
+
+    def decode(self, ids):
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def test_text_grows_by_whole_characters():
+    text = GrowingText(Letters())
+    assert [text.add(i) for i in (0, 2, 3, 1)] == ["ab", "", "é", "c"]
+    assert GrowingText(Letters()).add(2, last=True) == "\ufffd"
+
+
+def test_a_stop_string_is_held_back_and_cut():
+    text = GrowingText(Letters(), stop=["bc", "ENDc"])
+    assert [text.add(i) for i in (0, 0, 4, 0)] == ["a", "ba", "b", "ENDa"]
+    assert text.add(1) == "" and text.stopped and text.text == "ababENDa"
+    assert text.add(0) == ""
+    ends = GrowingText(Letters(), stop=["bc"])
+    assert ends.add(0, last=True) == "ab"
+
+
+def test_generation_streams_what_it_returns(model):
+    arguments = {"max_tokens": 9, "temperature": 1.0, "seed": 3}
+    completions = model.generate(["first", "", "a third"], **arguments)
+    texts = [""] * 3
+    for piece in model.stream(["first", "", "a third"], **arguments):
+        texts[piece.prompt] += piece.text
+    assert [c.text for c in completions] == texts
+    for completion in completions:
+        assert len(completion.tokens) == len(completion.depths) == len(completion.log_probabilities)
+        assert completion.finish == "length" and len(completion.tokens) == 9
+
+
+def test_a_stop_string_ends_a_completion_and_frees_its_place(model):
+    (whole,) = model.generate("stop here", max_tokens=12, temperature=1.0, seed=1)
+    stop = whole.text[4]
+    (cut,) = model.generate("stop here", max_tokens=12, temperature=1.0, seed=1, stop=[stop])
+    assert cut.finish == "stop" and cut.text == whole.text[: whole.text.index(stop)]
+    assert not any(engine.busy for engine in model._engines.values())
+
+
+def test_a_reader_may_leave(model):
+    for _ in model.stream("gone", max_tokens=20):
+        break
+    assert not any(engine.busy for engine in model._engines.values())
+
+
+def test_impossible_wishes_are_refused(model):
+    for arguments, message in (
+        ({"max_tokens": 40}, "make 44 tokens, more than max_length=32"),
+        ({"temperature": -1.0}, "temperature=-1.0 is outside"),
+        ({"top_p": 0.0}, "top_p=0.0 is outside"),
+        ({"max_depth": 0}, "max_depth=0 must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.generate("text", **{"max_tokens": 4, **arguments})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder.mkdir()
+    config = Config(preset="tiny", model=MODEL)
+    config_io.save(config, folder / "config.json")
+    Tokenizer.bytes_level().save(folder / "tokenizer.json")
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints.save(init_train_state(config, make_mesh(config.mesh, jax.devices()[:1])), data_step=0, data_hash="tiny")
+    checkpoints.close()
+    return folder
+
+
+def test_a_run_generates_from_python_and_from_the_command_line(run, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "enable_compilation_cache", lambda: None)
+    (completion,) = mor_jax.load(run).generate("once", max_tokens=5)
+    assert generate.run([str(run), "--prompt", "once", "--max-tokens", "5", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {
+        "prompt": "once", "text": completion.text, "tokens": completion.tokens, "depths": completion.depths,
+        "log_probabilities": pytest.approx(completion.log_probabilities), "finish": "length",
+    }  # fmt: skip
+    assert "5 tokens: first after" in captured.err
+    assert generate.run([str(run), "--prompt", "once", "--max-tokens", "5", "--show-depth"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("once" + completion.text) and shown.rstrip().endswith(f"|{completion.depths[-1]}")
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        mor_jax.load(tmp_path / "absent")
