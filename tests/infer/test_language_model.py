@@ -116,5 +116,5 @@ def test_a_run_generates_from_python_and_from_the_command_line(run, capsys, monk
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a run folder"):
+    with pytest.raises(UserError, match="is no folder"):
         mor_jax.load(tmp_path / "absent")

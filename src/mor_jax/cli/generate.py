@@ -21,7 +21,7 @@ class GenerateArguments:
     """Arguments of ``mor generate``."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
+    """Run folder, converted weights, or a Hugging Face or official folder."""
     prompt: tuple[str, ...] = ()
     """One text or several; without one, and without --file, standard input is the prompt."""
     file: Path | None = None

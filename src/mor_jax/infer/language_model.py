@@ -10,11 +10,12 @@ import jax
 
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
-from mor_jax.errors import require
+from mor_jax.errors import UserError, require
 from mor_jax.infer.engine import Engine, EngineOptions, Request
 from mor_jax.infer.sampling import Sampling
 from mor_jax.infer.text import GrowingText
 from mor_jax.infer.weights import DecodeModel, prepare_weights
+from mor_jax.model.router_state import split_router_state
 
 _MOST_RUNNING = 32
 
@@ -187,18 +188,20 @@ def load(path: str | Path, *, boundaries: Sequence[float] | None = None) -> Lang
     """Load a model for generation.
 
     Args:
-        path: run folder that ``mor train`` wrote.
-        boundaries: raw-score boundary of every recursion (expert-choice); None takes the run's.
+        path: a run folder, or any other that ``interop.sources.open_model`` knows: converted weights, a Hugging Face
+            Llama folder, the official release.
+        boundaries: raw-score boundary of every recursion (expert-choice); None takes the model's own.
 
     Raises:
-        UserError: there is no run, or a model that cannot decode.
+        UserError: there is no model or no tokenizer, or the model cannot decode.
     """
-    from mor_jax.evaluate.restore import restore_run  # generation without a run needs no checkpoint library
+    from mor_jax.interop.sources import open_model  # only here: the engine alone needs no checkpoint library
 
-    run = restore_run(Path(path))
-    return LanguageModel(
-        run.config.model, run.params, run.tokenizer, router_bias_R=run.router_bias_R, boundaries=boundaries
-    )
+    opened = open_model(Path(path))
+    if opened.tokenizer is None:
+        raise UserError(f"{path} holds no tokenizer that can be used")
+    params, bias_R = split_router_state(opened.params)
+    return LanguageModel(opened.model, params, opened.tokenizer, router_bias_R=bias_R, boundaries=boundaries)
 
 
 @dataclass
