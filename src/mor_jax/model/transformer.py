@@ -94,7 +94,8 @@ class _StackedScale(nn.Module):
         return self.param("scale", initialiser, (config.recursion.num_recursions, config.block_depth, config.d_model))
 
 
-def _remat(perf: PerfConfig) -> Any:
+def _remat(perf: PerfConfig, *, in_loop: bool) -> Any:
+    """The layer, rematerialised as `perf` says."""
     policies = jax.checkpoint_policies
     policy = {
         "full": None,
@@ -103,8 +104,9 @@ def _remat(perf: PerfConfig) -> Any:
     }
     if perf.remat in ("none", "auto"):  # `auto` is left open outside a compiled train step only
         return DecoderLayer
-    # a loop keeps the recomputation apart from what it repeats; unrolled layers need the barriers
-    return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=perf.scan_unroll not in (None, 1))
+    # a loop keeps the recomputation apart from what it repeats; layers outside one, or unrolled, need barriers
+    loops = in_loop and perf.scan_unroll in (None, 1)
+    return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=not loops)
 
 
 class Transformer(nn.Module):
@@ -145,7 +147,7 @@ class Transformer(nn.Module):
             table_VD = constrain(embedding, "vocab", None)  # moves the table, which is smaller than the hidden states
             x_BTD = jnp.take(table_VD, constrain(tokens_BT, "batch", "sequence"), axis=0, mode="clip")
             x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
-        layer, context = _remat(self.perf), make_context(config, view)
+        layer, context = _remat(self.perf, in_loop=False), make_context(config, view)
         first = last = None
         if config.recursion.has_middle:
             first = x_BTD = layer(config, self.perf, name="first")(x_BTD, context, None, None)[0]
@@ -181,7 +183,7 @@ class Transformer(nn.Module):
         config = self.config
         scan: Any = nn.scan  # its annotation knows one axis for all arguments only
         stack = scan(
-            _remat(self.perf),
+            _remat(self.perf, in_loop=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),
