@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from sharded_programs import tiny_runs
 
 from mor_jax.config import Config, MeshConfig
@@ -36,6 +37,7 @@ def prints_of(state: Any) -> Any:
     return jax.device_get(fingerprints(tree))
 
 
+@pytest.mark.slow
 def test_eight_then_four_then_two_devices_train_like_one(tmp_path: Path):
     config = tiny_runs.tiny_config(steps=STEPS)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
