@@ -1,4 +1,4 @@
-"""Is one learning rate fair to all? Each family at three rates and equal training FLOPs, in short runs."""
+"""Is one learning rate fair to all? Each family at three rates and equal training FLOPs."""
 
 import dataclasses
 
@@ -7,21 +7,25 @@ from mor_jax.sweep.isoflop import with_steps
 from mor_jax.sweep.recipes import at_flops_of, expert, recursive, seeded, vanilla
 from mor_jax.sweep.runs import SweepRun
 
-RATES = (1e-3, 3e-3, 5e-4)
-"""In the order of their weight: around the usual rate of small models, then the paper's, then lower."""
-SHARE = 0.3125
-"""Steps over those of the other experiments: 250 for the vanilla model of `small`."""
+RATES = {"long": (2e-3, 1e-3, 4e-3)}
+"""In the order of their weight: what the other experiments of `long` use, then half and twice that."""
+SMALL_RATES = (1e-3, 3e-3, 5e-4)
+"""Other scales: around the usual rate of small models, then the paper's, then lower."""
+SHARE = {"long": 1.0}
+"""Steps over those of the other experiments."""
+SMALL_SHARE = 0.3125
+"""Other scales: 250 steps for the vanilla model of `small`."""
 
 
 def runs(scale: str) -> list[SweepRun]:
     """Return vanilla, MoR of N_r = 2 and the recursive model of N_r = 3, rate by rate."""
     baseline = vanilla(scale)
-    baseline = with_steps(baseline, max(1, round(SHARE * baseline.train.steps)))
+    baseline = with_steps(baseline, max(1, round(SHARE.get(scale, SMALL_SHARE) * baseline.train.steps)))
     models = {"vanilla": baseline, "expert-r2": expert(scale, 2), "recursive-r3": recursive(scale, 3)}
     matched = {name: at_flops_of(config, baseline) for name, config in models.items()}
     return [
         run
-        for rate in RATES
+        for rate in RATES.get(scale, SMALL_RATES)
         for name, config in matched.items()
         for run in seeded(f"{name}-lr{rate:g}", _at_rate(config, rate))
     ]

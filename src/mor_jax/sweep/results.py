@@ -52,7 +52,8 @@ def finished_result(run: SweepRun, metrics: Sequence[Mapping[str, Any]], seconds
 
     Returns:
         JSON values: costs, losses, router figures, machine and configuration. ``nll`` and ``bits_per_byte`` are the
-        causal ones, None for a recipe that trains no causal boundary.
+        causal ones, None for a recipe that trains no causal boundary. ``curve`` has (step, training loss of that
+        step's batch) at every logged step.
     """
     last = metrics[-1]
     model, train = run.config.model, run.config.train
@@ -61,6 +62,7 @@ def finished_result(run: SweepRun, metrics: Sequence[Mapping[str, Any]], seconds
         "nll": last.get(f"validation_{mode}nll"),
         "bits_per_byte": last.get(f"validation_{mode}bits_per_byte"),
         "train_loss": last["loss"],
+        "curve": [[line["step"], round(line["loss"], 4)] for line in metrics],
         "seconds": round(seconds, 2),
         "tokens_per_second": last.get("tokens_per_second"),
     }
