@@ -99,12 +99,13 @@ def test_an_analysis_writes_data_and_figures(tmp_path):
     assert [path.name for path in written] == [
         "analysis.json",
         "depth_by.csv",
-        *(f"{name}.{suffix}" for name in ("depth_by", "router", "hidden") for suffix in ("png", "svg")),
+        *(f"{name}.{suffix}" for name in ("depth_by", "router", "hidden", "attention") for suffix in ("png", "svg")),
     ]
     assert all(path.stat().st_size > 500 for path in written)
     report = json.loads(written[0].read_text())
     assert report["mode"] == "threshold" and report["run_step"] == 7 and report["over_training"]["step"] == [1, 3]
-    assert len(report["hidden_changes"]) == 2 and sum(report["tokens_per_depth"]) == pytest.approx(1)
+    assert len(report["hidden_changes"]) == len(report["attention"]) == 2
+    assert sum(report["tokens_per_depth"]) == pytest.approx(1)
     counted = sum(group["tokens"] for group in report["depth_by"][0]["groups"])
     assert counted == len(TEXT.encode())
     assert sum(group["tokens"] for group in report["depth_by"][2]["groups"]) == counted - 1  # nothing follows the last

@@ -1,6 +1,6 @@
-"""`mor inspect RUN --analysis`: what depth goes with, how the router fared in training, and what every pass changes.
+"""`mor inspect RUN --analysis`: what depth goes with, how the router fared, what every pass changes and attends to.
 
-Writes analysis.json and depth_by.csv, and the figures depth_by, router and hidden as PNG and SVG.
+Writes analysis.json and depth_by.csv, and the figures depth_by, router, hidden and attention as PNG and SVG.
 """
 
 import json
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.evaluate.analysis_plots import plot_correlates, plot_hidden, plot_router
+from mor_jax.evaluate.analysis_plots import plot_attention, plot_correlates, plot_hidden, plot_router
+from mor_jax.evaluate.attention import attention_by_pass
 from mor_jax.evaluate.correlates import RoutedText, as_csv, as_json, correlates
 from mor_jax.evaluate.forward import Mode
 from mor_jax.evaluate.hidden import hidden_changes
@@ -38,7 +39,7 @@ def analyse(run: RestoredRun, batches: Sequence[Mapping[str, Any]], metrics: Seq
         folder: for the files; created if missing.
 
     Returns:
-        The files written. Without a router only the changes of the hidden states are analysed.
+        The files written. Without a router only the hidden states and the attention of every pass are analysed.
 
     Raises:
         UserError: the folder cannot be written.
@@ -62,6 +63,8 @@ def analyse(run: RestoredRun, batches: Sequence[Mapping[str, Any]], metrics: Seq
             inputs = [{name: batch[name][:, :-1] for name in batch} for batch in batches]
             report["hidden_changes"] = hidden_changes(run.config, run.params, run.router_bias_R, inputs, mode)
             written += plot_hidden(folder / "hidden", report["hidden_changes"])
+            report["attention"] = attention_by_pass(run.config, run.params, run.router_bias_R, inputs, mode)
+            written += plot_attention(folder / "attention", report["attention"])
         (folder / "analysis.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return [folder / "analysis.json", *written]
 

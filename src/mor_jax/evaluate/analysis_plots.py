@@ -19,6 +19,12 @@ _TITLES = {
     "word_piece": "place in its word",
     "characters": "kind of characters",
 }
+_ATTENTION_TITLES = {
+    "entropy": "entropy (nats)",
+    "distance": "distance (tokens back)",
+    "first": "share on the first visible token",
+    "itself": "share on the token itself",
+}
 _ROUTER_TITLES = {
     "threshold_accuracy_R": "boundary decides as the selection did",
     "dead_token_ratio": "dead positions in the batch",
@@ -98,4 +104,31 @@ def plot_hidden(path: Path, changes: Sequence[Mapping[str, float]]) -> list[Path
     ):
         axes.bar(passes, [change[name] for change in changes], color="#0072b2", width=0.6)
         axes.set(xlabel="pass", title=title, xticks=passes)
+    return write_figure(figure, path)
+
+
+def plot_attention(path: Path, passes: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Draw what the heads attend to: a point per head, a line through the means of the layers of each pass.
+
+    Args:
+        path: file to write, without a suffix.
+        passes: of ``attention_by_pass``.
+    """
+    figure = Figure(figsize=(9.2, 6.4), layout="constrained")
+    depth = len(passes[0]["layers"])
+    for axes, (name, title) in zip(figure.subplots(2, 2, sharex=True).ravel(), _ATTENTION_TITLES.items(), strict=True):
+        for index, (found, (colour, _)) in enumerate(zip(passes, depth_colours(len(passes))[1:], strict=True)):
+            heads_LN = np.array([layer[name] for layer in found["layers"]])
+            x_L = index * depth + np.arange(1, depth + 1)
+            axes.plot(np.repeat(x_L, heads_LN.shape[1]), heads_LN.ravel(), "o", color=colour, markersize=4, alpha=0.6)
+            axes.plot(x_L, heads_LN.mean(axis=1), color=colour, label=f"pass {index + 1}")
+            if name == "entropy":
+                label = "log of the visible keys" if index == 0 else None
+                limit = np.full(depth, np.log(max(found["keys"], 1.0)))
+                axes.plot(x_L, limit, "_", color="#999999", markersize=14, label=label)
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    figure.supxlabel("layer of the shared block, pass after pass")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return write_figure(figure, path)

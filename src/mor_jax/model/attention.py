@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -79,6 +80,8 @@ class LayerContext:
     """Decoding: reads and writes what ``cached`` then is, one layer's share of a cache; other fields rest."""
     keep_kv: bool = struct.field(pytree_node=False, default=False)
     """Whether the layer returns its keys and values for later recursions."""
+    observe: Callable[[jax.Array, jax.Array], None] | None = struct.field(pytree_node=False, default=None)
+    """Analysis: called with the rotated queries and keys of a layer that is not in a loop; None is nobody."""
 
 
 def attention_mask(queries: TokenView, keys: TokenView | None, *, explicit: bool = False) -> jax.Array | None:
@@ -313,6 +316,8 @@ class Attention(nn.Module):
         query_BCNH, keys, values = (
             checkpoint_name(a, n) for a, n in ((query_BCNH, "query"), (keys, "key"), (values, "value"))
         )
+        if context.observe is not None:
+            context.observe(query_BCNH, keys)
         with jax.named_scope("attend"):
             out_BCNH = attend(query_BCNH, keys, values, context.queries, context.keys, backend)
         out_BCNH = checkpoint_name(constrain(out_BCNH, "batch", "sequence", "heads", "head_dim"), "attention")

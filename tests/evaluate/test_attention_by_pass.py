@@ -1,0 +1,91 @@
+"""What heads attend to, against literal values of uniform attention and against a plain computation from the states."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from evaluation_examples import T, batch, config, params
+
+from mor_jax.errors import UserError
+from mor_jax.evaluate.attention import FIGURES, attention_by_pass
+from mor_jax.evaluate.forward import inputs_of
+from mor_jax.forward import forward
+from mor_jax.model.layers import apply_rotary, rms_norm, rotary_tables
+
+
+def test_uniform_attention_has_its_literal_figures():
+    cfg = config("none")
+    blind = jax.tree.map(lambda a: a, params(cfg))
+    blind["block"]["attention"]["query"] *= 0.0
+    inputs = inputs_of(batch(0))
+    passes = attention_by_pass(cfg, blind, None, [inputs, inputs], "topk")
+    seen = np.arange(2, T + 1)  # keys of every query but the first, which sees itself only
+    for found in passes:
+        assert found["queries"] == 2 * 2 * (T - 1) and found["keys"] == pytest.approx(seen.mean())
+        expected = {
+            "entropy": np.log(seen).mean(),
+            "distance": ((seen - 1) / 2).mean(),
+            "first": (1 / seen).mean(),
+            "itself": (1 / seen).mean(),
+        }
+        for name in FIGURES:
+            np.testing.assert_allclose(found["layers"][0][name], [expected[name]] * 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "across"),
+    [("expert", "recursion", True), ("expert", "shared", True), ("none", "shared", False)],
+)
+def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, across):
+    cfg = config(kind, sharing="middle_cycle", num_layers=4, across=across)
+    recursion = dataclasses.replace(cfg.model.recursion, kv_strategy=strategy)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, recursion=recursion))
+    mode = "threshold" if kind == "expert" else "topk"
+    inputs = inputs_of(batch(1, padding=2))
+    passes = attention_by_pass(cfg, params(cfg), None, [inputs], mode)
+    segments, positions = inputs["segment_ids"], inputs["positions"]
+    out = forward(
+        cfg.model,
+        params(cfg),
+        inputs["tokens"],
+        mode=mode,
+        positions=positions,
+        segment_ids=segments,
+        return_hidden=True,
+    )
+    assert out.hidden is not None and out.hidden.first is not None
+    weights = jax.tree.map(lambda a: a[0], params(cfg)["block"])
+    selected = np.ones((2, 2, T), bool) if out.trace is None else np.asarray(out.trace.selected_RBT)
+    rotary = rotary_tables(positions, cfg.model.head_dim, cfg.model.rope_theta)
+
+    def normed(states):
+        return rms_norm(states, weights["attention_norm"]["scale"], cfg.model.norm_epsilon)
+
+    second = np.where(selected[0][..., None], out.hidden.recursions[0], out.hidden.first)
+    own = out.hidden.first if strategy == "shared" else second
+    query = apply_rotary(np.einsum("BTD,DNH->BTNH", normed(second), weights["attention"]["query"]), rotary)
+    keys = apply_rotary(np.einsum("BTD,DKH->BTKH", normed(own), weights["attention"]["key_value"][:, 0]), rotary)
+    scores = np.einsum("BTNH,BSKH->BNTS", query, keys) * cfg.model.head_dim**-0.5  # one key/value head
+    mask = np.tril(np.ones((T, T), bool))[None] & np.ones((2, 1, 1), bool)
+    if strategy == "recursion":
+        mask = mask & selected[1][:, None, :]
+    if not across:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    entropies, firsts, distances = [], [], []
+    for b in range(2):
+        for t in range(T):
+            if selected[1][b, t] and segments[b, t] and mask[b, t].sum() > 1:
+                exponentials = np.exp(scores[b, :, t]) * mask[b, t]
+                p = exponentials / exponentials.sum(-1, keepdims=True)
+                entropies.append(-np.sum(p * np.log(np.where(p > 0, p, 1.0)), -1))
+                firsts.append(p[:, np.flatnonzero(mask[b, t])[0]])
+                distances.append((p * (t - np.arange(T))).sum(-1))
+    assert passes[1]["queries"] == len(entropies) > 0
+    for name, values in (("entropy", entropies), ("first", firsts), ("distance", distances)):
+        np.testing.assert_allclose(passes[1]["layers"][0][name], np.mean(values, 0), rtol=2e-4)
+
+
+def test_layers_repeated_in_place_make_no_passes():
+    with pytest.raises(UserError, match="has no block passes"):
+        attention_by_pass(config("none", sharing="sequence"), {}, None, [], "topk")
