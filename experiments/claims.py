@@ -28,6 +28,7 @@ CLAIMS = (
     Claim("mor_vs_baselines", "recursive, N_r=3 against vanilla, equal FLOPs", "recursive-r3", "vanilla", 0.0642, "3"),
     Claim("mor_vs_baselines", "recursive, N_r=2 against vanilla, equal FLOPs", "recursive-r2", "vanilla", 0.0255, "3"),
     Claim("mor_vs_baselines", "MoR against recursive, N_r=3, equal FLOPs", "expert-r3", "recursive-r3", -0.0541, "3"),
+    Claim("mor_vs_baselines", "MoR against recursive, N_r=2, equal FLOPs", "expert-r2", "recursive-r2", -0.0568, "3"),
     Claim(
         "mor_vs_baselines",
         "MoR, N_r=2 against vanilla, equal tokens",
@@ -42,6 +43,11 @@ CLAIMS = (
     Claim("mor_vs_baselines", "token-choice against expert-choice, N_r=3", "token-r3", "expert-r3", 0.1238, "3"),
     Claim(
         "mor_vs_baselines", "shared keys and values against cached, N_r=3", "expert-r3-share", "expert-r3", 0.0058, "3"
+    ),
+    Claim("sharing", "cycle against middle_cycle, N_r=2", "cycle-r2", "middle_cycle-r2", 0.0192, "10"),
+    Claim("sharing", "sequence against middle_cycle, N_r=2", "sequence-r2", "middle_cycle-r2", 0.1172, "10"),
+    Claim(
+        "sharing", "middle_sequence against middle_cycle, N_r=2", "middle_sequence-r2", "middle_cycle-r2", 0.1008, "10"
     ),
     Claim("sharing", "cycle against middle_cycle, N_r=3", "cycle-r3", "middle_cycle-r3", 0.0603, "10"),
     Claim("sharing", "sequence against middle_cycle, N_r=3", "sequence-r3", "middle_cycle-r3", 0.1485, "10"),

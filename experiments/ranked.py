@@ -113,16 +113,17 @@ def spread(results: Sequence[Result], scale: str, factor: float, folder: Path = 
     written = []
     for path in sorted(HERE.glob("*/sweep.py")):
         runs = experiment_runs(path.parent.name, scale, factor).values()
-        rows = [_row(run, by_key.get(run_key(config_io.to_dict(run.config)))) for run in runs]
-        if sum(row["state"] == "done" for row in rows) >= _LEAST_RUNS:
+        found = [(run, None if run.start else by_key.get(run_key(config_io.to_dict(run.config)))) for run in runs]
+        if sum(result is not None and result["state"] == "done" for _, result in found) >= _LEAST_RUNS:
             target = folder / path.parent.name / "results" / f"{scale}.json"
-            write_json(target, rows)
+            write_json(target, [_row(run, result) for run, result in found])
             written.append(target)
     return written
 
 
 def _row(run: SweepRun, result: Result | None) -> Result:
-    if result is None or run.start is not None:  # a run that starts from another is not what its configuration says
+    """A run that starts from another is not what its configuration says, so it has no result here."""
+    if result is None:
         return failed_result(run, "not run", "")
     names = {"name": run.name, "group": run.group or run.name}
     return {**{key: value for key, value in result.items() if key != "experiment"}, **names}

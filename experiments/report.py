@@ -8,22 +8,15 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from claims import CLAIMS, Claim
+from report_figures import DOCS, HERE, depth_figure, figures
+from report_tables import Result, machines, router_table, runs_table, source_table
 
-from mor_jax.errors import UserError
-from mor_jax.evaluate.analysis_plots import plot_correlates
-from mor_jax.evaluate.correlates import Correlate, Group
-from mor_jax.sweep.fit import fit_isoflop
-from mor_jax.sweep.plots import plot_depth_curves, plot_isoflop, plot_pareto
 from mor_jax.sweep.table import group_summary
 
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
-SEED_NOISE = 0.005
-"""Standard deviation of the loss between seeds that isoFLOP bands assume (see the spread of mor_vs_baselines)."""
-Result = Mapping[str, Any]
+SCALES = ("long", "small")
+"""Of the comparisons, the one that says more first; experiments may have others of their own."""
 
 _HEAD = """# Results
 
@@ -41,14 +34,23 @@ seed has no spread.
 """
 
 
-def load_results(folder: Path) -> dict[str, list[Result]]:
-    """Return the results of every experiment, by the name of its folder."""
+def load_results(folder: Path, scale: str | None = None) -> dict[str, list[Result]]:
+    """Return the results of every experiment, by the name of its folder; ``scale`` is the name of the file."""
     found: dict[str, list[Result]] = {}
-    for path in sorted(folder.glob("*/results/*.json")):
+    for path in sorted(folder.glob(f"*/results/{scale or '*'}.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, list):
             found.setdefault(path.parent.parent.name, []).extend(values)
     return found
+
+
+def scales_of(folder: Path, experiment: str = "*") -> list[str]:
+    """Return the scales at which an experiment, or any, has results."""
+    names = set()
+    for path in folder.glob(f"{experiment}/results/*.json"):
+        if isinstance(json.loads(path.read_text(encoding="utf-8")), list):
+            names.add(path.stem)
+    return sorted(names, key=lambda name: (SCALES.index(name) if name in SCALES else len(SCALES), name))
 
 
 def claims_table(results: Mapping[str, Sequence[Result]], claims: Sequence[Claim] = CLAIMS) -> str:
@@ -58,17 +60,26 @@ def claims_table(results: Mapping[str, Sequence[Result]], claims: Sequence[Claim
         "|---|---|---|---|---|---|",
     ]
     for claim in claims:
-        groups = {row["group"]: row for row in group_summary(results.get(claim.experiment, ()))}
-        ours, base = groups.get(claim.group, {}), groups.get(claim.baseline, {})
+        ours, base = _with_common_seeds(results.get(claim.experiment, ()), claim)
         cells = [claim.says, f"{claim.paper:+.4f} ({claim.table})", *_effect_cells(claim, ours, base)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _with_common_seeds(results: Sequence[Result], claim: Claim) -> tuple[Result, Result]:
+    """Summaries of the two groups over the seeds that both finished: those runs saw the same batches."""
+    pair = (claim.group, claim.baseline)
+    done = {group: {r["seed"]: r for r in results if r["group"] == group and r["state"] == "done"} for group in pair}
+    common = done[claim.group].keys() & done[claim.baseline].keys()
+    summaries = [group_summary([r for seed, r in done[group].items() if seed in common]) for group in pair]
+    ours, base = (summary[0] if summary else {} for summary in summaries)
+    return ours, base
+
+
 def _effect_cells(claim: Claim, ours: Result, base: Result) -> list[str]:
     if not ours.get("seeds") or not base.get("seeds"):
         return ["not run", "not run", "", ""]
-    seeds = f"{ours['seeds']} / {base['seeds']}"
+    seeds = str(ours["seeds"])
     ahead = _look_ahead(ours) - _look_ahead(base) if _look_ahead(ours) and _look_ahead(base) else math.nan
     topk = "" if math.isnan(ahead) else f"{ahead:+.4f}"
     if "nll" not in ours or "nll" not in base:
@@ -95,123 +106,6 @@ def _agrees(paper: float, effect: float, error: float) -> str:
     if error and abs(effect) < 2 * error:
         return "within two standard errors of none"
     return "yes" if paper * effect > 0 else "**no**"
-
-
-def runs_table(results: Sequence[Result]) -> str:
-    """Return one row per group: costs and losses, means over seeds with the standard deviation."""
-    lines = [
-        "| model | parameters | tokens | training FLOPs | serving FLOPs/token "
-        "| causal | bits/byte | topk | gap | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in group_summary(results):
-        one = next((r for r in results if r["group"] == row["group"] and r["state"] == "done"), None)
-        if one is None:
-            states = sorted({r["state"] for r in results if r["group"] == row["group"]})
-            parameters = next(r["parameters"] for r in results if r["group"] == row["group"])
-            lines.append(f"| {row['group']} | {parameters / 1e6:.1f}M | {', '.join(states)} |" + " |" * 7)
-            continue
-        losses = [_mean(row, name, form) for name, form in _LOSSES]
-        costs = [f"{one['parameters'] / 1e6:.1f}M", f"{one['tokens'] / 1e6:.1f}M", f"{one['train_flops']:.3g}"]
-        cells = [row["group"], *costs, f"{one['serving_flops_per_token'] / 1e6:.1f}M", *losses, str(row["seeds"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-_LOSSES = (("nll", "{:.4f}"), ("bits_per_byte", "{:.4f}"), ("topk_nll", "{:.4f}"), ("gap", "{:+.4f}"))
-
-
-def _mean(row: Result, name: str, form: str) -> str:
-    if row.get(name) is None:
-        return ""
-    spread = row.get(f"{name}_spread")
-    return form.format(row[name]) + ("" if spread is None else f" ± {spread:.4f}")
-
-
-def router_table(results: Sequence[Result]) -> str:
-    """Return what the router of every finished run did: gap, boundary, dead positions, depths."""
-    lines = [
-        "| run | gap | gap, calibrated | boundary decides as topk, by recursion | dead positions | tokens by depth |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        if result["state"] == "done" and "tokens_per_depth" in result:
-            accuracy = ", ".join(f"{share:.3f}" for share in result.get("threshold_accuracy", []))
-            depths = ", ".join(f"{share:.2f}" for share in result["tokens_per_depth"])
-            gap = "" if result.get("gap") is None else f"{result['gap']:+.4f}"
-            fixed = f"{result['calibrated']['gap']:+.4f}" if "calibrated" in result else ""
-            lines.append(
-                f"| {result['name']} | {gap} | {fixed} | {accuracy} | {result['dead_token_ratio']:.3f} | {depths} |"
-            )
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
-
-
-def machines(results: Sequence[Result]) -> str:
-    """Say on what, with what and by which command the runs were made, and how long they took."""
-    done = [result for result in results if result["state"] == "done"]
-    if not done:
-        return "not run\n"
-    seen = {}
-    for result in done:
-        machine = result["machine"]
-        versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-        seen[(machine["device"], versions, machine["python"])] = machine["command"]
-    seconds = sum(result["seconds"] for result in done)
-    lines = [
-        f"- {device}, Python {python}, {versions}: `{command}`" for (device, versions, python), command in seen.items()
-    ]
-    shared = f"- {len(done)} of {len(results)} runs done, {seconds:.0f} process seconds (processes shared the device)"
-    return "\n".join([*lines, shared]) + "\n"
-
-
-_NOT_COMPARED = ("learning_rate", "early_training")
-"""Searches for a cause, at other budgets than the comparisons."""
-
-
-def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
-    """Draw the quality/compute front and the test-time scaling curve, as far as there are runs for them."""
-    done = [r for group in results.values() for r in group if r["state"] == "done" and r.get("nll") is not None]
-    written = []
-    compared = [r for r in done if not any(r in results.get(name, ()) for name in _NOT_COMPARED)]
-    if compared:
-        costs = {"training FLOPs": "train_flops", "serving FLOPs per token": "serving_flops_per_token"}
-        panels = {label: [(r["name"], r[key], r["nll"]) for r in compared] for label, key in costs.items()}
-        written += plot_pareto(DOCS / "images" / "pareto", panels, "causal loss (nats/token)")
-    curves = {r["name"]: [(p["max_depth"], p["nll"]) for p in r["depth_curve"]] for r in done if "depth_curve" in r}
-    if curves:
-        written += plot_depth_curves(DOCS / "images" / "test-time-scaling", curves, "cap on the passes of a token")
-    for family in ("vanilla", "expert-r3"):
-        points = isoflop_points([r for r in done if r["name"].startswith(f"{family}-d")])
-        if points:
-            try:
-                fit = fit_isoflop(points, noise=SEED_NOISE)
-            except UserError as error:
-                print(f"isoFLOP, {family}: {error}")
-                continue
-            written += plot_isoflop(DOCS / "images" / f"isoflop-{family}", points, fit, f"isoFLOP, {family}")
-    return written
-
-
-def depth_figure(folder: Path = HERE) -> list[Path]:
-    """Draw what the depth of a trained model's tokens goes with, from `mor inspect --analysis`."""
-    written = []
-    for path in sorted(folder.glob("*/results/*.analysis.json")):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = [
-            Correlate(c["name"], [Group(**group) for group in c["groups"]], c["spearman"]) for c in values["depth_by"]
-        ]
-        written += plot_correlates(DOCS / "images" / f"depth-by-{path.name.split('.')[0]}", found, values["mode"])
-    return written
-
-
-def isoflop_points(results: Sequence[Result]) -> dict[float, list[tuple[float, float]]]:
-    """Return (parameters without embedding, causal loss) by budget, for budgets with three sizes or more."""
-    points: dict[float, list[tuple[float, float]]] = {}
-    for result in results:
-        if result["group"] == result["name"] and "-d" in result["name"]:  # runs of a plan, not of seeds
-            budget = float(result["name"].rsplit("-", 1)[-1] if "e+" in result["name"] else 0)
-            points.setdefault(budget, []).append((result["non_embedding"], result["nll"]))
-    return {budget: runs for budget, runs in points.items() if budget and len({size for size, _ in runs}) >= 3}
 
 
 def _other_tables(folder: Path) -> str:
@@ -248,6 +142,7 @@ def _sources(values: Result) -> str:
 
 _FIGURES = (
     ("Quality against compute", "pareto"),
+    ("Loss over training", "training"),
     ("Test-time scaling", "test-time-scaling"),
     ("What the depth of a token goes with (MoR, N_r = 3)", "depth-by-expert-r3-s0"),
 )
@@ -255,14 +150,22 @@ _FIGURES = (
 
 def report(folder: Path = HERE) -> str:
     """Return docs/results.md."""
-    results = load_results(folder)
-    parts = [_HEAD, "## The paper's claims and ours\n", claims_table(results)]
+    compared = [scale for scale in scales_of(folder) if scale in SCALES] or [SCALES[0]]
+    parts = [_HEAD, "## The paper's claims and ours\n"]
+    for scale in compared:
+        parts += [f"### Scale `{scale}`\n", claims_table(load_results(folder, scale))]
     for path in sorted(folder.glob("*/sweep.*")):
         name = path.parent.name
         parts.append(f"## {name}\n\n[What, how, outcome](../experiments/{name}/README.md)\n")
-        mine = results.get(name, [])
-        parts += [runs_table(mine), router_table(mine), machines(mine)] if mine else ["not run\n"]
-    parts += ["## Trained models on tasks and texts\n", _other_tables(folder) or "not run\n"]
+        scales = scales_of(folder, name)
+        for scale in scales:
+            mine = load_results(folder, scale)[name]
+            parts += [f"### {name}, scale `{scale}`\n", runs_table(mine), router_table(mine)]
+            by_source = source_table(mine)
+            parts += [f"Causal loss by source of held-out text:\n\n{by_source}"] if by_source else []
+            parts.append(machines(mine))
+        parts += [] if scales else ["not run\n"]
+    parts += ["## Trained models on tasks and texts (scale `small`)\n", _other_tables(folder) or "not run\n"]
     for title, name in _FIGURES:
         drawn = (DOCS / "images" / f"{name}.png").exists()
         parts.append(f"## {title}\n\n" + (f"![{title}](images/{name}.png)\n" if drawn else "not run\n"))
@@ -270,8 +173,9 @@ def report(folder: Path = HERE) -> str:
 
 
 def main() -> int:
-    """Write the page and the figures."""
-    for path in [*figures(load_results(HERE)), *depth_figure()]:
+    """Write the page, and the figures of the scale that says most."""
+    scale = next((scale for scale in scales_of(HERE) if scale in SCALES), SCALES[0])
+    for path in [*figures(load_results(HERE, scale)), *depth_figure()]:
         print(path)
     (DOCS / "results.md").write_text(report(), encoding="utf-8")
     print(DOCS / "results.md")

@@ -9,6 +9,7 @@ where it was stopped. The second writes experiments/*/results/SCALE.json.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -236,31 +237,33 @@ _reported: set[str] = set()
 
 
 def _collect(options: Arguments, plan: dict[str, Any], runs: list[RankedRun]) -> int:
-    """Write the results of all runs; return how many are finished."""
-    rows, new = [], False
-    for each in runs:
-        folder = options.out / each.placed.name
-        result = read_result(folder)
-        if result is None:
-            begun = read_metrics(folder / "metrics.jsonl")
-            state, why = ("unfinished", f"at step {begun[-1]['step']}") if begun else ("not run", "")
-            rows.append(failed_result(each.run, state, why) | {"experiment": each.experiment})
-            continue
-        if "machine" in result:
-            result["machine"]["command"] = " ".join(["python", *sys.argv])
-        names = {"name": each.run.name, "group": each.run.group or each.run.name, "experiment": each.experiment}
-        rows.append(result | names)
-        if each.placed.name not in _reported:
-            new = True
-            _reported.add(each.placed.name)
-            print(
-                f"{each.placed.name}: {result['state']}, nll {result.get('nll')}, topk {result.get('topk_nll')}, "
-                f"{result.get('seconds')} s",
-                flush=True,
-            )
-    if new or not options.results.exists():
+    """Write the results of all runs if there are new ones; return how many are finished."""
+    found = {run.placed.name: read_result(options.out / run.placed.name) for run in runs}
+    finished = {name: result for name, result in found.items() if result is not None}
+    if finished.keys() - _reported or not options.results.exists():
+        rows = [_row(options, each, found[each.placed.name]) for each in runs]
         write_json(options.results, {"scale": options.scale, **plan, "results": rows})
-    return sum(row["state"] == "done" for row in rows)
+    for name in finished.keys() - _reported:
+        losses = ", ".join(f"{key} {finished[name].get(key)}" for key in ("nll", "topk_nll", "seconds"))
+        print(f"{name}: {finished[name]['state']}, {losses}", flush=True)
+    _reported.update(finished)
+    return sum(result["state"] == "done" for result in finished.values())
+
+
+def _row(options: Arguments, each: RankedRun, result: dict[str, Any] | None) -> dict[str, Any]:
+    """The result of a run under its experiment's names, or how far it came."""
+    if result is None:
+        begun = read_metrics(options.out / each.placed.name / "metrics.jsonl")
+        state, why = ("unfinished", f"at step {begun[-1]['step']}") if begun else ("not run", "")
+        return _missing(each, state, why) | {"experiment": each.experiment}
+    if "machine" in result:
+        result["machine"]["command"] = " ".join(["python", *sys.argv])
+    return result | {"name": each.run.name, "group": each.run.group or each.run.name, "experiment": each.experiment}
+
+
+@functools.cache
+def _missing(each: RankedRun, state: str, why: str) -> dict[str, Any]:
+    return failed_result(each.run, state, why)
 
 
 if __name__ == "__main__":

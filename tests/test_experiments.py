@@ -1,11 +1,14 @@
 """The sweeps of experiments/ build at every scale, claims name runs that exist, and the report says what was run."""
 
+import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from mor_jax import config_io
 from mor_jax.sweep.execute import placed
 from mor_jax.sweep.recipes import SCALES
 from mor_jax.sweep.results import failed_result
@@ -25,7 +28,10 @@ def _module(name):
 
 
 CLAIMS = _module("claims").CLAIMS
+TABLES = _module("report_tables")
+FIGURES = _module("report_figures")
 REPORT = _module("report")
+RANKED = _module("ranked")
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
@@ -54,8 +60,8 @@ def test_the_report_tells_agreement_from_disagreement_and_from_nothing():
     results += [_done("expert-r3", 2.95, topk_nll=2.9), _done("recursive-r3", 2.9)]
     lines = REPORT.claims_table({"mor_vs_baselines": results}).splitlines()
     by_claim = {line.split(" | ")[0].strip("| "): line for line in lines}
-    assert "| -0.0997 ± 0.0009 | -0.2007 | 3 / 3 | yes |" in by_claim["MoR, N_r=2 against vanilla, equal FLOPs"]
-    assert "| -0.0507 | -0.1007 | 1 / 3 | **no** |" in by_claim["MoR, N_r=3 against vanilla, equal FLOPs"]
+    assert "| -0.0997 ± 0.0009 | -0.2007 | 3 | yes |" in by_claim["MoR, N_r=2 against vanilla, equal FLOPs"]
+    assert "| -0.0500 | -0.1000 | 1 | **no** |" in by_claim["MoR, N_r=3 against vanilla, equal FLOPs"]
     assert "| +0.0500 |" in by_claim["MoR against recursive, N_r=3, equal FLOPs"]
     assert "| not run | not run |" in by_claim["token-choice against expert-choice, N_r=3"]
     noisy = [_done("vanilla", 3.0 + 0.1 * seed, seed) for seed in (0, 1, 2)]
@@ -76,4 +82,50 @@ def test_isoflop_points_are_read_by_budget():
     results = [
         {"name": name, "group": name, "non_embedding": 10 + i, "nll": 3.0 - i / 10} for i, name in enumerate(names)
     ]
-    assert REPORT.isoflop_points(results) == {1e15: [(10, 3.0), (11, 2.9), (12, 2.8)]}
+    assert FIGURES.isoflop_points(results) == {1e15: [(10, 3.0), (11, 2.9), (12, 2.8)]}
+
+
+def test_losses_by_source_are_causal_with_the_gap_beside():
+    def text(topk, threshold):
+        return {"text": {"sources": {n: {"topk_nll": topk, "threshold_nll": threshold} for n in ("wiki", "all")}}}
+
+    results = [_done("expert-r3", 3.0, 0, **text(2.0, 2.1)), _done("expert-r3", 3.0, 1, **text(2.2, 2.5))]
+    results += [_done("vanilla", 3.0, text={"sources": {"wiki": {"nll": 4.0}, "all": {"nll": 5.0}}})]
+    rows = TABLES.source_table(results).splitlines()
+    assert rows[0] == "| model | wiki | all | all, topk | gap | seeds |"
+    assert rows[2:] == [
+        "| expert-r3 | 2.3000 | 2.3000 | 2.1000 | +0.2000 | 2 |",
+        "| vanilla | 4.0000 | 5.0000 |  |  | 1 |",
+    ]
+    assert TABLES.source_table([_done("vanilla", 3.0)]) == ""
+
+
+def test_training_curves_are_means_over_seeds_by_tokens():
+    short = {"tokens": 100.0, "steps": 10}
+    results = [_done("vanilla", 3.0, seed, **short, curve=[[5, 4.0 + seed], [10, 3.0]]) for seed in (0, 2)]
+    results += [_done("expert-r3", 3.0, tokens=200.0, steps=20, curve=[[5, 3.0], [20, 2.0]])]
+    curves = FIGURES.training_curves(results)
+    assert curves == {"vanilla": [(50.0, 5.0), (100.0, 3.0)], "expert-r3": [(50.0, 3.0), (200.0, 2.0)]}
+    assert FIGURES.training_curves(results[2:]) == {}
+    leads = FIGURES.training_leads(results)  # seed 0's only; the vanilla run decays from step 8 on
+    assert leads == {"expert-r3": [(50.0, -1.0)]}
+
+
+def test_ranked_runs_are_made_once_and_spread_under_every_name(tmp_path):
+    ranked = RANKED.ranked_runs("debug", factor=2.0)
+    assert [run.run.name for run in ranked[:3]] == ["vanilla-s0", "expert-r3-s0", "recursive-r3-s0"]
+    keys = [RANKED.run_key(config_io.to_dict(run.run.config)) for run in ranked]
+    assert len(set(keys)) == len(keys) and len({run.placed.name for run in ranked}) == len(ranked)
+    assert ranked[0].run.config.train.steps == 20  # of 10
+    moved = placed(ranked[0].placed, tmp_path).config
+    moved = dataclasses.replace(moved, perf=dataclasses.replace(moved.perf, fusion="xla", scan_unroll=1))
+    assert RANKED.run_key(config_io.to_dict(moved)) == keys[0]
+    configs = [config_io.to_dict(run.run.config) for run in ranked[:2]]
+    done = [{"state": "done", "config": config, "nll": 3.0, "experiment": "mor_vs_baselines"} for config in configs]
+    written = RANKED.spread(done, "debug", 2.0, tmp_path)
+    names = [path.parent.parent.name for path in written]
+    assert "mor_vs_baselines" in names and "recursions" in names and "capacity" not in names
+    rows = {row["name"]: row for row in json.loads((tmp_path / "recursions/results/debug.json").read_text())}
+    assert rows["vanilla-s0"]["nll"] == 3.0 and rows["expert-r3-s0"]["state"] == "done"
+    assert rows["expert-r4-s0"]["state"] == "not run" and "experiment" not in rows["vanilla-s0"]
+    assert RANKED.spread(done, "debug", 1.0, tmp_path / "other") == []  # of another length

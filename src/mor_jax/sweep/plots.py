@@ -111,3 +111,24 @@ def plot_depth_curves(path: Path, curves: Mapping[str, Sequence[tuple[float, flo
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return write_figure(figure, path)
+
+
+def plot_curves(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> list[Path]:
+    """Draw figures over the tokens of training, one panel per figure and one line per model.
+
+    Args:
+        path: file to write, without a suffix.
+        panels: label of the figure: per model (tokens, value).
+    """
+    figure = Figure(figsize=(6 * len(panels), 4.2), layout="constrained")
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    for axes, (ylabel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, curve in curves.items():
+            if curve:
+                colour = mpl.colormaps["tab10"](names.index(name) % 10)
+                axes.plot(*zip(*curve, strict=True), color=colour, linewidth=1.2, label=name)
+        axes.set(xlabel="tokens of training", ylabel=ylabel)
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    return write_figure(figure, path)

@@ -1,0 +1,123 @@
+"""Figures of docs/results.md, from the results of the sweeps."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mor_jax.errors import UserError
+from mor_jax.evaluate.analysis_plots import plot_correlates
+from mor_jax.evaluate.correlates import Correlate, Group
+from mor_jax.sweep.fit import fit_isoflop
+from mor_jax.sweep.plots import plot_curves, plot_depth_curves, plot_isoflop, plot_pareto
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+SEED_NOISE = 0.005
+"""Standard deviation of the loss between seeds that isoFLOP bands assume (see the spread of mor_vs_baselines)."""
+MAIN = "mor_vs_baselines"
+Result = Mapping[str, Any]
+
+_NOT_COMPARED = ("learning_rate", "early_training")
+"""Searches for a cause, at other budgets than the comparisons."""
+
+
+def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
+    """Draw what there are runs of one scale for: quality by compute, loss over training, test-time scaling, isoFLOP."""
+    compared = {name: rows for name, rows in results.items() if name not in _NOT_COMPARED}
+    done = [r for rows in compared.values() for r in rows if r["state"] == "done" and r.get("nll") is not None]
+    written = []
+    if done:
+        costs = {"training FLOPs": "train_flops", "serving FLOPs per token": "serving_flops_per_token"}
+        panels = {label: _group_points(done, key) for label, key in costs.items()}
+        written += plot_pareto(DOCS / "images" / "pareto", panels, "causal loss (nats/token)")
+    losses = training_curves(results.get(MAIN, ()))
+    if losses:
+        panels = {"training loss (nats/token)": losses, "less vanilla's, before decay": training_leads(results[MAIN])}
+        written += plot_curves(DOCS / "images" / "training", panels)
+    curves = {r["name"]: [(p["max_depth"], p["nll"]) for p in r["depth_curve"]] for r in done if "depth_curve" in r}
+    if curves:
+        written += plot_depth_curves(DOCS / "images" / "test-time-scaling", curves, "cap on the passes of a token")
+    for family in ("vanilla", "expert-r3"):
+        points = isoflop_points([r for r in done if r["name"].startswith(f"{family}-d")])
+        if points:
+            try:
+                fit = fit_isoflop(points, noise=SEED_NOISE)
+            except UserError as error:
+                print(f"isoFLOP, {family}: {error}")
+                continue
+            written += plot_isoflop(DOCS / "images" / f"isoflop-{family}", points, fit, f"isoFLOP, {family}")
+    return written
+
+
+def _group_points(done: Sequence[Result], cost: str) -> list[tuple[str, float, float]]:
+    """(group, mean cost, mean causal loss) of every group; the same run under two experiments counts once."""
+    groups: dict[str, dict[str, Result]] = {}
+    for result in done:
+        groups.setdefault(result["group"], {}).setdefault(result["name"], result)
+    return [
+        (name, statistics.fmean(r[cost] for r in rows.values()), statistics.fmean(r["nll"] for r in rows.values()))
+        for name, rows in groups.items()
+    ]
+
+
+def training_curves(results: Sequence[Result]) -> dict[str, list[tuple[float, float]]]:
+    """Return (tokens, training loss) by group, means over the seeds that are finished; empty without a vanilla run.
+
+    The loss is that of one batch, by top-k in a routed model; runs of one seed see the same batches.
+    """
+    runs: dict[str, list[Result]] = {}
+    for result in results:
+        if result["state"] == "done" and "curve" in result:
+            runs.setdefault(result["group"], []).append(result)
+    curves = {}
+    for name, seeds in runs.items():
+        per_step = seeds[0]["tokens"] / seeds[0]["steps"]
+        by_step = zip(*(run["curve"] for run in seeds), strict=True)
+        curves[name] = [(points[0][0] * per_step, statistics.fmean(loss for _, loss in points)) for points in by_step]
+    return curves if "vanilla" in curves else {}
+
+
+def training_leads(results: Sequence[Result]) -> dict[str, list[tuple[float, float]]]:
+    """Return (tokens, training loss less that of the vanilla run of the same seed) by group, means over seeds.
+
+    Only while the learning rate of both still stands at its peak: the vanilla run, which has the fewest steps at equal
+    FLOPs, decays first.
+    """
+    done = [r for r in results if r["state"] == "done" and "curve" in r]
+    base = {r["seed"]: r for r in done if r["group"] == "vanilla"}
+    differences: dict[str, dict[float, list[float]]] = {}
+    for run in done:
+        if run["group"] == "vanilla" or run["seed"] not in base:
+            continue
+        vanilla = base[run["seed"]]
+        last = min(r["steps"] * (1 - r["config"]["optimizer"]["decay_share"]) for r in (run, vanilla))
+        losses = dict(vanilla["curve"])
+        for step, loss in run["curve"]:
+            if step in losses and step <= last:
+                tokens = step * run["tokens"] / run["steps"]
+                differences.setdefault(run["group"], {}).setdefault(tokens, []).append(loss - losses[step])
+    return {name: [(x, statistics.fmean(values)) for x, values in by.items()] for name, by in differences.items()}
+
+
+def depth_figure(folder: Path = HERE) -> list[Path]:
+    """Draw what the depth of a trained model's tokens goes with, from `mor inspect --analysis`."""
+    written = []
+    for path in sorted(folder.glob("*/results/*.analysis.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = [
+            Correlate(c["name"], [Group(**group) for group in c["groups"]], c["spearman"]) for c in values["depth_by"]
+        ]
+        written += plot_correlates(DOCS / "images" / f"depth-by-{path.name.split('.')[0]}", found, values["mode"])
+    return written
+
+
+def isoflop_points(results: Sequence[Result]) -> dict[float, list[tuple[float, float]]]:
+    """Return (parameters without embedding, causal loss) by budget, for budgets with three sizes or more."""
+    points: dict[float, list[tuple[float, float]]] = {}
+    for result in results:
+        if result["group"] == result["name"] and "-d" in result["name"]:  # runs of a plan, not of seeds
+            budget = float(result["name"].rsplit("-", 1)[-1] if "e+" in result["name"] else 0)
+            points.setdefault(budget, []).append((result["non_embedding"], result["nll"]))
+    return {budget: runs for budget, runs in points.items() if budget and len({size for size, _ in runs}) >= 3}
