@@ -368,7 +368,7 @@ class PerfConfig:
     """How the loss keeps the logits of a chunk; softmax and sums are float32 in any case. `auto` is bfloat16 for a
     bfloat16 model on a GPU (as the release rounds them), float32 elsewhere."""
     fusion: Fusion = "auto"
-    """Norms, SwiGLU and the projections' gradients: as XLA fuses them, or this project's kernels (one GPU)."""
+    """Norms, SwiGLU and the projections' gradients: as XLA fuses them, or this project's kernels (GPUs, rows whole)."""
     compiler_options: tuple[str, ...] | None = None
     """XLA options of the train step as `name=value`; None takes the device's (``mor_jax.perf`` gives the reasons)."""
 

@@ -82,7 +82,7 @@ def resolve_perf(config: Config, mesh: Mesh) -> PerfConfig:
             loss_chunk=max(1, _CHUNK_TOKENS // rows),
             slot_multiple=8 if platform == "gpu" else 1,
             logits_dtype="bfloat16" if platform == "gpu" and half else "float32",
-            fusion="triton" if platform == "gpu" and half and mesh.size == 1 else "xla",
+            fusion="triton" if platform == "gpu" and half and mesh.shape.get("context", 1) == 1 else "xla",
             attention_backend=_attention(config, mesh, platform),
             compiler_options=tuple(COMPILER_OPTIONS.get(platform, ())),
         )

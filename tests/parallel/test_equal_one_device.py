@@ -1,5 +1,6 @@
 """Loss and gradients of every mesh equal those of one device, float32, to 1e-5."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -51,3 +52,11 @@ def test_a_mesh_equals_one_device(case, mesh):
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_every_mesh_equals_one_device(case, mesh):
     assert_equal(one_device(case), loss_and_gradients(config_of(*case, recursions=3), MESHES[mesh]))
+
+
+def test_fused_kernels_work_on_their_shards():
+    """The GPU kernels (interpreted here) under rows, width and feed-forward split three ways."""
+    config = config_of("expert")
+    fused = dataclasses.replace(config, perf=dataclasses.replace(config.perf, fusion="triton"))
+    one = loss_and_gradients(config, MeshConfig(data=1))
+    assert_equal(one, loss_and_gradients(fused, MeshConfig(data=2, fsdp=2, tensor=2)))

@@ -1,7 +1,8 @@
 """Element-wise work of a layer in one pass over memory, for NVIDIA GPUs in Pallas (Triton).
 
 XLA reads the rows of a norm twice in either direction, and reads gate and up twice in the gradient of SwiGLU; here
-every tensor is read and written once. Letters: M tokens of all rows, D model, F feed-forward.
+every tensor is read and written once. Under a mesh every device works on its own share: a token's norm needs all of its
+width, which no axis splits. Letters: B rows, C tokens of a row, M tokens of all rows, D model, F feed-forward.
 """
 
 import functools
@@ -12,6 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from mor_jax.axes import on_shards
+
+_HIDDEN = ("batch", "sequence", None)
+_SCALE = (None,)
 _ROWS = 4
 """Rows of a norm in registers at once."""
 _CHUNK = 64
@@ -45,18 +50,28 @@ def _inside(row: Any, shape: tuple[int, int], rows: int, width: int) -> jax.Arra
 # --- x + delta, and its norm ---
 
 
-def add_norm(x: jax.Array, delta: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Return (x + delta, its RMSNorm), each [..., D] in x's dtype; the gradients of both meet in one pass."""
-    add: Any = _add_norm
-    total, normed = add(epsilon, _flat(x), _flat(delta), scale_D.astype(jnp.float32))
-    return total.reshape(x.shape), normed.reshape(x.shape)
+def add_norm(
+    x_BCD: jax.Array, delta_BCD: jax.Array, scale_D: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+    """Return (x + delta, its RMSNorm), each [B, C, D] in x's dtype; the gradients of both meet in one pass."""
+
+    def local(x_BCD: jax.Array, delta_BCD: jax.Array, scale_D: jax.Array) -> tuple[jax.Array, jax.Array]:
+        add: Any = _add_norm
+        total, normed = add(epsilon, _flat(x_BCD), _flat(delta_BCD), scale_D.astype(jnp.float32))
+        return total.reshape(x_BCD.shape), normed.reshape(x_BCD.shape)
+
+    return on_shards(local, (_HIDDEN, _HIDDEN, _SCALE), (_HIDDEN, _HIDDEN))(x_BCD, delta_BCD, scale_D)
 
 
-def skip_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Return (x, its RMSNorm), each [..., D]; x comes back so that both its gradients are added in one pass."""
-    skip: Any = _skip_norm
-    same, normed = skip(epsilon, _flat(x), scale_D.astype(jnp.float32))
-    return same.reshape(x.shape), normed.reshape(x.shape)
+def skip_norm(x_BCD: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Return (x, its RMSNorm), each [B, C, D]; x comes back so that both its gradients are added in one pass."""
+
+    def local(x_BCD: jax.Array, scale_D: jax.Array) -> tuple[jax.Array, jax.Array]:
+        skip: Any = _skip_norm
+        same, normed = skip(epsilon, _flat(x_BCD), scale_D.astype(jnp.float32))
+        return same.reshape(x_BCD.shape), normed.reshape(x_BCD.shape)
+
+    return on_shards(local, (_HIDDEN, _SCALE), (_HIDDEN, _HIDDEN))(x_BCD, scale_D)
 
 
 def _add_norm_kernel(x_ref: Any, delta_ref: Any, scale_ref: Any, total_ref: Any, normed_ref: Any, *, size: Any) -> None:
@@ -164,14 +179,19 @@ _skip_norm.defvjp(_skip_norm_forward, _skip_norm_backward)
 # --- SwiGLU ---
 
 
+def swiglu(gate_up_BCXF: jax.Array) -> jax.Array:
+    """silu(gate) * up of [B, C, 2, F], [B, C, F]; the gradient reads each of its three inputs once."""
+    local: Any = _swiglu
+    return on_shards(local, (("batch", "sequence", None, "ffn"),), ("batch", "sequence", "ffn"))(gate_up_BCXF)
+
+
 @jax.custom_vjp
-def swiglu(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) * up of [..., 2, F], [..., F]; the gradient reads each of its three inputs once."""
+def _swiglu(gate_up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
 def _swiglu_forward(gate_up):
-    return swiglu(gate_up), gate_up
+    return _swiglu(gate_up), gate_up
 
 
 def _swiglu_gradient_kernel(gate_ref: Any, up_ref: Any, grad_ref: Any, out_ref: Any) -> None:
@@ -204,4 +224,4 @@ def _swiglu_backward(gate_up, grad):
     return (out_MXF[:rows].reshape(gate_up.shape),)
 
 
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
