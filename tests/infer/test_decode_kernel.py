@@ -30,7 +30,10 @@ def _compare(dtype, tolerance, **arguments):
     with jax.default_matmul_precision("highest"):
         expected, expected_cache = store.attend(projected[:, None], cached, rotary)
     angles = (rotary[0][:, 0, 0], rotary[1][:, 0, 0])
-    out, cache = decode_attention(projected, angles, cached, *sizes, visible_B, **arguments)
+    # rows' groups stand anywhere in the table of all
+    group_B = jnp.array([3, 0, 4, 6, 1])
+    table_YM = jnp.full((7, table_BM.shape[1]), -1).at[group_B].set(table_BM)
+    out, cache = decode_attention(projected, angles, cached, table_YM, group_B, *sizes[1:], visible_B, **arguments)
     np.testing.assert_allclose(
         out[:-1].astype(jnp.float32), expected[:-1, 0].astype(jnp.float32), atol=tolerance, rtol=0
     )

@@ -167,7 +167,27 @@ def test_what_can_never_be_served_is_refused(engine, request_, message):
     assert not engine.busy
 
 
+def test_kernels_of_products_and_sampling_give_the_same(config, engine):
+    # interpreted; exits in every step
+    kernels = Engine(decode_model(config), dataclasses.replace(OPTIONS, exit_at=1))
+    kernels.shape = dataclasses.replace(kernels.shape, products="pallas")
+    fields = [{}, {"sampling": Sampling(1.5, seed=7)}, {"sampling": Sampling(1.5, top_k=5, seed=7)}]
+    requests = [dataclasses.replace(r, **fields[i % 3]) for i, r in enumerate(_requests(12, seed=5))]
+    got, want = _serve(kernels, requests), _serve(engine, requests)
+    _check_greedy(config, requests[::3], got[::3])
+    for one, other in zip(got, want, strict=True):
+        assert [t.token for t in one] == [t.token for t in other]
+        assert [t.depth for t in one] == [t.depth for t in other]
+
+
+def test_an_engine_without_cuts_refuses_them(config):
+    engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, cuts=False))
+    with pytest.raises(UserError, match=r"top_k=3, .* need an engine with cuts=True"):
+        engine.submit(Request((1,), 1, Sampling(1.0, top_k=3)))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("products", ["xla", "pallas"])
 @pytest.mark.parametrize(
     ("routing", "sharing", "kv"),
     [
@@ -179,9 +199,10 @@ def test_what_can_never_be_served_is_refused(engine, request_, message):
         ("none", "none", "recursion"),
     ],
 )
-def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv):
-    config = model_config(routing, sharing, kv)
+def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv, products):
+    config = model_config(routing, sharing, kv, share_norms=products == "xla" or sharing == "none")
     engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, block_pages=None, edge_pages=None))
+    engine.shape = dataclasses.replace(engine.shape, products=products)
     engine.warm_up()
     before, requests = compilations(), _requests(40)
     results = _serve(engine, requests)

@@ -15,6 +15,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import append
 from mor_jax.infer.decode_kernel import decode_attention
+from mor_jax.infer.product_kernel import MAX_ROWS
 from mor_jax.model.attention import KeyValue
 from mor_jax.model.layers import Rotary, apply_rotary
 
@@ -23,31 +24,46 @@ DecodeBackend = Literal["auto", "xla", "pallas"]
 
 
 @functools.cache
-def resolve_decode_backend(backend: DecodeBackend, head_dim: int) -> DecodeBackend:
-    """Choose how single tokens attend to the cache on this process's device, and log it once.
+def _resolve(name: str, backend: DecodeBackend, needs: tuple[tuple[str, bool], ...]) -> DecodeBackend:
+    """Choose a backend, and log it once; ``needs`` names what `pallas` needs, and whether it is there."""
+    allowed = get_args(DecodeBackend)
+    require(backend in allowed, f"{name}={backend!r} is not one of {', '.join(map(repr, allowed))}")
+    missing = [need for need, is_there in needs if not is_there]
+    require(backend != "pallas" or not missing, f"{name}='pallas' needs {' and '.join(missing)}")
+    chosen: DecodeBackend = ("xla" if missing else "pallas") if backend == "auto" else backend
+    logger.info("decoding, %s: %s (asked for %s)", name, chosen, backend)
+    return chosen
 
-    `pallas` is one kernel that appends and attends; it needs a GPU and a head_dim that is a power of 2. `xla` gathers
-    the pages first and runs everywhere; prompts always use it.
+
+def _gpu() -> tuple[str, bool]:
+    device = jax.default_backend()
+    return f"a GPU, not device={device!r}", device == "gpu"
+
+
+def decode_backend(config: ModelConfig, backend: DecodeBackend = "auto") -> DecodeBackend:
+    """Choose how single tokens attend to the cache on this process's device.
+
+    `pallas` is one kernel that appends and attends; it needs a GPU and a head_dim that is a power of 2 from 16. `xla`
+    gathers the pages first and runs everywhere; prompts always use it.
 
     Raises:
         UserError: `pallas` was asked for where it cannot run.
     """
-    allowed = get_args(DecodeBackend)
-    require(backend in allowed, f"backend={backend!r} is not one of {', '.join(map(repr, allowed))}")
-    fits = jax.default_backend() == "gpu" and head_dim & (head_dim - 1) == 0
-    require(
-        backend != "pallas" or fits,
-        f"backend='pallas' needs a GPU and head_dim a power of 2, not device={jax.default_backend()!r}, "
-        f"head_dim={head_dim}",
-    )
-    chosen: DecodeBackend = ("pallas" if fits else "xla") if backend == "auto" else backend
-    logger.info("decode attention: %s (asked for %s)", chosen, backend)
-    return chosen
+    width = config.head_dim
+    fits = width >= 16 and width & (width - 1) == 0
+    return _resolve("backend", backend, (_gpu(), (f"head_dim a power of 2 from 16, not {width}", fits)))
 
 
-def decode_backend(config: ModelConfig, backend: DecodeBackend = "auto") -> DecodeBackend:
-    """Choose the decode attention of a model; see ``resolve_decode_backend``."""
-    return resolve_decode_backend(backend, config.head_dim)
+def products_backend(rows: int, backend: DecodeBackend = "auto") -> DecodeBackend:
+    """Choose what computes the matrix products of up to ``rows`` single tokens, and samples.
+
+    `pallas` is four kernels per layer, with norms, activation and residuals, and one for head and sampling; it needs a
+    GPU and few rows. `xla` runs everywhere; prompts always use it.
+
+    Raises:
+        UserError: `pallas` was asked for where it cannot run.
+    """
+    return _resolve("products", backend, (_gpu(), (f"at most {MAX_ROWS} slots, not {rows}", rows <= MAX_ROWS)))
 
 
 @struct.dataclass
@@ -65,14 +81,26 @@ class PagedStore:
     writes: bool = struct.field(pytree_node=False, default=True)
     """Whether any row appends."""
     backend: DecodeBackend = struct.field(pytree_node=False, default="xla")
+    """Attention of single tokens, resolved."""
+    products: DecodeBackend = struct.field(pytree_node=False, default="xla")
+    """Matrix products of single tokens, resolved."""
+    table_YM: jax.Array | None = None
+    """int32: pages of every group there is, for the kernel, which looks up its own; None: ``table_BM`` are all."""
+    group_B: jax.Array | None = None
+    """int32: the group of each row among them."""
 
     def attend(self, projected_BTMH: jax.Array, cached: KeyValue, rotary: Rotary) -> tuple[jax.Array, KeyValue]:
         """Append one layer's new entries and attend; queries that see nothing return an arbitrary finite value."""
         kv_heads = cached[0].shape[2]
         if self.backend == "pallas" and projected_BTMH.shape[1] == 1 and self.writes:
             angles = (rotary[0][:, 0, 0], rotary[1][:, 0, 0])
-            sizes = (self.table_BM, self.start_B, self.count_B, self.visible_BT[:, 0])
-            out_BNH, cached = decode_attention(projected_BTMH[:, 0], angles, cached, *sizes)
+            tables = (
+                (self.table_BM, jnp.arange(self.start_B.shape[0]))
+                if self.table_YM is None
+                else (self.table_YM, self.group_B)
+            )
+            sizes = (self.start_B, self.count_B, self.visible_BT[:, 0])
+            out_BNH, cached = decode_attention(projected_BTMH[:, 0], angles, cached, *tables, *sizes)
             return out_BNH[:, None], cached
         if not self.writes:
             return self._gather_and_attend(apply_rotary(projected_BTMH, rotary), cached), cached

@@ -16,6 +16,7 @@ from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
+from mor_jax.infer.product_kernel import TICKETS
 from mor_jax.model.attention import KeyValue
 
 
@@ -59,6 +60,9 @@ class PagedCache:
     """int32: stack of free pages."""
     num_free: jax.Array
     """int32 scalar: its height."""
+    tickets_X: jax.Array
+    """int32, all 0 between kernels: see ``product_kernel.product``. It travels with the pools, as they are updated in
+    place through every layer."""
 
     @property
     def page_size(self) -> int:
@@ -130,6 +134,7 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> Cache:
             length_SG=jnp.zeros((shape.sequences, groups), jnp.int32),
             free_P=jnp.arange(pages, dtype=jnp.int32),
             num_free=jnp.array(pages, jnp.int32),
+            tickets_X=jnp.zeros(TICKETS, jnp.int32),
         )
 
     edge = pool(layout.edge_layers, 1, shape.edge_pages) if layout.edge_layers else None

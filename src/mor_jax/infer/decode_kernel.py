@@ -1,9 +1,12 @@
 """One GPU kernel for a decoded token's attention: rotate, append its key and value to the paged cache, and attend.
 
-A program serves one row and one key/value head. It reads the pages of its row where they lie (`xla` must gather them
-into a dense copy first) and takes the row's own key and value from registers, so that rotary
-embedding and append need no launches of their own. Decoding small batches is bound by launches as much as by bytes.
-Letters: B rows, M heads projected, P pages, Z entries per page, G query heads per key/value head, X entries of a read.
+A program serves one row and one key/value head, with all its query heads at once. It reads the pages of its row where
+they lie (`xla` must gather them into a dense copy first) and takes the row's own key and value from registers, so
+that rotary embedding and append need no launches of their own. Decoding small batches is bound by launches as much as
+by bytes.
+
+Letters: B rows, M heads projected (or pages per group), Y groups, P pages, Z entries per page, G query heads per
+key/value head (padded for the tensor cores), X entries of a read.
 """
 
 import functools
@@ -19,30 +22,33 @@ from mor_jax.model.layers import Rotary
 
 _ENTRIES = 64
 """Cache entries that a program reads at a time."""
+_WARPS = 4
+_STAGES = 3
+"""Reads in flight."""
+_MIN_ROWS = 16
+"""Of a product on the tensor cores."""
 
 
-def _attend_to(query: KeyValue, keys: KeyValue, values_XH: jax.Array, valid_X: jax.Array, state: Any) -> Any:
-    """Online softmax over some entries: state is (running maximum, normaliser, weighted values [H])."""
-    top, total, sum_H = state
-    dots_X = sum(jnp.sum(keys[i] * query[i][None, :], axis=1) for i in range(2))
-    score_X = jnp.where(valid_X, dots_X, -jnp.inf)
-    new_top = jnp.maximum(top, jnp.max(score_X))
-    weight_X, kept = jnp.exp(score_X - new_top), jnp.exp(top - new_top)
-    sum_H = sum_H * kept + jnp.sum(values_XH * weight_X[:, None], axis=0)
-    return new_top, total * kept + jnp.sum(weight_X), sum_H
+def _rotated(ref: Any, head_X: jax.Array, valid_X: jax.Array, cos_ref: Any, sin_ref: Any) -> jax.Array:
+    """Rotated heads [X, H], rounded to the compute dtype as ``apply_rotary`` does."""
+    half = cos_ref.shape[0]
+    shape, nth_H = (head_X.shape[0], 2 * half), jnp.arange(2 * half)
+    angle = lambda table_ref: plgpu.load(table_ref.at[nth_H % half])[None, :]  # noqa: E731
 
+    def load(column_H: jax.Array) -> jax.Array:
+        rows, columns = (jnp.broadcast_to(x, shape) for x in (head_X[:, None], column_H[None, :]))
+        mask = jnp.broadcast_to(valid_X[:, None], shape)
+        return plgpu.load(ref.at[rows, columns], mask=mask, other=0).astype(jnp.float32)
 
-def _rotated(ref: Any, head: Any, cos: jax.Array, sin: jax.Array) -> KeyValue:
-    """The halves of a rotated head, rounded to the compute dtype as ``apply_rotary`` does."""
-    half = cos.shape[0]
-    first = plgpu.load(ref.at[head, pl.ds(0, half)]).astype(jnp.float32)
-    second = plgpu.load(ref.at[head, pl.ds(half, half)]).astype(jnp.float32)
-    rotated = first * cos - second * sin, second * cos + first * sin
-    return rotated[0].astype(ref.dtype), rotated[1].astype(ref.dtype)
+    # the other half of the head, read where it lies: registers of two halves cannot be joined
+    sign_1H = jnp.where(nth_H < half, -1.0, 1.0)[None, :]
+    rotated = load(nth_H) * angle(cos_ref) + sign_1H * load((nth_H + half) % (2 * half)) * angle(sin_ref)
+    return rotated.astype(ref.dtype)
 
 
 def _kernel(
     table_ref: Any,
+    group_ref: Any,
     start_ref: Any,
     count_ref: Any,
     visible_ref: Any,
@@ -57,57 +63,50 @@ def _kernel(
     *,
     page_size: int,
     kv_heads: int,
+    entries: int,
 ) -> None:
-    start, count, head = start_ref[...], count_ref[...], pl.program_id(1)
+    group, start, count, head = group_ref[...], start_ref[...], count_ref[...], pl.program_id(1)
     stored = visible_ref[...] - count  # entries that lie in the cache already
     groups, width = out_ref.shape
-    half = width // 2
-    cos, sin = cos_ref[...], sin_ref[...]
-    key = _rotated(projected_ref, groups * kv_heads + head, cos, sin)
-    value_H = projected_ref[groups * kv_heads + kv_heads + head, :]
-    _append(table_ref, keys_ref, values_ref, key, value_H, start, count, page_size)
-    heads = [_rotated(projected_ref, head * groups + g, cos, sin) for g in range(groups)]
-    queries = [tuple(part.astype(jnp.float32) * width**-0.5 for part in parts) for parts in heads]
-    key32, value32_H = tuple(part.astype(jnp.float32) for part in key), value_H.astype(jnp.float32)
+    nth_G, nth_H = jnp.arange(max(_MIN_ROWS, 1 << (groups - 1).bit_length())), jnp.arange(width)
+    query_GH = _rotated(projected_ref, head * groups + nth_G, nth_G < groups, cos_ref, sin_ref)
+    first_key = groups * kv_heads + head
+    key_1H = _rotated(projected_ref, jnp.full((1,), first_key), jnp.full((1,), True), cos_ref, sin_ref)
+    value_1H = projected_ref[first_key + kv_heads, :][None, :]
+    row = table_ref[group, start // page_size] * page_size + start % page_size
+    for ref, own_1H in ((keys_ref, key_1H), (values_ref, value_1H)):
+        place = ref.at[jnp.full((1, width), row), nth_H[None, :]]
+        plgpu.store(place, own_1H, mask=jnp.full((1, width), count > 0))
+    precision = jax.lax.Precision.HIGHEST if query_GH.dtype == jnp.float32 else None
+    dot = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    def read(step: Any, states: Any) -> Any:
-        entry_X = step * _ENTRIES + jnp.arange(_ENTRIES)
+    def read(step: Any, state: Any) -> Any:
+        top_G, total_G, sum_GH = state
+        entry_X = step * entries + jnp.arange(entries)
         valid_X = entry_X < stored
-        page_X = plgpu.load(table_ref.at[entry_X // page_size], mask=valid_X, other=0)
-        row_X = page_X * page_size + entry_X % page_size
-        keys = (_tile(keys_ref, row_X, valid_X, 0, half), _tile(keys_ref, row_X, valid_X, half, half))
-        values_XH = _tile(values_ref, row_X, valid_X, 0, width)
-        return tuple(_attend_to(q, keys, values_XH, valid_X, s) for q, s in zip(queries, states, strict=True))
+        page_X = plgpu.load(table_ref.at[group, entry_X // page_size], mask=valid_X, other=0)
+        rows_XH = jnp.broadcast_to((page_X * page_size + entry_X % page_size)[:, None], (entries, width))
+        columns_XH = jnp.broadcast_to(nth_H[None, :], (entries, width))
+        mask = jnp.broadcast_to(valid_X[:, None], (entries, width))
+        keys_XH = plgpu.load(keys_ref.at[rows_XH, columns_XH], mask=mask, other=0)
+        values_XH = plgpu.load(values_ref.at[rows_XH, columns_XH], mask=mask, other=0)
+        score_GX = dot(query_GH, keys_XH, (((1,), (1,)), ((), ()))) * width**-0.5
+        score_GX = jnp.where(valid_X[None, :], score_GX, -jnp.inf)
+        new_top_G = jnp.maximum(top_G, jnp.max(score_GX, axis=1))
+        weight_GX, kept_G = jnp.exp(score_GX - new_top_G[:, None]), jnp.exp(top_G - new_top_G)
+        fresh_GH = dot(weight_GX.astype(values_XH.dtype), values_XH, (((1,), (0,)), ((), ())))
+        return new_top_G, total_G * kept_G + jnp.sum(weight_GX, axis=1), sum_GH * kept_G[:, None] + fresh_GH
 
     # the row's own entry first: a finite maximum even where nothing is stored; a row that appends nothing finds its own
     # entry in the cache, so here its weight is 0
     own = count.astype(jnp.float32)
-    tops = [jnp.sum(query[0] * key32[0]) + jnp.sum(query[1] * key32[1]) for query in queries]
-    states = tuple((top, own, value32_H * own) for top in tops)
-    states = jax.lax.fori_loop(0, pl.cdiv(stored, _ENTRIES), read, states)
-    for g, (_, total, sum_H) in enumerate(states):
-        out_ref[g, :] = (sum_H / jnp.maximum(total, 1e-30)).astype(out_ref.dtype)
-
-
-def _append(
-    table_ref: Any, keys_ref: Any, values_ref: Any, key: KeyValue, value_H: jax.Array, start: Any, count: Any, size: int
-) -> None:
-    row = table_ref[start // size] * size + start % size
-    half, width = key[0].shape[0], value_H.shape[0]
-    for part, first in ((key[0], 0), (key[1], half)):
-        place = keys_ref.at[jnp.full((half,), row), first + jnp.arange(half)]
-        plgpu.store(place, part, mask=jnp.full((half,), count > 0))
-    place = values_ref.at[jnp.full((width,), row), jnp.arange(width)]
-    plgpu.store(place, value_H, mask=jnp.full((width,), count > 0))
-
-
-def _tile(ref: Any, row_X: jax.Array, valid_X: jax.Array, first: int, count: int) -> jax.Array:
-    """float32 [X, count]: part of some rows of a pool."""
-    shape = (row_X.shape[0], count)
-    rows = jnp.broadcast_to(row_X[:, None], shape)
-    columns = jnp.broadcast_to(first + jnp.arange(count)[None, :], shape)
-    mask = jnp.broadcast_to(valid_X[:, None], shape)
-    return plgpu.load(ref.at[rows, columns], mask=mask, other=0.0).astype(jnp.float32)
+    top_G = jnp.sum(query_GH.astype(jnp.float32) * key_1H.astype(jnp.float32), axis=1) * width**-0.5
+    sum_GH = jnp.broadcast_to(value_1H.astype(jnp.float32) * own, query_GH.shape)
+    state = (top_G, jnp.full(top_G.shape, own), sum_GH)
+    _, total_G, sum_GH = jax.lax.fori_loop(0, pl.cdiv(stored, entries), read, state)
+    out_GH = (sum_GH / jnp.maximum(total_G, 1e-30)[:, None]).astype(out_ref.dtype)
+    rows_GH, columns_GH = (jnp.broadcast_to(x, out_GH.shape) for x in (nth_G[:, None], nth_H[None, :]))
+    plgpu.store(out_ref.at[rows_GH, columns_GH], out_GH, mask=rows_GH < groups)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -115,7 +114,8 @@ def decode_attention(
     projected_BMH: jax.Array,
     angles: Rotary,
     cached: KeyValue,
-    table_BX: jax.Array,
+    table_YM: jax.Array,
+    group_B: jax.Array,
     start_B: jax.Array,
     count_B: jax.Array,
     visible_B: jax.Array,
@@ -129,7 +129,8 @@ def decode_attention(
             n // G.
         angles: float32 cosine and sine [B, H/2] of the tokens' positions.
         cached: keys and values [P, Z, K, H] of one layer; updated in place where the caller lets go of them.
-        table_BX: int32 pages of each row's group.
+        table_YM: int32 pages of every group.
+        group_B: int32 group of each row.
         start_B: int32 entries held before.
         count_B: int32: 1 where the token is appended, 0 where the row only reads.
         visible_B: int32 entries to attend to, the appended one included; 0 gives zeros.
@@ -142,24 +143,25 @@ def decode_attention(
     pages, size, kv_heads, _ = cached[0].shape
     groups = (projected - 2 * kv_heads) // kv_heads
     whole = lambda *shape: pl.BlockSpec((None, *shape), lambda b, _: (b, *(0,) * len(shape)))  # noqa: E731
+    table = pl.BlockSpec(table_YM.shape, lambda _, k: (0, 0))
     pool = pl.BlockSpec((pages * size, None, width), lambda _, k: (0, k, 0))
     out = pl.BlockSpec((None, None, groups, width), lambda b, k: (b, k, 0, 0))
     angle, scalar = whole(width // 2), whole()
     flat = tuple(x.reshape(pages * size, kv_heads, width) for x in cached)
     call = pl.pallas_call(
-        functools.partial(_kernel, page_size=size, kv_heads=kv_heads),
+        functools.partial(_kernel, page_size=size, kv_heads=kv_heads, entries=_ENTRIES),
         grid=(rows, kv_heads),
-        in_specs=[whole(table_BX.shape[1]), scalar, scalar, scalar, whole(projected, width), angle, angle, pool, pool],
+        in_specs=[table, scalar, scalar, scalar, scalar, whole(projected, width), angle, angle, pool, pool],
         out_specs=[out, pool, pool],
         out_shape=[
             jax.ShapeDtypeStruct((rows, kv_heads, groups, width), projected_BMH.dtype),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat),
         ],
-        input_output_aliases={7: 1, 8: 2},
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=2),
+        input_output_aliases={8: 1, 9: 2},
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         interpret=interpret,
         name="decode_attention",
     )
-    out_BKGH, *flat = call(table_BX, start_B, count_B, visible_B, projected_BMH, *angles, *flat)
+    out_BKGH, *flat = call(table_YM, group_B, start_B, count_B, visible_B, projected_BMH, *angles, *flat)
     keys, values = (x.reshape(cached[0].shape) for x in flat)
     return out_BKGH.reshape(rows, groups * kv_heads, width), (keys, values)

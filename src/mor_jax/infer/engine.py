@@ -9,17 +9,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from mor_jax.errors import require
-from mor_jax.infer.attention import DecodeBackend, decode_backend
+from mor_jax.infer.attention import DecodeBackend, decode_backend, products_backend
 from mor_jax.infer.cache import KvUsage, kv_layout, kv_usage
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.sampling import Sampling
 from mor_jax.infer.stages import dispatch
-from mor_jax.infer.state import Control, Counters, Emitted, EngineShape, empty_control, init_state
+from mor_jax.infer.state import COUNTERS, Control, Emitted, EngineShape, empty_control, init_state
 from mor_jax.infer.weights import DecodeModel
 
 
@@ -36,7 +37,7 @@ class EngineOptions:
     exit_slots: int | None = None
     """Tokens that leave and enter together; None is what block_slots leave of max_running (all for one pass)."""
     exit_at: int | None = None
-    """Tokens that make an exit step due; None is exit_slots."""
+    """Tokens that make an exit step due; None is exit_slots, 1 runs one in every step."""
     staged: int | None = None
     """Further sequences whose prompt is read ahead; None is a quarter of max_running, at least 2."""
     steps: int = 16
@@ -53,6 +54,11 @@ class EngineOptions:
     """Pages of the first and last layers' pool; None likewise."""
     backend: DecodeBackend = "auto"
     """Decode attention."""
+    products: DecodeBackend = "auto"
+    """Matrix products of decoded tokens, with the norms, activations and residuals around them, and sampling."""
+    cuts: bool = True
+    """Whether requests may cut the vocabulary (top-k, top-p). Without, the device need not ask the host in every exit
+    step whether one does, and such requests are refused."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_length", "steps", "page_size", "prefill_rows", "prefill_chunk"):
@@ -77,6 +83,8 @@ def engine_shape(model: DecodeModel, options: EngineOptions) -> EngineShape:
         block_pages=options.block_pages,
         edge_pages=options.edge_pages,
         backend=decode_backend(model.config, options.backend),
+        products=products_backend(max(block, exits), options.products),
+        cuts=options.cuts,
     )
 
 
@@ -95,8 +103,7 @@ class Request:
     """Budget of passes per token; None is the model's."""
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One generated token."""
 
     request: int
@@ -159,7 +166,7 @@ class Engine:
         self._next_number = 0
         self._admissions = 0
         self._cancelled: set[int] = set()
-        self._flight: deque[tuple[list[int], jax.Array, Counters]] = deque()
+        self._flight: deque[tuple[list[int], jax.Array, jax.Array]] = deque()
         self._pages = [pool.free_P.shape[0] for pool in self._state.cache.pools]
         self._promised = [0] * len(self._pages)
 
@@ -202,6 +209,10 @@ class Engine:
         )
         require(
             request.max_depth is None or request.max_depth >= 1, f"max_depth={request.max_depth} must be at least 1"
+        )
+        require(
+            self.shape.cuts or (request.sampling.top_k == 0 and request.sampling.top_p == 1),
+            f"top_k={request.sampling.top_k}, top_p={request.sampling.top_p} need an engine with cuts=True",
         )
         needed = self._needed(request)
         require(
@@ -345,32 +356,27 @@ class Engine:
         self.statistics.prefills += 1
 
     def _collect(self, keep: int) -> list[Token]:
-        tokens = []
+        tokens: list[Token] = []
         while len(self._flight) > keep:
             numbers, packed, counters = self._flight.popleft()
             packed, counters = jax.device_get((packed, counters))
             emitted = Emitted.unpack(packed)
             now, total = time.perf_counter(), self.statistics
-            for counter in dataclasses.fields(Counters):
-                setattr(total, counter.name, getattr(total, counter.name) + int(getattr(counters, counter.name)))
-            for step, slot in np.argwhere(emitted.place >= 0):
-                tokens.append(self._token(numbers, emitted, step, slot, now))
-        tokens = [token for token in tokens if token is not None]
+            for name, number in zip(COUNTERS, counters.tolist(), strict=True):
+                setattr(total, name, getattr(total, name) + number)
+            filled = emitted.place >= 0
+            fields = (emitted.place, emitted.token, emitted.depth, emitted.log_probability, emitted.finished)
+            # plain numbers at once: converting them one by one would take longer than the device's work
+            tokens += self._tokens(numbers, now, *(field[filled].tolist() for field in fields))
         self.statistics.tokens += len(tokens)
         return tokens
 
-    def _token(self, numbers: Sequence[int], emitted: Emitted, step: int, slot: int, now: float) -> Token | None:
-        index = int(emitted.place[step, slot])
-        place, finished = self._places[index], bool(emitted.finished[step, slot])
-        if place is None or place.number != numbers[index] or place.number in self._cancelled:
-            return None  # cancelled after this dispatch had been launched
-        if finished:
-            self._empty(index)
-        return Token(
-            request=place.number,
-            token=int(emitted.token[step, slot]),
-            depth=int(emitted.depth[step, slot]),
-            log_probability=float(emitted.log_probability[step, slot]),
-            finished=finished,
-            time=now,
-        )
+    def _tokens(self, numbers: Sequence[int], now: float, *fields: list[Any]) -> Iterator[Token]:
+        """Name the requests of emitted tokens; those cancelled after the dispatch had been launched give none."""
+        for index, token, depth, log_probability, finished in zip(*fields, strict=True):
+            place = self._places[index]
+            if place is None or place.number != numbers[index] or place.number in self._cancelled:
+                continue
+            if finished:
+                self._empty(index)
+            yield Token(place.number, token, depth, log_probability, finished, now)

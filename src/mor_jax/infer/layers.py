@@ -1,16 +1,21 @@
-"""The model's layers over a paged cache: the training modules, applied one by one (letters: B T D V R L)."""
+"""The model's layers over a paged cache: the training modules, applied one by one, or their kernels for single tokens.
+
+Letters: B rows, T tokens, D width, V vocabulary, R recursions, L layers, X projected features, Y attention's output.
+"""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mor_jax.config import PerfConfig
+from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.infer.attention import PagedStore
 from mor_jax.infer.cache import PagedCache
-from mor_jax.infer.weights import DecodeModel
-from mor_jax.model.attention import LayerContext, TokenView
+from mor_jax.infer.product_kernel import product
+from mor_jax.infer.weights import DecodeModel, LayerWeights
+from mor_jax.model.attention import KeyValue, LayerContext, TokenView
 from mor_jax.model.layers import rms_norm
 from mor_jax.model.recursion import make_context
 from mor_jax.model.transformer import DecoderLayer
@@ -40,7 +45,9 @@ def edge_layer(
     """Apply the first (index 0) or the last (1) layer; models without them return their arguments."""
     if edge is None:
         return x_BTD, edge
-    return _layer(model, (model.first, model.last)[index], x_BTD, context, edge, index)
+    weights = (model.first, model.last)[index]
+    assert weights is not None
+    return _layer(model, weights, x_BTD, context, edge, index)
 
 
 def block_pass(
@@ -50,7 +57,7 @@ def block_pass(
     recursion = model.config.recursion
     repeats = recursion.num_recursions if recursion.is_sequence else 1
     shares = recursion.kv_strategy == "shared"
-    for layer, params in enumerate(model.block):
+    for layer, weights in enumerate(model.block):
         for repeat in range(repeats):
             index = layer if shares else layer * repeats + repeat
             reads_only = shares and repeat > 0
@@ -58,7 +65,7 @@ def block_pass(
             assert isinstance(store, PagedStore)
             own = dataclasses.replace(context, store=dataclasses.replace(store, writes=store.writes and not reads_only))
             place_B = jnp.full_like(recursion_B, repeat) if recursion.is_sequence else recursion_B
-            x_BTD, cache = _layer(model, params, x_BTD, own, cache, index, _norms(model, layer, place_B))
+            x_BTD, cache = _layer(model, weights, x_BTD, own, cache, index, _norms(model, layer, place_B))
     return x_BTD, cache
 
 
@@ -71,20 +78,54 @@ def _norms(model: DecodeModel, layer: int, recursion_B: jax.Array) -> Any:
 
 def _layer(
     model: DecodeModel,
-    params: Any,
+    weights: LayerWeights,
     x_BTD: jax.Array,
     context: LayerContext,
     cache: PagedCache,
     index: int,
     norms: Any = None,
 ) -> tuple[jax.Array, PagedCache]:
+    store = context.store
+    assert isinstance(store, PagedStore)
+    if store.products == "pallas" and x_BTD.shape[1] == 1:
+        x_BD, cache = _fused_layer(model.config, weights, x_BTD[:, 0], context, cache, index, norms)
+        return x_BD[:, None], cache
     cached = (cache.keys[index], cache.values[index])
-    module = DecoderLayer(model.config, PerfConfig())
+    module, params = DecoderLayer(model.config, PerfConfig()), weights.module_params(model.config)
     output: Any = module.apply({"params": params}, x_BTD, context, cached, norms)
-    x_BTD, (keys, values) = output
-    replaced = (_put(cache.keys, index, keys), _put(cache.values, index, values))
-    return x_BTD, dataclasses.replace(cache, keys=replaced[0], values=replaced[1])
+    x_BTD, cached = output
+    return x_BTD, _put(cache, index, cached)
 
 
-def _put(pools: tuple[jax.Array, ...], index: int, pool: jax.Array) -> tuple[jax.Array, ...]:
-    return (*pools[:index], pool, *pools[index + 1 :])
+def _fused_layer(
+    config: ModelConfig,
+    weights: LayerWeights,
+    x_BD: jax.Array,
+    context: LayerContext,
+    cache: PagedCache,
+    index: int,
+    norms: Any,
+) -> tuple[jax.Array, PagedCache]:
+    """A layer over one token per row in five kernels: four products, and attention between them."""
+    store, rows, head_dim = context.store, x_BD.shape[0], config.head_dim
+    assert isinstance(store, PagedStore)
+    run = functools.partial(product, epsilon=config.norm_epsilon, interpret=jax.default_backend() == "cpu")
+    own = {} if norms is None else {name: norm["scale"][:, 0] for name, norm in norms.items()}
+    scales = {"attention_norm": weights.attention_norm_D, "ffn_norm": weights.ffn_norm_D} | own
+    heads = config.num_heads + (2 * config.num_kv_heads if store.writes else 0)
+    projected_BX, _ = run(x_BD, weights.query_key_value_XD, scale=scales["attention_norm"], outputs=heads * head_dim)
+    projected_B1MH = projected_BX.reshape(rows, 1, heads, head_dim)
+    out_B1NH, cached = store.attend(projected_B1MH, (cache.keys[index], cache.values[index]), context.rotary)
+    out_BY, tickets_X = out_B1NH.reshape(rows, -1), cache.tickets_X
+    x_BD, tickets_X = run(out_BY, weights.output_DY, residual_BN=x_BD, tickets_X=tickets_X)
+    hidden_BF, _ = run(x_BD, weights.gate_up_2FD, scale=scales["ffn_norm"])
+    x_BD, tickets_X = run(hidden_BF, weights.down_DF, residual_BN=x_BD, tickets_X=tickets_X)
+    return x_BD, dataclasses.replace(_put(cache, index, cached), tickets_X=tickets_X)
+
+
+def _put(cache: PagedCache, index: int, cached: KeyValue) -> PagedCache:
+    keys, values = (
+        (*pools[:index], pool, *pools[index + 1 :])
+        for pools, pool in zip((cache.keys, cache.values), cached, strict=True)
+    )
+    return dataclasses.replace(cache, keys=keys, values=values)

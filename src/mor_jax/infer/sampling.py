@@ -39,6 +39,40 @@ class SamplingRows:
     top_p_E: Any
     seed_E: Any
 
+    @property
+    def draws_E(self) -> jax.Array:
+        """bool: rows that draw at random."""
+        return self.temperature_E > 0
+
+    @property
+    def cuts_E(self) -> jax.Array:
+        """bool: rows that draw from a part of the vocabulary."""
+        return self.draws_E & ((self.top_k_E > 0) | (self.top_p_E < 1))
+
+
+def noise_keys(seed_E: jax.Array, position_E: jax.Array) -> jax.Array:
+    """uint32 [2, E]: what the noise of a row depends on beside the token."""
+    fold = lambda seed, position: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), position))  # noqa: E731
+    return jax.vmap(fold, out_axes=1)(seed_E, position_E)
+
+
+def gumbel(key0: jax.Array, key1: jax.Array, token: jax.Array) -> jax.Array:
+    """float32 standard Gumbel noise of uint32 tokens under two key words; shapes broadcast.
+
+    A hash in plain integer arithmetic, so that kernels and XLA draw the same. Large noise, which decides, comes from
+    uniforms near 0, where float32 is fine.
+    """
+    bits = _mix(_mix(token * jnp.uint32(0x9E3779B9) + key0) ^ key1)
+    uniform = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """MurmurHash3's finaliser: every input bit reaches every output bit."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return bits ^ (bits >> jnp.uint32(16))
+
 
 def sample(logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Choose a token per row.
@@ -51,11 +85,9 @@ def sample(logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array) -> t
     Returns:
         int32 tokens, and their float32 log-probability under the model (before temperature and cuts).
     """
-    greedy_E = jnp.argmax(logits_EV, axis=-1).astype(jnp.int32)
-    draws_E = rows.temperature_E > 0
-    cuts_E = draws_E & ((rows.top_k_E > 0) | (rows.top_p_E < 1))
+    greedy_E, draws_E = jnp.argmax(logits_EV, axis=-1).astype(jnp.int32), rows.draws_E
     # noise is made only if somebody draws, and the vocabulary is sorted only if somebody cuts it
-    level = jnp.any(draws_E).astype(jnp.int32) + jnp.any(cuts_E)
+    level = jnp.any(draws_E).astype(jnp.int32) + jnp.any(rows.cuts_E)
     drawn_E = jax.lax.switch(level, (lambda *_: greedy_E, _draw, _draw_cut), logits_EV, rows, position_E)
     token_E = jnp.where(draws_E, drawn_E, greedy_E)
     picked_E1 = jnp.take_along_axis(logits_EV, token_E[:, None], axis=-1)
@@ -90,5 +122,5 @@ def _scaled(logits_EV: jax.Array, rows: SamplingRows) -> jax.Array:
 
 
 def _noise(rows: SamplingRows, position_E: jax.Array, size: int) -> jax.Array:
-    draw = lambda seed, position: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (size,))  # noqa: E731
-    return jax.vmap(draw)(rows.seed_E, position_E)
+    keys_2E1 = noise_keys(rows.seed_E, position_E)[:, :, None]
+    return gumbel(keys_2E1[0], keys_2E1[1], jnp.arange(size, dtype=jnp.uint32)[None, :])

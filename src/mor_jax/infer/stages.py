@@ -2,7 +2,8 @@
 
 A *block step* runs the shared block once for C tokens of different sequences that may stand at different recursions. An
 *exit step* takes E tokens out of their last pass, through last layer, head and sampling, and their successors in,
-through embedding, first layer and router. It runs when E tokens wait for it, or when the block would have free slots.
+through embedding, first layer and router. It runs when `exit_at` tokens wait for it, or when the block would have free
+slots; with `exit_at` 1, and for models of one pass, in every step.
 All decisions are taken on the device; a dispatch runs many steps. Vanilla models are the case of one pass.
 
 Letters: S places, C block slots, E exit slots, M pages per group.
@@ -16,22 +17,24 @@ import jax.numpy as jnp
 
 from mor_jax.infer.attention import PagedStore
 from mor_jax.infer.cache import PagedCache, kv_layout, reserve
+from mor_jax.infer.choice_kernel import MAX_PLACES, choose_places
+from mor_jax.infer.head_kernel import sample_head
 from mor_jax.infer.layers import block_pass, decode_context, edge_layer, embed, logits
-from mor_jax.infer.sampling import sample
+from mor_jax.infer.sampling import SamplingRows, sample
 from mor_jax.infer.state import (
     DONE,
     ENTERING,
     LEAVING,
     RUNNING,
-    WAITING,
     Control,
-    Counters,
     Emitted,
     EngineShape,
     EngineState,
+    Slots,
     apply_control,
     choose,
-    ranks,
+    count,
+    promote,
 )
 from mor_jax.infer.walk import Walk, advance, start_walk
 from mor_jax.infer.weights import DecodeModel
@@ -41,7 +44,7 @@ from mor_jax.model.attention import LayerContext
 @functools.partial(jax.jit, static_argnames="shape", donate_argnums=1)
 def dispatch(
     model: DecodeModel, state: EngineState, control: Control, *, shape: EngineShape
-) -> tuple[EngineState, jax.Array, Counters]:
+) -> tuple[EngineState, jax.Array, jax.Array]:
     """Take the host's wishes and run ``shape.steps`` steps.
 
     Args:
@@ -51,42 +54,33 @@ def dispatch(
         shape: static sizes.
 
     Returns:
-        The state, the tokens generated (packed ``Emitted`` [steps, F, E]), and the slots used.
+        The state, the tokens generated (packed ``Emitted`` [steps, F, E]), and the sums of ``COUNTERS``.
     """
     state = apply_control(state, control)
 
     def step(index: jax.Array, carry: tuple[EngineState, jax.Array]) -> tuple[EngineState, jax.Array]:
         state, emitted_XFE = carry
-        state = _promote(state, shape)
+        if not exits_always:
+            state = promote(state, shape)
         # the block's pool stays outside of the branches, which might copy it
         cache = state.cache
-        rest, edge, row_FE = jax.lax.cond(
-            _exit_is_due(state, shape),
-            lambda rest, edge: _exit_step(model, rest, edge, shape),
-            lambda rest, edge: (rest, edge, empty_FE),
-            dataclasses.replace(state, cache=None),
-            cache.edge,
-        )
+        rest = dataclasses.replace(state, cache=None)
+        leave = lambda rest, edge: _exit_step(model, rest, edge, shape, promotes=exits_always)  # noqa: E731
+        if exits_always:
+            rest, edge, row_FE = leave(rest, cache.edge)
+        else:
+            stay = lambda rest, edge: (rest, edge, empty_FE)  # noqa: E731
+            rest, edge, row_FE = jax.lax.cond(_exit_is_due(state, shape), leave, stay, rest, cache.edge)
         state = dataclasses.replace(rest, cache=dataclasses.replace(cache, edge=edge))
         state = _block_step(model, state, shape)
         return dataclasses.replace(state, step=state.step + 1), emitted_XFE.at[index].set(row_FE)
 
+    # where there is nothing to decide: a branch would make the host wait for the device in every step
+    exits_always = kv_layout(model.config).passes == 1 or shape.exit_at == 1
     empty_FE = Emitted.none(shape.exit_slots).pack()
     emitted_XFE = jnp.broadcast_to(empty_FE[None], (shape.steps, *empty_FE.shape))
     state, emitted_XFE = jax.lax.fori_loop(0, shape.steps, step, (state, emitted_XFE))
-    return state, emitted_XFE, state.counters
-
-
-def _promote(state: EngineState, shape: EngineShape) -> EngineState:
-    """Start waiting requests while fewer than ``max_running`` run."""
-    waits_S = state.phase_S == WAITING
-    running = jnp.sum((state.phase_S > WAITING) & (state.phase_S < DONE))
-    starts_S = waits_S & (ranks(waits_S, state.requests.order) < shape.max_running - running)
-    return dataclasses.replace(
-        state,
-        phase_S=jnp.where(starts_S, ENTERING, state.phase_S),
-        since_S=jnp.where(starts_S, state.step, state.since_S),
-    )
+    return state, emitted_XFE, state.counters_F
 
 
 def _exit_is_due(state: EngineState, shape: EngineShape) -> jax.Array:
@@ -95,17 +89,28 @@ def _exit_is_due(state: EngineState, shape: EngineShape) -> jax.Array:
     return (exits >= shape.exit_at) | ((exits > 0) & (block < shape.starves_below))
 
 
+def _choose(
+    state: EngineState, phases: tuple[int, ...], slots: int, shape: EngineShape, *, promotes: bool = False
+) -> tuple[EngineState, Slots]:
+    """Fill a stage's slots, after starting waiting requests if ``promotes``."""
+    if shape.products == "pallas" and shape.places <= MAX_PLACES:
+        most, interpret = shape.max_running if promotes else 0, jax.default_backend() == "cpu"
+        phase_S, since_S, chosen = choose_places(state, phases, slots, max_running=most, interpret=interpret)
+        return dataclasses.replace(state, phase_S=phase_S, since_S=since_S), chosen
+    state = promote(state, shape) if promotes else state
+    waits_S = functools.reduce(jnp.logical_or, [state.phase_S == phase for phase in phases])
+    return state, choose(waits_S, state.since_S, slots)
+
+
 def _take(tree: Walk, place_X: jax.Array) -> Walk:
     return jax.tree.map(lambda leaf_SX: leaf_SX.at[place_X].get(mode="clip"), tree)
 
 
-def _put(tree: Walk, place_X: jax.Array, rows: Walk, fields: tuple[str, ...]) -> Walk:
+def _put(tree: Walk, slots: Slots, rows: Walk, fields: tuple[str, ...]) -> Walk:
     """Store the fields that changed; places in phase `RUNNING` are going, so that is not stored."""
     new = {name: getattr(rows, name) for name in fields}
     old = {name: getattr(tree, name) for name in fields}
-    return dataclasses.replace(
-        tree, **jax.tree.map(lambda leaf_SX, row: leaf_SX.at[place_X].set(row, mode="drop"), old, new)
-    )
+    return dataclasses.replace(tree, **jax.tree.map(slots.put, old, new))
 
 
 def _shares(model: DecodeModel) -> bool:
@@ -129,13 +134,35 @@ def _token_store(
 ) -> tuple[PagedCache, PagedStore]:
     """Room for one more entry of the groups that get one, and the store through which layers see them."""
     cache, start_X = reserve(cache, place_X, group_X, count_X, 1)
-    table_XM = cache.table_SGM.at[place_X, group_X].get(mode="clip")
     visible_X = jnp.where(valid_X, start_X + count_X, 0)
-    return cache, PagedStore(table_XM, start_X, count_X, visible_X[:, None], backend=shape.backend)
+    return cache, _store(cache, place_X, group_X, start_X, count_X, visible_X, shape)
+
+
+def _store(
+    cache: PagedCache,
+    place_X: jax.Array,
+    group_X: jax.Array,
+    start_X: jax.Array,
+    count_X: jax.Array,
+    visible_X: jax.Array,
+    shape: EngineShape,
+) -> PagedStore:
+    places, groups, pages = cache.table_SGM.shape
+    return PagedStore(
+        table_BM=cache.table_SGM.at[place_X, group_X].get(mode="clip"),
+        start_B=start_X,
+        count_B=count_X,
+        visible_BT=visible_X[:, None],
+        backend=shape.backend,
+        products=shape.products,
+        table_YM=cache.table_SGM.reshape(-1, pages),
+        group_B=jnp.minimum(place_X, places - 1) * groups + group_X,
+    )
 
 
 def _block_step(model: DecodeModel, state: EngineState, shape: EngineShape) -> EngineState:
-    place_C, valid_C = choose(state.phase_S == RUNNING, state.since_S, shape.block_slots)
+    state, slots = _choose(state, (RUNNING,), shape.block_slots, shape)
+    place_C, valid_C = slots.place_X, slots.filled_X
     walk, groups = _take(state.walk_S, place_C), kv_layout(model.config).groups
     whole_C1 = jnp.ones_like(walk.going_BT)
     walk = dataclasses.replace(walk, going_BT=whole_C1, applies_BT=walk.applies_BT if _shares(model) else whole_C1)
@@ -149,28 +176,24 @@ def _block_step(model: DecodeModel, state: EngineState, shape: EngineShape) -> E
     out_C1D, block = block_pass(model, block, walk.x_BTD, context, recursion_C)
     walk = advance(model, walk, out_C1D)
     phase_C = jnp.where(walk.going_BT[:, 0], RUNNING, LEAVING)
-    counters = dataclasses.replace(
-        state.counters,
-        block_steps=state.counters.block_steps + 1,
-        block_used=state.counters.block_used + jnp.sum(valid_C),
-        block_entries=state.counters.block_entries + jnp.sum(store.visible_BT),
-    )
+    entries = jnp.sum(store.visible_BT)
+    counters_F = count(state.counters_F, block_steps=1, block_used=jnp.sum(valid_C), block_entries=entries)
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(state.cache, block=block),
-        walk_S=_put(state.walk_S, place_C, walk, _stored(model)),
-        phase_S=state.phase_S.at[place_C].set(phase_C, mode="drop"),
-        since_S=state.since_S.at[place_C].set(state.step, mode="drop"),
-        counters=counters,
+        walk_S=_put(state.walk_S, slots, walk, _stored(model)),
+        phase_S=slots.put(state.phase_S, phase_C),
+        since_S=slots.put(state.since_S, jnp.broadcast_to(state.step, phase_C.shape)),
+        counters_F=counters_F,
     )
 
 
 def _exit_step(
-    model: DecodeModel, state: EngineState, edge: PagedCache | None, shape: EngineShape
+    model: DecodeModel, state: EngineState, edge: PagedCache | None, shape: EngineShape, *, promotes: bool
 ) -> tuple[EngineState, PagedCache | None, jax.Array]:
     """One exit step on a state without its caches, and the first and last layers' pool."""
-    waits_S = (state.phase_S == LEAVING) | (state.phase_S == ENTERING)
-    place_E, valid_E = choose(waits_S, state.since_S, shape.exit_slots)
+    state, slots = _choose(state, (LEAVING, ENTERING), shape.exit_slots, shape, promotes=promotes)
+    place_E, valid_E = slots.place_X, slots.filled_X
     at = lambda leaf_S: leaf_S.at[place_E].get(mode="clip")  # noqa: E731
     leaves_E = valid_E & (at(state.phase_S) == LEAVING)
     edge, token_E, emitted = _leave(model, state, edge, place_E, leaves_E, shape)
@@ -179,23 +202,19 @@ def _exit_step(
     max_depth_E = at(state.requests.max_depth)
     edge, walk = _enter(model, edge, place_E, stays_E, token_E, position_E, max_depth_E, shape)
     phase_E = jnp.where(stays_E, jnp.where(walk.going_BT[:, 0], RUNNING, LEAVING), DONE)
-    counters = dataclasses.replace(
-        state.counters,
-        exit_steps=state.counters.exit_steps + 1,
-        exit_used=state.counters.exit_used + jnp.sum(valid_E),
-        exit_entries=state.counters.exit_entries + jnp.sum(jnp.where(leaves_E, position_E, 0)),
-    )
+    entries = jnp.sum(jnp.where(leaves_E, position_E, 0))
+    counters_F = count(state.counters_F, exit_steps=1, exit_used=jnp.sum(valid_E), exit_entries=entries)
     token_choice = ("origin_BTD", "gate_BTR") if model.config.routing.kind == "token" else ()
-    remaining_S = state.requests.remaining.at[place_E].add(-leaves_E.astype(jnp.int32), mode="drop")
+    remaining_S = slots.put(state.requests.remaining, at(state.requests.remaining) - leaves_E)
     state = dataclasses.replace(
         state,
-        walk_S=_put(state.walk_S, place_E, walk, _stored(model, "limit_BT", *token_choice)),
-        phase_S=state.phase_S.at[place_E].set(phase_E, mode="drop"),
-        since_S=state.since_S.at[place_E].set(state.step, mode="drop"),
-        token_S=state.token_S.at[place_E].set(token_E, mode="drop"),
-        position_S=state.position_S.at[place_E].set(position_E, mode="drop"),
+        walk_S=_put(state.walk_S, slots, walk, _stored(model, "limit_BT", *token_choice)),
+        phase_S=slots.put(state.phase_S, phase_E),
+        since_S=slots.put(state.since_S, jnp.broadcast_to(state.step, phase_E.shape)),
+        token_S=slots.put(state.token_S, token_E),
+        position_S=slots.put(state.position_S, position_E),
         requests=dataclasses.replace(state.requests, remaining=remaining_S),
-        counters=counters,
+        counters_F=counters_F,
     )
     return state, edge, emitted.pack()
 
@@ -209,9 +228,8 @@ def _edge_context(
     shape: EngineShape,
 ) -> LayerContext:
     """What the first and last layers see: entry number and position are the same, a page holds both layers."""
-    table_EM = edge.table_SGM.at[place_E, 0].get(mode="clip")
-    visible_E1 = jnp.where(counts_E > 0, position_E + 1, 0)[:, None]
-    store = PagedStore(table_EM, position_E, counts_E, visible_E1, backend=shape.backend)
+    visible_E = jnp.where(counts_E > 0, position_E + 1, 0)
+    store = _store(edge, place_E, jnp.zeros_like(place_E), position_E, counts_E, visible_E, shape)
     return decode_context(model, position_E[:, None], store)
 
 
@@ -231,7 +249,7 @@ def _leave(
         context = _edge_context(model, edge, place_E, position_E, leaves_E.astype(jnp.int32), shape)
         x_E1D, edge = edge_layer(model, edge, x_E1D, context, 1)
     sampling = jax.tree.map(at, state.requests.sampling)
-    sampled_E, log_probability_E = sample(logits(model, x_E1D)[:, 0], sampling, position_E)
+    sampled_E, log_probability_E = _sample(model, x_E1D, sampling, position_E, leaves_E, shape)
     ends_E = (at(state.requests.remaining) <= 1) | (sampled_E == at(state.requests.stop_token))
     emitted = Emitted(
         place=jnp.where(leaves_E, place_E, -1),
@@ -241,6 +259,25 @@ def _leave(
         finished=leaves_E & ends_E,
     )
     return edge, jnp.where(leaves_E, sampled_E, at(state.token_S)), emitted
+
+
+def _sample(
+    model: DecodeModel,
+    x_E1D: jax.Array,
+    rows: SamplingRows,
+    position_E: jax.Array,
+    leaves_E: jax.Array,
+    shape: EngineShape,
+) -> tuple[jax.Array, jax.Array]:
+    """Head and sampling: token and log-probability of every row."""
+    plain = lambda: sample(logits(model, x_E1D)[:, 0], rows, position_E)  # noqa: E731
+    if shape.products != "pallas":
+        return plain()
+    head_VD = model.embedding_VD if model.head_VD is None else model.head_VD
+    interpret, epsilon = jax.default_backend() == "cpu", model.config.norm_epsilon
+    arguments = (x_E1D[:, 0], model.final_norm_D, head_VD, rows, position_E)
+    fused = lambda: sample_head(*arguments, epsilon=epsilon, interpret=interpret)  # noqa: E731
+    return jax.lax.cond(jnp.any(rows.cuts_E & leaves_E), plain, fused) if shape.cuts else fused()
 
 
 def _enter(

@@ -37,7 +37,7 @@ class EngineShape:
     exit_slots: int
     """E: tokens that leave together through last layer, head, sampling, embedding and first layer."""
     exit_at: int
-    """Tokens that make an exit step due."""
+    """Tokens that make an exit step due; 1 runs one in every step, and no step waits for the host."""
     places: int
     """S: sequences that hold pages: those decoded, and those whose prompt is read and that wait."""
     max_length: int
@@ -52,6 +52,10 @@ class EngineShape:
     """See ``CacheShape``."""
     backend: DecodeBackend = "xla"
     """Decode attention, resolved."""
+    products: DecodeBackend = "xla"
+    """Matrix products of decoded tokens, resolved."""
+    cuts: bool = True
+    """Whether requests may cut the vocabulary."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "block_slots", "exit_slots", "exit_at", "max_length", "steps"):
@@ -84,25 +88,14 @@ class Requests:
     sampling: SamplingRows
 
 
-@struct.dataclass
-class Counters:
-    """int32 sums since the last dispatch began."""
+COUNTERS = ("block_steps", "block_used", "block_entries", "exit_steps", "exit_used", "exit_entries")
+"""What a dispatch counts: passes over the block, slots of them that held a token, and cache entries that these attended
+to in each layer of the block; likewise exit steps, with the last layer's entries."""
 
-    block_steps: jax.Array
-    """Passes over the block."""
-    block_used: jax.Array
-    """Slots of them that held a token."""
-    block_entries: jax.Array
-    """Cache entries that they attended to, in each layer of the block."""
-    exit_steps: jax.Array
-    exit_used: jax.Array
-    exit_entries: jax.Array
-    """Cache entries that the last layer attended to."""
 
-    @classmethod
-    def zero(cls) -> "Counters":
-        """All 0."""
-        return cls(*(jnp.zeros((), jnp.int32) for _ in dataclasses.fields(cls)))
+def count(counters_F: jax.Array, **more: jax.Array | int) -> jax.Array:
+    """Add to some of ``COUNTERS``; they are one array, so that it takes one kernel."""
+    return counters_F + jnp.stack([jnp.asarray(more.get(name, 0), jnp.int32) for name in COUNTERS])
 
 
 @struct.dataclass
@@ -122,7 +115,8 @@ class EngineState:
     """Its way through the recursions, [S, 1, ...]."""
     requests: Requests
     step: jax.Array
-    counters: Counters
+    counters_F: jax.Array
+    """int32 [F]: sums since the last dispatch began; see ``COUNTERS``."""
 
 
 @struct.dataclass
@@ -186,7 +180,7 @@ def init_state(model: DecodeModel, shape: EngineShape) -> EngineState:
         walk_S=jax.jit(start_walk)(model, x_SD, jnp.ones((places, 1), jnp.int32)),
         requests=jax.tree.map(jnp.asarray, empty_requests(places)),
         step=jnp.zeros((), jnp.int32),
-        counters=Counters.zero(),
+        counters_F=jnp.zeros(len(COUNTERS), jnp.int32),
     )
 
 
@@ -217,7 +211,7 @@ def apply_control(state: EngineState, control: Control) -> EngineState:
         token_S=take(control.token, state.token_S),
         position_S=take(control.position, state.position_S),
         requests=jax.tree.map(take, control.requests, state.requests),
-        counters=Counters.zero(),
+        counters_F=jnp.zeros(len(COUNTERS), jnp.int32),
     )
 
 
@@ -229,14 +223,52 @@ def ranks(waits_S: jax.Array, key_S: jax.Array) -> jax.Array:
     return jnp.sum(waits_S[None, :] & (less_SS | ties_SS), axis=1, dtype=jnp.int32)
 
 
-def choose(waits_S: jax.Array, since_S: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Fill slots with the places that have waited longest.
+def is_running(phase_S: jax.Array) -> jax.Array:
+    """bool [S]: places that count towards ``max_running``."""
+    return (phase_S > WAITING) & (phase_S < DONE)
 
-    Returns:
-        int32 [slots] places, and bool [slots] whether a slot is filled; the others hold S, which writes drop.
-    """
+
+def promote(state: EngineState, shape: EngineShape) -> EngineState:
+    """Start waiting requests while fewer than ``max_running`` run."""
+    waits_S = state.phase_S == WAITING
+    running = jnp.sum(is_running(state.phase_S))
+    starts_S = waits_S & (ranks(waits_S, state.requests.order) < shape.max_running - running)
+    return dataclasses.replace(
+        state,
+        phase_S=jnp.where(starts_S, ENTERING, state.phase_S),
+        since_S=jnp.where(starts_S, state.step, state.since_S),
+    )
+
+
+@struct.dataclass
+class Slots:
+    """Which places fill the slots of a stage."""
+
+    place_X: jax.Array
+    """int32 [slots]; S where a slot is empty, which gathers clip."""
+    slot_S: jax.Array
+    """int32 [S]: the slot of each place; the number of slots where it has none."""
+
+    @property
+    def filled_X(self) -> jax.Array:
+        """bool [slots]."""
+        return self.place_X < self.slot_S.shape[0]
+
+    def put(self, leaf_S: jax.Array, row_X: jax.Array) -> jax.Array:
+        """Replace the rows of the places that have a slot.
+
+        A choice per place instead of a scatter per slot: XLA computes many of them in one kernel.
+        """
+        slots = self.place_X.shape[0]
+        has_S = (self.slot_S < slots).reshape(-1, *(1,) * (leaf_S.ndim - 1))
+        return jnp.where(has_S, row_X.astype(leaf_S.dtype).at[self.slot_S].get(mode="clip"), leaf_S)
+
+
+def choose(waits_S: jax.Array, since_S: jax.Array, slots: int) -> Slots:
+    """Fill slots with the places that have waited longest."""
     places = waits_S.shape[0]
-    rank_S = jnp.where(waits_S, ranks(waits_S, since_S), places)
-    holds_XS = rank_S[None, :] == jnp.arange(slots)[:, None]
+    slot_S = jnp.minimum(jnp.where(waits_S, ranks(waits_S, since_S), slots), slots)
+    holds_XS = slot_S[None, :] == jnp.arange(slots)[:, None]
     filled_X = jnp.any(holds_XS, axis=1)
-    return jnp.where(filled_X, jnp.argmax(holds_XS, axis=1).astype(jnp.int32), places), filled_X
+    place_X = jnp.where(filled_X, jnp.argmax(holds_XS, axis=1).astype(jnp.int32), places)
+    return Slots(place_X, slot_S)

@@ -1,7 +1,9 @@
 """A model ready to decode: weights in the compute dtype, one tree per layer, and the boundaries of its routers.
 
 Decoding unrolls the layers, so that every product reads its weights where they lie; a scan over stacked weights would
-copy each layer's slice first. Letters: R recursions, L layers in the block, V vocabulary, D width.
+copy each layer's slice first. Every matrix lies with its outputs first, so that a kernel that computes a few of them
+reads whole cache lines. Letters: R recursions, L layers in the block, V vocabulary, D width, F feed-forward, N K heads,
+M = N + 2K, H head dim.
 """
 
 import dataclasses
@@ -21,6 +23,35 @@ from mor_jax.model.transformer import compute_copy, head_matrix
 
 
 @struct.dataclass
+class LayerWeights:
+    """One layer, matrices as [outputs, inputs]."""
+
+    query_key_value_XD: jax.Array
+    """[M H, D]: N queries, K keys, K values."""
+    output_DY: jax.Array
+    """[D, N H]."""
+    gate_up_2FD: jax.Array
+    down_DF: jax.Array
+    attention_norm_D: jax.Array | None = None
+    """float32; None where the recursions have their own (``DecodeModel.norms``)."""
+    ffn_norm_D: jax.Array | None = None
+
+    def module_params(self, config: ModelConfig) -> dict[str, Any]:
+        """The parameters as ``DecoderLayer`` takes them; compilers turn the transpositions into products' operands."""
+        width, head_dim = config.d_model, config.head_dim
+        params: dict[str, Any] = {
+            "attention": {
+                JOINT_PROJECTION: self.query_key_value_XD.T.reshape(width, -1, head_dim),
+                "output": self.output_DY.T.reshape(config.num_heads, head_dim, width),
+            },
+            "ffn": {"gate_up": jnp.transpose(self.gate_up_2FD, (2, 0, 1)), "down": self.down_DF.T},
+        }
+        if self.attention_norm_D is not None and self.ffn_norm_D is not None:
+            params |= {"attention_norm": {"scale": self.attention_norm_D}, "ffn_norm": {"scale": self.ffn_norm_D}}
+        return params
+
+
+@struct.dataclass
 class DecodeModel:
     """Weights and configuration of a model that decodes."""
 
@@ -28,11 +59,11 @@ class DecodeModel:
     embedding_VD: jax.Array
     head_VD: jax.Array | None
     """Output head; None is the embedding."""
-    block: tuple[Any, ...]
-    """Parameters of each layer of the shared block."""
+    block: tuple[LayerWeights, ...]
+    """Each layer of the shared block."""
     final_norm_D: jax.Array
-    first: Any = None
-    last: Any = None
+    first: LayerWeights | None = None
+    last: LayerWeights | None = None
     norms: Any = None
     """Norm scales [R, L, D], if the recursions do not share them."""
     router: RouterParams | None = None
@@ -111,19 +142,26 @@ def prepare_weights(
 
 
 def _decode_weights(config: ModelConfig, params: Params) -> dict[str, Any]:
-    """Weights in the compute dtype, the block as a tuple of layers, projections joined."""
+    """Weights in the compute dtype, the block as a tuple of layers."""
     weights = dict(compute_copy(config, params))
     block = (jax.tree.map(lambda leaf_LX, i=i: leaf_LX[i], weights["block"]) for i in range(config.block_depth))
-    weights["block"] = tuple(map(_join, block))
-    return weights | {name: _join(weights[name]) for name in ("first", "last") if name in weights}
+    weights["block"] = tuple(map(_layer_weights, block))
+    return weights | {name: _layer_weights(weights[name]) for name in ("first", "last") if name in weights}
 
 
-def _join(layer: Any) -> dict[str, Any]:
-    attention = dict(layer["attention"])
-    query_DNH, key_value_DXKH = attention.pop("query"), attention.pop("key_value")
-    flat_DMH = key_value_DXKH.reshape(key_value_DXKH.shape[0], -1, key_value_DXKH.shape[-1])
-    attention[JOINT_PROJECTION] = jnp.concatenate([query_DNH, flat_DMH], axis=1)
-    return {**layer, "attention": attention}
+def _layer_weights(layer: Any) -> LayerWeights:
+    attention, ffn = layer["attention"], layer["ffn"]
+    width = attention["query"].shape[0]
+    parts = [attention[name].reshape(width, -1) for name in ("query", "key_value")]
+    scale = lambda name: layer[name]["scale"] if name in layer else None  # noqa: E731
+    return LayerWeights(
+        query_key_value_XD=jnp.concatenate(parts, axis=1).T,
+        output_DY=attention["output"].reshape(-1, width).T,
+        gate_up_2FD=jnp.transpose(ffn["gate_up"], (1, 2, 0)),
+        down_DF=ffn["down"].T,
+        attention_norm_D=scale("attention_norm"),
+        ffn_norm_D=scale("ffn_norm"),
+    )
 
 
 def _boundaries(config: ModelConfig) -> jax.Array:

@@ -50,9 +50,7 @@ def _inside(row: Any, shape: tuple[int, int], rows: int, width: int) -> jax.Arra
 # --- x + delta, and its norm ---
 
 
-def add_norm(
-    x_BCD: jax.Array, delta_BCD: jax.Array, scale_D: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array]:
+def add_norm(x_BCD: jax.Array, delta_BCD: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """Return (x + delta, its RMSNorm), each [B, C, D] in x's dtype; the gradients of both meet in one pass."""
 
     def local(x_BCD: jax.Array, delta_BCD: jax.Array, scale_D: jax.Array) -> tuple[jax.Array, jax.Array]:
