@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor_jax.bench.serve_profile import profile_dispatch
 from mor_jax.bench.serve_setup import (
     Scenario,
     ServeSettings,
@@ -53,7 +54,8 @@ def bench_model(model: DecodeModel, settings: ServeSettings, scenario: Scenario,
     begin = time.perf_counter()
     engine.warm_up(prompts=settings.prompt_length > 1)
     compile_seconds, compiled = time.perf_counter() - begin, compilations()
-    measured = _run(engine, make_requests(model.config, settings))
+    requests = make_requests(model.config, settings)
+    measured = _run(engine, requests)
     taken = parameter_bytes(model) + options.max_running * settings.reserve * bytes_per_position(model.config)
     return {
         "match": scenario.match,
@@ -66,7 +68,17 @@ def bench_model(model: DecodeModel, settings: ServeSettings, scenario: Scenario,
         "compilations_after_warm_up": compilations() - compiled,
         **measured,
         **_bound(model, engine, measured, bandwidth),
+        "profile": _profile(engine, requests) if settings.profile else None,
     }
+
+
+def _profile(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
+    """Kernels of a dispatch with all places taken and caches half full."""
+    for request in requests[: 2 * engine.shape.places]:
+        engine.submit(request)
+    for _ in range(max(2, 128 // engine.shape.steps)):
+        engine.step()
+    return profile_dispatch(engine)
 
 
 def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:

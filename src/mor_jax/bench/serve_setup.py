@@ -12,6 +12,7 @@ import numpy as np
 from mor_jax import presets
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
+from mor_jax.infer.attention import DecodeBackend
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.calibrate import calibrate_boundaries
 from mor_jax.infer.engine import EngineOptions, Request
@@ -48,12 +49,16 @@ class ServeSettings:
     """Of the draws; 100 makes them as uniform as the tokens that routers are calibrated on."""
     exit_factor: float = 2.0
     """`slots`: exit slots of a model with several passes, over its block slots."""
-    exit_share: float = 0.45
-    """`memory`: share of the sequences that must wait at the exit before it runs."""
+    exit_headroom: float = 1.2
+    """`memory`: exit slots of a model with several passes, over the tokens that leave after a pass on average."""
     steps: int = 32
     """Block passes per dispatch."""
     page_size: int = 16
     """Cache entries per page."""
+    products: DecodeBackend = "auto"
+    """Matrix products of decoded tokens."""
+    profile: bool = False
+    """Whether to trace one busy dispatch of every scenario and list its kernels."""
     calibration_rows: int = 128
     """Rows of 256 random tokens that routers are calibrated on (scores of a random model hardly differ in a row)."""
     seed: int = 0
@@ -134,12 +139,14 @@ def options_for(model: DecodeModel, settings: ServeSettings, scenario: Scenario)
         exits = exit_at = max(1, round(batch * settings.exit_factor))
         block, running = batch, batch + exits
     else:
-        # a pass costs about the same however full it is: all may go at once, and exits wait until many gather
+        # a pass costs about the same however full it is: all may go at once, and those that are through leave in the
+        # same step, so that the block's slots stay full and no step waits for a decision of the host
         budget = scenario.budget
         running = batch if budget is None else int((budget - parameter_bytes(model)) // per_sequence)
         require(running > 0, f"the parameters alone ({parameter_bytes(model)} bytes) exceed the budget of {budget}")
-        block = exits = running
-        exit_at = max(1, round(running * settings.exit_share))
+        block, exit_at = running, 1
+        leaving = settings.exit_headroom * running / sum(model.config.capacities)
+        exits = min(running, 16 * math.ceil(leaving / 16))
     groups = 1 if layout.groups == 1 else sum(model.config.capacities)
     return EngineOptions(
         max_running=running,
@@ -152,6 +159,8 @@ def options_for(model: DecodeModel, settings: ServeSettings, scenario: Scenario)
         prefill_chunk=min(256, max(1, settings.prompt_length - 1)),
         block_pages=math.ceil(running * pages * groups),
         edge_pages=running * pages,
+        products=settings.products,
+        cuts=False,
     )
 
 
