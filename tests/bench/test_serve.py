@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mor_jax.bench import serve
+from mor_jax.bench.serve_profile import summarize
 from mor_jax.bench.serve_setup import (
     Scenario,
     ServeSettings,
@@ -41,6 +42,7 @@ def test_engines_are_sized_by_slots_or_by_bytes():
     budget = weights + 10.5 * 64 * bytes_per_position(MOR)
     memory = options_for(_shell(MOR), SETTINGS, Scenario("memory", 8, budget))
     assert (memory.max_running, memory.block_slots, memory.block_pages, memory.edge_pages) == (10, 10, 120, 80)
+    assert (memory.exit_slots, memory.exit_at) == (10, 1)
     with pytest.raises(UserError, match="exceed the budget"):
         options_for(_shell(MOR), SETTINGS, Scenario("memory", 8, weights - 1.0))
 
@@ -75,3 +77,17 @@ def test_a_tiny_run_reports_what_it_measured(monkeypatch):
     budget = first["bytes_of_parameters_and_reserved_keys_and_values"]
     assert memory["bytes_of_parameters_and_reserved_keys_and_values"] <= budget
     assert sum(slots["tokens_per_depth"].values()) == pytest.approx(1)
+
+
+def test_kernels_of_a_dispatch_are_added_up_by_name():
+    kernels = [("product_norm", 1.0, 0.2), ("product_norm__1", 1.1, 0.2), ("loop_add_fusion_12", 1.5, 0.1)]
+    found = summarize(kernels, steps=2, count=5)
+    assert found["kernels_per_step"] == 1.5
+    # the first two overlap
+    np.testing.assert_allclose(found["busy_microseconds_per_step"], 0.4e6 / 2)
+    np.testing.assert_allclose(found["span_microseconds_per_step"], 0.6e6 / 2)
+    assert [(k["name"], k["number_per_step"]) for k in found["kernels"]] == [
+        ("product_norm", 1),
+        ("loop_add_fusion", 0.5),
+    ]
+    assert summarize([], steps=2, count=5)["kernels"] == []
