@@ -104,6 +104,7 @@ def running(model: LanguageModel, engine: EngineOptions = ENGINE, **options: Any
             client.get("/health")
             yield client
         finally:
-            client.drain()
+            if thread.is_alive():
+                client.drain()
             thread.join(timeout=30)
             assert not thread.is_alive()

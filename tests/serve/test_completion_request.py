@@ -93,7 +93,7 @@ def test_mistakes_name_field_value_and_rule(body, field, words):
     assert error == {
         "message": caught.value.message, "type": "invalid_request_error", "param": field, "code": None
     }  # fmt: skip
-    assert json.loads(caught.value.response().body)["error"] == error
+    assert json.loads(bytes(caught.value.response().body))["error"] == error
 
 
 def test_another_model_is_not_found():

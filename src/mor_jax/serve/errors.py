@@ -8,6 +8,8 @@ from starlette.responses import JSONResponse
 from mor_jax.errors import UserError
 
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error", 504: "timeout_error"}
+_UNREAD = (408, 413)
+"""Statuses that leave a part of the request unread."""
 CLIENT_LEFT = 499
 """Status, for the record only, of a request whose client did not wait for the answer."""
 
@@ -36,7 +38,9 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The whole answer."""
-        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else None
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        if self.status in _UNREAD:
+            headers["Connection"] = "close"
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 

@@ -1,6 +1,7 @@
 """Runs the server: socket, warm engine, uvicorn, and an orderly end on SIGTERM."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -30,16 +31,18 @@ def bind(options: ServeOptions) -> socket.socket:
     Raises:
         UserError: the address cannot be had.
     """
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, number)
-        if os.name == "posix":  # elsewhere it would let two servers share a port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise UserError(f"host={options.host!r} port={options.port}: {error.strerror or error}") from error
+    with contextlib.ExitStack() as failing:
+        try:
+            family, kind, number, _, address = socket.getaddrinfo(
+                options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = failing.enter_context(socket.socket(family, kind, number))
+            if os.name == "posix":  # elsewhere it would let two servers share a port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise UserError(f"host={options.host!r} port={options.port}: {error.strerror or error}") from error
+        failing.pop_all()
     return listener
 
 
@@ -56,7 +59,7 @@ class Server(uvicorn.Server):
     def __init__(self, model: LanguageModel, name: str, engine_options: EngineOptions, options: ServeOptions) -> None:
         engine = Engine(model.model, engine_options)
         engine.warm_up()
-        self.service = Service(engine, model.tokenizer, options, Metrics(name), self._stop_at_once)
+        self.service = Service(engine, model.tokenizer, options, Metrics(name), self._stop)
         page = make_page(name, kv_layout(model.config).passes)
         self._options, self._draining = options, None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -85,7 +88,7 @@ class Server(uvicorn.Server):
             log.warning("host=%s: whoever reaches it may use it, there is no authentication", self._options.host)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first SIGTERM or Ctrl-C ends the server in order, a second one at once."""
+        """The first SIGTERM or Ctrl-C lets requests finish, a second one cancels them."""
         if self._loop is None:  # nobody has been let in
             self.should_exit = True
         else:
@@ -96,14 +99,14 @@ class Server(uvicorn.Server):
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain())
         else:
-            self._stop_at_once()
+            self.service.hurry()
 
     async def _drain(self) -> None:
         await self.service.drain()
-        self.should_exit = True
+        self._stop()
 
-    def _stop_at_once(self) -> None:
-        self.should_exit = self.force_exit = True
+    def _stop(self) -> None:
+        self.should_exit = True
 
 
 def serve(load: Callable[[], tuple[LanguageModel, str, EngineOptions]], options: ServeOptions) -> int:

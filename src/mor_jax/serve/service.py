@@ -40,7 +40,7 @@ class Service:
     ) -> None:
         self.options, self.metrics = options, metrics
         self.engine_options, self.check = engine.options, engine.check  # neither touches what the thread changes
-        self.draining = self.failed = False
+        self.draining = self.failed = self._hurried = False
         self._tokenizer, self._on_failure = tokenizer, on_failure
         self._running, self._most_open = engine.shape.max_running, engine.shape.places + options.max_queue
         self._jobs: set[Job] = set()
@@ -94,6 +94,7 @@ class Service:
         self._open += len(requests)
         self._jobs.add(job)
         self.metrics.open_requests.set(len(self._jobs))
+        self.metrics.accepted.inc(len(requests))
         self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
         for sequence in job.sequences:
             self._thread.submit(sequence)
@@ -128,12 +129,16 @@ class Service:
         self.metrics.draining.set(1)
         limit = time.monotonic() + self.options.drain_seconds
         log.info("draining: %d requests may finish within %g s", len(self._jobs), self.options.drain_seconds)
-        while self._jobs and time.monotonic() < limit and not self.failed:
+        while self._jobs and time.monotonic() < limit and not (self.failed or self._hurried):
             await asyncio.sleep(0.05)
         if self._jobs:
             log.warning("%d requests have not finished and are cancelled", len(self._jobs))
         for job in list(self._jobs):
             job.fail(ApiError(503, "the server has shut down before the completion was finished", code="draining"))
+
+    def hurry(self) -> None:
+        """Let ``drain`` wait no longer."""
+        self._hurried = True
 
     def _retry_after(self) -> int:
         """Seconds in which about as many sequences end as wait now."""
