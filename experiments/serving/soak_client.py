@@ -80,15 +80,18 @@ class Client:
     violations: list[str] = field(default_factory=list)
     greedy: dict[str, str] = field(default_factory=dict)
     """Greedy completions by prompt: whatever the load, they stay the same."""
+    sent: int = 0
 
     async def one(self) -> None:
-        """Send one random request and keep its outcome."""
+        """Send one random request and keep its outcome; the first requests are one of each kind."""
         kinds: dict[Callable[[], Awaitable[str]], int] = {
             self.whole: 25, self.stream: 25, self.repeated: 10, self.leaves: 12, self.slow_reader: 6,
             self.never_reads: 2, self.overlong: 6, self.bad_json: 5, self.bad_field: 4, self.too_large: 2,
             self.half_sent: 2, self.unknown_path: 1,
         }  # fmt: skip
-        kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
+        self.sent += 1
+        drawn = self.rng.choices(list(kinds), list(kinds.values()))[0]
+        kind = list(kinds)[self.sent - 1] if self.sent <= len(kinds) else drawn
         name = getattr(kind, "__name__", "request")
         try:
             outcome = await asyncio.wait_for(kind(), timeout=120)
