@@ -218,6 +218,14 @@ def test_a_full_queue_asks_to_come_back(model):
         assert client.complete(prompt=["x"] * (places + 1), max_tokens=5).status == 200
 
 
+def test_too_many_connections_are_refused(model):
+    with running(model, max_connections=2) as client, _connect(client), _connect(client):
+        _wait(lambda: len(client.server.server_state.connections) >= 2)
+        answer = client.complete(prompt="x")
+        assert answer.status == 503 and answer.json["error"]["code"] == "too_many_connections"
+        assert client.get("/health").status == 200  # who watches the server still sees it
+
+
 def test_a_request_that_takes_too_long_is_ended(model):
     with running(model, request_seconds=0.02) as client:
         answer = client.complete(prompt=["x"] * 16, max_tokens=90)

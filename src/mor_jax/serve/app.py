@@ -48,6 +48,7 @@ class Endpoints:
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         self._service.check_open()
+        self._service.check_room()
         deadline = asyncio.get_running_loop().time() + self._options.request_seconds
         body = await self._body(request)
         wanted = parse_completion_request(body, self._name, self._options.max_prompts)

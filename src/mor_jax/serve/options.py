@@ -23,7 +23,7 @@ class ServeOptions:
     max_request_bytes: int = 1 << 20
     """Size of a request's body."""
     max_connections: int = 512
-    """Connections at the same time; requests on further ones are refused with status 503."""
+    """Connections at the same time; while there are more, completions are refused with status 503."""
     request_seconds: float = 300.0
     """Time for a request, the queue included; then it is cancelled."""
     read_seconds: float = 10.0

@@ -72,10 +72,10 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=options.max_connections,
             timeout_graceful_shutdown=_LAST_WRITES,
         )
         super().__init__(config)
+        self.service.count_connections = lambda: len(self.server_state.connections)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Let clients in, and say where."""

@@ -40,6 +40,8 @@ class Service:
     ) -> None:
         self.options, self.metrics = options, metrics
         self.engine_options, self.check = engine.options, engine.check  # neither touches what the thread changes
+        self.count_connections: Callable[[], int] = lambda: 0
+        """Set by who knows."""
         self.draining = self.failed = self._hurried = False
         self._tokenizer, self._on_failure = tokenizer, on_failure
         self._running, self._most_open = engine.shape.max_running, engine.shape.places + options.max_queue
@@ -65,6 +67,13 @@ class Service:
             raise ApiError(503, "the engine has failed; the server ends", code="engine_failed")
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=1)
+
+    def check_room(self) -> None:
+        """Raise ``ApiError`` (503) if too many clients are connected."""
+        count, most = self.count_connections(), self.options.max_connections
+        if count > most:
+            message = f"{count} connections are open, more than max_connections={most}"
+            raise ApiError(503, message, code="too_many_connections", retry_after=1)
 
     def submit(self, requests: Sequence[Request], stop: Sequence[str]) -> Job:
         """Let a client's sequences in.
