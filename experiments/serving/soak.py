@@ -25,7 +25,8 @@ from typing import Any
 import jax
 from soak_client import Client, Limits, send_many
 
-AT_ONCE, PLACES_BEYOND, REQUEST_BYTES = 32, 16, 32_768
+AT_ONCE, PLACES_BEYOND, REQUEST_BYTES = 32, 32, 32_768
+RUNNING_AT_THE_END = 6
 FLAT = 0.03
 """Share by which the process may be larger over the last quarter of the requests than over the second."""
 HELD = ("mor_running_sequences", "mor_waiting_sequences", "mor_pages_used", "mor_open_requests")
@@ -101,9 +102,11 @@ async def soak(server: ServerProcess, client: Client, requests: int) -> list[dic
 async def end(server: ServerProcess, client: Client) -> dict[str, Any]:
     """SIGTERM while completions run: they finish, and the process ends with code 0."""
     before = len(client.violations)
-    running = [asyncio.create_task(client.stream()) for _ in range(6)]
-    while server.metrics()["mor_open_requests"] < 1:
-        await asyncio.sleep(0.005)
+    running = [asyncio.create_task(client.stream()) for _ in range(RUNNING_AT_THE_END)]
+    accepted = 0
+    while accepted < RUNNING_AT_THE_END:
+        answered = sum(task.done() for task in running)
+        accepted = answered + (await asyncio.to_thread(server.metrics))["mor_open_requests"]
     server.process.send_signal(signal.SIGTERM)
     outcomes = await asyncio.gather(*running, return_exceptions=True)
     code = await asyncio.to_thread(server.process.wait, 60)

@@ -76,6 +76,8 @@ class Metrics:
         self.completions = Counter(
             "mor_completions", "Completions by how they ended: stop, length, cancelled.", ["finish"], registry=where
         )
+        for finish in ("stop", "length", "cancelled"):
+            self.completions.labels(finish)  # there from the beginning, as 0
         self.prompt_tokens = Counter("mor_prompt_tokens", "Tokens of accepted prompts.", registry=where)
         self.tokens = Counter("mor_generated_tokens", "Tokens generated.", registry=where)
         self.depths = Counter("mor_tokens_by_depth", "Tokens generated, by passes.", ["depth"], registry=where)
