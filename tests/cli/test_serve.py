@@ -2,8 +2,19 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
+
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
+
+
+def test_the_flags_of_the_documentation_exist(mor):
+    outcome = mor("serve", "--help")
+    flags = set(re.findall(r"(?<=`)--[a-z-]+", DOCS.read_text(encoding="utf-8")))
+    assert outcome.code == 0 and len(flags) >= 10
+    for flag in flags:
+        assert f"{flag} " in outcome.out, flag
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,15 @@ def test_a_second_signal_waits_no_longer(model, monkeypatch):
         assert not client.thread.is_alive()
 
 
+def test_a_mistake_of_the_server_is_no_end(model, monkeypatch):
+    with running(model) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(type(model.tokenizer), "encode", lambda tokenizer, text: 1 / 0)
+            answer = client.complete(prompt="x")
+        assert (answer.status, answer.json["error"]["type"]) == (500, "server_error")
+        assert client.complete(prompt="x").status == 200
+
+
 def test_a_failing_engine_ends_the_server(model, monkeypatch):
     with running(model) as client:
         monkeypatch.setattr(Engine, "step", lambda engine: 1 / 0)

@@ -50,9 +50,10 @@ class Endpoints:
         self._service.check_open()
         self._service.check_room()
         deadline = asyncio.get_running_loop().time() + self._options.request_seconds
-        body = await self._body(request)
-        wanted = parse_completion_request(body, self._name, self._options.max_prompts)
-        job = self._service.submit(await self._engine_requests(wanted), wanted.stop)
+        body, arrived = await self._body(request), time.perf_counter()
+        # in a thread: a long prompt takes a while to be read and turned into tokens
+        wanted, requests = await asyncio.to_thread(self._read, body)
+        job = self._service.submit(requests, wanted.stop, arrived)
         late = ApiError(504, f"the request took more than request_seconds={self._options.request_seconds:g}")
         timer = asyncio.get_running_loop().call_at(deadline, job.fail, late)
         answer, watch = Answer(self._name, wanted, job), functools.partial(_client, job)
@@ -121,16 +122,16 @@ class Endpoints:
             raise ApiError(413, f"the body is larger than max_request_bytes={most}")
         return bytes(body)
 
-    async def _engine_requests(self, wanted: CompletionRequest) -> list[engine.Request]:
-        prompts = await asyncio.to_thread(lambda: [self._tokens(prompt) for prompt in wanted.prompts])
-        stop_token = self._tokenizer.eos_id
+    def _read(self, body: bytes) -> tuple[CompletionRequest, list[engine.Request]]:
+        wanted = parse_completion_request(body, self._name, self._options.max_prompts)
+        prompts, stop_token = map(self._tokens, wanted.prompts), self._tokenizer.eos_id
         requests = [wanted.engine_request(index, tokens, stop_token) for index, tokens in enumerate(prompts)]
         try:
             for each in requests:
                 self._service.check(each)
         except UserError as error:
             raise from_user_error(error, "prompt") from error
-        return requests
+        return wanted, requests
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """An empty text begins a new document, as in ``LanguageModel.stream``."""

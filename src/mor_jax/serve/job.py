@@ -5,7 +5,6 @@ can pile up is bounded by its max_tokens.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -58,10 +57,14 @@ class PromptSequence:
 
 
 class Job:
-    """The sequences of one request; used on the event loop alone."""
+    """The sequences of one request; used on the event loop alone.
 
-    def __init__(self) -> None:
-        self.arrived = time.perf_counter()
+    Args:
+        arrived: ``time.perf_counter`` when the whole request was there.
+    """
+
+    def __init__(self, arrived: float) -> None:
+        self.arrived = arrived
         self.sequences: Sequence[PromptSequence] = ()
         self.error: ApiError | None = None
         self._pending: dict[int, Update] = {}

@@ -75,12 +75,13 @@ class Service:
             message = f"{count} connections are open, more than max_connections={most}"
             raise ApiError(503, message, code="too_many_connections", retry_after=1)
 
-    def submit(self, requests: Sequence[Request], stop: Sequence[str]) -> Job:
+    def submit(self, requests: Sequence[Request], stop: Sequence[str], arrived: float) -> Job:
         """Let a client's sequences in.
 
         Args:
             requests: one per prompt, all of which ``check`` has accepted.
             stop: strings that end a completion.
+            arrived: ``time.perf_counter`` when the whole request was there.
 
         Returns:
             What will hold their tokens; ``close`` it in any case.
@@ -95,7 +96,7 @@ class Service:
                 f"{self._most_open} (max_queue={self.options.max_queue}); try again later"
             )
             raise ApiError(429, message, code="queue_full", retry_after=self._retry_after())
-        job = Job()
+        job = Job(arrived)
         job.sequences = [
             PromptSequence(job, index, request, GrowingText(self._tokenizer, stop))
             for index, request in enumerate(requests)
