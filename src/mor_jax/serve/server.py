@@ -81,7 +81,8 @@ class Server(uvicorn.Server):
         """Let clients in, and say where."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        host, port = (sockets or [])[0].getsockname()[:2]
+        assert sockets, "serve() passes the one that bind() took"
+        host, port = sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         log.info("serving on http://%s:%d", shown, port)
         if not self._options.on_loopback:
