@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 from decode_examples import make_params, model_config
 
@@ -10,7 +11,7 @@ import mor_jax
 from mor_jax import config_io
 from mor_jax.cli import generate
 from mor_jax.config import Config
-from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.data.tokenizer import Tokenizer, train_bpe
 from mor_jax.errors import UserError
 from mor_jax.infer.language_model import LanguageModel
 from mor_jax.infer.text import GrowingText
@@ -48,6 +49,41 @@ def test_a_stop_string_is_held_back_and_cut():
     assert text.add(0) == ""
     ends = GrowingText(Letters(), stop=["bc"])
     assert ends.add(0, last=True) == "ab"
+
+
+class Words:
+    """Token i is the i-th of these; the text's first space vanishes, and so do special tokens."""
+
+    pieces = (" the", " cat", "s", "", " \u00e9", "END")
+
+    def __init__(self):
+        self.most = 0
+
+    def decode(self, ids):
+        self.most = max(self.most, len(ids))
+        return "".join(self.pieces[i] for i in ids).removeprefix(" ")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_growing_text_is_the_text_and_decodes_few_tokens_at_a_time(seed):
+    rng = np.random.default_rng(seed)
+    bpe = train_bpe(["the caf\u00e9 na\u00efve \U0001f600 " * 9], 280)
+    for tokenizer, ids in ((Words(), rng.integers(0, 6, 200)), (bpe, rng.integers(0, 280, 200))):
+        ids = ids.tolist()
+        text = GrowingText(tokenizer, stop=["no such text"])
+        pieces = [text.add(i, last=nth == 199) for nth, i in enumerate(ids)]
+        assert "".join(pieces) == text.text == tokenizer.decode(ids)
+    words = Words()
+    text = GrowingText(words)
+    for i in [3, 0, 3, 1, 2, 4, 3, 3, 5] * 50:
+        text.add(i)
+    assert words.most <= 6
+
+
+def test_a_stop_string_is_found_across_tokens():
+    text = GrowingText(Words(), stop=["catsEND"])
+    shown = "".join(text.add(i) for i in (0, 1, 2, 1, 2, 5))
+    assert shown == text.text == "the cats " and text.stopped
 
 
 def test_generation_streams_what_it_returns(model):

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "weights between this project, Hugging Face and the official release",
     "sweep": "run a list of configurations, resumable, with one table at the end",
     "generate": "continue texts with a trained model",
+    "serve": "answer completion requests over HTTP",
     "bench": "measure speed on the present device",
     "inspect": "make a run's pictures again, for held-out text or any other",
 }

@@ -176,6 +176,11 @@ class Engine:
         return len(self._queue)
 
     @property
+    def running(self) -> int:
+        """Requests that have a place."""
+        return sum(place is not None for place in self._places)
+
+    @property
     def busy(self) -> bool:
         """Whether anything is left to do."""
         return bool(self._queue) or any(place is not None for place in self._places)
@@ -266,6 +271,11 @@ class Engine:
         largest = zip(dataclasses.astuple(usage), dataclasses.astuple(peak), strict=True)
         self.statistics.peak = KvUsage(*(max(pair) for pair in largest))
         return usage
+
+    def pages_held(self) -> list[tuple[int, int]]:
+        """Pages that sequences hold and pages that there are, of the block's pool and the edge's (waits, as above)."""
+        free = jax.device_get([pool.num_free for pool in self._state.cache.pools])
+        return [(pages - int(left), pages) for pages, left in zip(self._pages, free, strict=True)]
 
     def _needed(self, request: Request) -> list[int]:
         """Pages that a request takes at most, per pool: the last token generated is never cached."""

@@ -1,0 +1,63 @@
+"""``mor serve CHECKPOINT``: completions over HTTP, many at a time."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mor_jax.cli.options import parse
+from mor_jax.errors import UserError
+from mor_jax.infer.attention import DecodeBackend
+from mor_jax.infer.engine import EngineOptions
+from mor_jax.infer.language_model import LanguageModel, load
+from mor_jax.serve.options import ServeOptions
+from mor_jax.train.loop import enable_compilation_cache
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """Arguments of ``mor serve``."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Run folder, converted weights, or a Hugging Face or official folder."""
+    http: Annotated[ServeOptions, tyro.conf.arg(name="")] = field(default_factory=ServeOptions)
+    name: str | None = None
+    """What clients call the model; None is the folder's name."""
+    max_running: int = 8
+    """Sequences decoded at the same time."""
+    max_length: int | None = None
+    """Tokens of prompt and completion; None is the model's context."""
+    steps: int = 16
+    """Block passes between two looks of the host: fewer answer sooner, more waste less."""
+    prefill_chunk: int = 128
+    """Prompt tokens that are read at a time."""
+    block_pages: int | None = None
+    """Pages of the block's caches; None is enough for every sequence at its longest and deepest."""
+    edge_pages: int | None = None
+    """Pages of the first and last layers' caches; None likewise."""
+    backend: DecodeBackend = "auto"
+    """Decode attention."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Serve until a signal comes."""
+    options = parse(ServeArguments, arguments, "serve", "Serve completions over HTTP, in OpenAI's form.")
+    try:
+        from mor_jax.serve.server import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise UserError(f"the package {error.name} is missing: pip install 'mor-jax[serve]'") from error
+    enable_compilation_cache()
+    return serve(lambda: _load(options), options.http)
+
+
+def _load(options: ServeArguments) -> tuple[LanguageModel, str, EngineOptions]:
+    model = load(options.checkpoint)
+    sizes = {f.name for f in dataclasses.fields(EngineOptions)} & {f.name for f in dataclasses.fields(options)}
+    chosen = {name: getattr(options, name) for name in sizes}
+    chosen["max_length"] = options.max_length or model.config.context_length
+    return model, options.name or options.checkpoint.resolve().name, EngineOptions(**chosen)

@@ -1,0 +1,105 @@
+"""What the engine has generated for one HTTP request, kept on the event loop until its client takes it.
+
+A slow client delays nobody: the engine never waits, everything that is ready goes out together, and what one request
+can pile up is bounded by its max_tokens.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mor_jax.infer.engine import Request
+from mor_jax.infer.text import GrowingText
+from mor_jax.serve.errors import ApiError
+
+Finish = Literal["stop", "length", ""]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token."""
+
+    text: str
+    """New text that can be shown; may be empty, and may end the text of earlier tokens."""
+    token: int
+    depth: int
+    log_probability: float
+    time: float
+    """``time.perf_counter`` when the host saw it."""
+
+
+@dataclass
+class Update:
+    """What is new in one sequence."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    finish: Finish = ""
+    """Why it ended; empty while it goes on."""
+
+
+@dataclass(eq=False)
+class PromptSequence:
+    """One prompt and its completion."""
+
+    job: "Job"
+    index: int
+    request: Request
+    growth: GrowingText
+    """Only the engine's thread touches it, and ``number``."""
+    number: int = -1
+    """What the engine calls it."""
+    begin: float = 0.0
+    """``time.perf_counter`` of its first token; 0 before."""
+    count: int = 0
+    """Tokens generated."""
+    ended: bool = False
+
+
+class Job:
+    """The sequences of one request; used on the event loop alone.
+
+    Args:
+        arrived: ``time.perf_counter`` when the whole request was there.
+    """
+
+    def __init__(self, arrived: float) -> None:
+        self.arrived = arrived
+        self.sequences: Sequence[PromptSequence] = ()
+        self.error: ApiError | None = None
+        self._pending: dict[int, Update] = {}
+        self._changed = asyncio.Event()
+
+    @property
+    def open(self) -> list[PromptSequence]:
+        """Sequences that have not ended."""
+        return [sequence for sequence in self.sequences if not sequence.ended]
+
+    def add(self, index: int, update: Update) -> None:
+        """Keep an update until it is taken, joined with what waits."""
+        waiting = self._pending.setdefault(index, Update())
+        waiting.pieces.extend(update.pieces)
+        waiting.finish = update.finish
+        self._changed.set()
+
+    def fail(self, error: ApiError) -> None:
+        """End the request; the first reason counts."""
+        self.error = self.error or error
+        self._changed.set()
+
+    async def updates(self) -> AsyncIterator[dict[int, Update]]:
+        """Yield everything that is new, by sequence, until all have ended.
+
+        Raises:
+            ApiError: the request failed.
+        """
+        unfinished = len(self.sequences)
+        while unfinished:
+            await self._changed.wait()
+            self._changed.clear()
+            if self.error is not None:
+                raise self.error
+            taken, self._pending = self._pending, {}
+            unfinished -= sum(bool(update.finish) for update in taken.values())
+            if taken:
+                yield taken

@@ -1,0 +1,42 @@
+"""``mor serve`` refuses bad arguments in one line, and names the extra that is missing."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
+
+
+def test_the_flags_of_the_documentation_exist(mor):
+    outcome = mor("serve", "--help")
+    flags = set(re.findall(r"(?<=`)--[a-z-]+", DOCS.read_text(encoding="utf-8")))
+    assert outcome.code == 0 and len(flags) >= 10
+    for flag in flags:
+        assert f"{flag} " in outcome.out, flag
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nowhere",), "nowhere is no folder"),
+        (("nowhere", "--port", "70000"), "port=70000 is outside 0..65535"),
+        (("nowhere", "--max-queue", "-1"), "max_queue=-1 must not be negative"),
+        (("nowhere", "--host", "no.such.host.invalid"), "host='no.such.host.invalid' port=8000: "),
+    ],
+)
+def test_bad_arguments_are_one_line(mor, arguments, words):
+    outcome = mor("serve", *arguments)
+    assert outcome.code == 2 and words in outcome.err and outcome.out == ""
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+
+
+def test_a_missing_package_is_named(mor, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("mor_jax.serve.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    outcome = mor("serve", "nowhere")
+    assert outcome.code == 2
+    assert re.fullmatch(r"mor serve: the package \w+ is missing: pip install 'mor-jax\[serve\]'\n", outcome.err)

@@ -1,0 +1,102 @@
+"""What a body of POST /v1/completions may hold, and what every mistake in it is told."""
+
+import json
+
+import pytest
+
+from mor_jax.infer.sampling import Sampling
+from mor_jax.serve.completion_request import CompletionRequest, parse_completion_request
+from mor_jax.serve.errors import ApiError
+
+
+def _parse(body):
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return parse_completion_request(raw, "tiny", max_prompts=3)
+
+
+def test_openai_defaults():
+    wanted = _parse({"model": "tiny", "prompt": "text", "seed": 1})
+    assert wanted == CompletionRequest(("text",), max_tokens=16, sampling=Sampling(1.0, seed=1))
+    nothing = dict.fromkeys(("max_tokens", "temperature", "top_p", "stop", "stream", "n", "logprobs", "logit_bias"))
+    assert _parse({"prompt": "text", "seed": 1, **nothing}) == wanted
+
+
+def test_every_field():
+    wanted = _parse({
+        "prompt": ["a", [1, 2]], "max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 4, "seed": 5, "n": 1,
+        "stop": "x", "stream": True, "stream_options": {"include_usage": True}, "max_depth": 2, "show_depth": True,
+        "user": "somebody", "echo": False, "best_of": 1, "presence_penalty": 0.0, "suffix": "", "logit_bias": {},
+    })  # fmt: skip
+    assert wanted == CompletionRequest(
+        ("a", (1, 2)), 3, Sampling(0, 4, 0.5, 5), ("x",), max_depth=2, stream=True, include_usage=True, show_depth=True
+    )
+
+
+def test_without_a_seed_every_request_draws_anew():
+    assert len({_parse({"prompt": "a"}).sampling.seed for _ in range(5)}) == 5
+
+
+def test_prompts_of_one_request_draw_apart():
+    wanted = _parse({"prompt": ["a", "b"], "seed": 2**32 - 1})
+    assert [wanted.engine_request(i, (1,), 9).sampling.seed for i in range(2)] == [2**32 - 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "words"),
+    [
+        (b"", None, "the body is not JSON"),
+        (b'{"prompt": ', None, "the body is not JSON"),
+        (b"\xff\xfe\x00", None, "the body is not JSON"),
+        (b"[" * 100_000, None, "the body is not JSON"),
+        (b'{"prompt": "a", "temperature": NaN}', None, "NaN is no JSON number"),
+        (b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", None, "the body is not JSON"),
+        ([1], None, "must be a JSON object, not list"),
+        ({}, "prompt", "prompt is missing"),
+        ({"prompt": 7}, "prompt", "prompt=7 must be a text"),
+        ({"prompt": []}, "prompt", "prompt=[] must be a text"),
+        ({"prompt": ["a", 1]}, "prompt", "1 is neither a text nor a list of token ids"),
+        ({"prompt": [True]}, "prompt", "true is neither"),
+        ({"prompt": [[]]}, "prompt", "[] is neither"),
+        ({"prompt": list("abcd")}, "prompt", "holds 4 prompts, more than 3"),
+        (b'{"prompt": "a\\ud800"}', "prompt", "character 1 is half of a surrogate pair"),
+        (b'{"prompt": "a", "\\ud800": 1}', None, 'unknown field "\\ud800"'),
+        ({"prompt": "a", "max_token": 3}, None, "did you mean 'max_tokens'?"),
+        ({"prompt": "a", "max_tokens": "3"}, "max_tokens", 'max_tokens="3" must be an integer'),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens", "max_tokens=true must be an integer"),
+        ({"prompt": "a", "max_tokens": 3.5}, "max_tokens", "max_tokens=3.5 must be an integer"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature", "must be a number"),
+        ({"prompt": "a", "temperature": -1}, "temperature", "temperature=-1 is outside [0, 100]"),
+        ({"prompt": "a", "top_p": 0}, "top_p", "top_p=0 is outside (0, 1]"),
+        ({"prompt": "a", "top_k": -1}, "top_k", "top_k=-1 must be a count"),
+        ({"prompt": "a", "seed": -1}, "seed", "seed=-1 is outside"),
+        ({"prompt": "a", "stop": 3}, "stop", "stop=3 must be a text or a list of texts"),
+        ({"prompt": "a", "stop": ["x"] * 5}, "stop", "at most 4 texts"),
+        ({"prompt": "a", "stop": ""}, "stop", "1 to 256 characters"),
+        ({"prompt": "a", "stream": 1}, "stream", "stream=1 must be true or false"),
+        ({"prompt": "a", "stream_options": {}}, "stream_options", "stream_options needs stream=true"),
+        ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options", "include_usage alone"),
+        ({"prompt": "a", "n": 2}, "n", "n=2 is not served, only 1: every prompt gets one completion"),
+        ({"prompt": "a", "n": True}, "n", "n=true is not served"),
+        ({"prompt": "a", "echo": True}, "echo", "the prompt is not repeated"),
+        ({"prompt": "a", "echo": 0}, "echo", "echo=0 is not served"),
+        ({"prompt": "a", "logprobs": 0}, "logprobs", "show_depth=true tells"),
+        ({"prompt": "a", "presence_penalty": 0.1}, "presence_penalty", "presence_penalty=0.1 is not served, only 0"),
+        ({"prompt": "a", "logit_bias": {"1": 2}}, "logit_bias", "only null"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_mistakes_name_field_value_and_rule(body, field, words):
+    with pytest.raises(ApiError) as caught:
+        _parse(body)
+    assert caught.value.status == 400 and words in caught.value.message and len(caught.value.message) < 400
+    error = caught.value.body()["error"]
+    assert error == {
+        "message": caught.value.message, "type": "invalid_request_error", "param": field, "code": None
+    }  # fmt: skip
+    assert json.loads(bytes(caught.value.response().body))["error"] == error
+
+
+def test_another_model_is_not_found():
+    with pytest.raises(ApiError, match="model=\"large\" is not served here; the model is 'tiny'") as caught:
+        _parse({"model": "large", "prompt": "a"})
+    assert caught.value.status == 404 and caught.value.code == "model_not_found"

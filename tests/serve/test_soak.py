@@ -1,0 +1,71 @@
+"""A short run of the soak in experiments/serving: random, bad and leaving clients, after which nothing is held."""
+
+import asyncio
+import importlib.util
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from live_server import ENGINE, running, tiny_model
+
+from mor_jax.infer.compilations import compilations
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "serving"
+REQUEST_BYTES = 8000
+
+
+def _module(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+soak_client = _module("soak_client")
+soak = _module("soak")
+
+
+def test_nothing_is_lost_or_held():
+    with running(tiny_model(), max_queue=10, max_request_bytes=REQUEST_BYTES, read_seconds=5.0) as client:
+        before = compilations()
+        limits = soak_client.Limits(client.port, ENGINE.max_length, REQUEST_BYTES)
+        clients = soak_client.Client(limits, random.Random(2))
+        asyncio.run(soak_client.send_many(clients, 120, 16))
+        assert clients.violations == []
+        kinds = {outcome.partition(":")[0] for outcome in clients.outcomes}
+        outcomes = {outcome.partition(": ")[2] for outcome in clients.outcomes}
+        assert sum(clients.outcomes.values()) == 120 and len(kinds) == 12
+        assert outcomes - {"refused 429"} == {"answered", "left", "refused 400", "refused 404", "refused 413"}
+        limit = time.monotonic() + 20
+        while any(client.metric(name) for name in soak.HELD):
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        assert client.metric("mor_accepted_completions_total") == client.metric("mor_completions_total") > 30
+        assert compilations() == before
+    engine = client.server.service._thread._engine
+    assert engine._promised == [0, 0] and not engine._queue and not any(engine._places)
+
+
+def test_a_server_that_misbehaves_is_told_from_a_good_one():
+    """What the soak would say of servers that leak, recompile, grow, or cut their answers."""
+    good = {
+        "violations": [], "held_at_the_end": {"mor_pages_used": 0}, "accepted_completions": 5, "ended_completions": 5,
+        "compilations_under_load": 0, "rss_growth": 0.001, "before": {"rss_mib": 1, "threads": 9},
+        "after": {"rss_mib": 2, "threads": 9}, "sigterm": {"exit_code": 0, "outcomes": ["answered"]},
+    }  # fmt: skip
+    assert soak.judge(good) == []
+    for wrong in (
+        {"violations": ["stream: cut"]}, {"held_at_the_end": {"mor_pages_used": 1}}, {"ended_completions": 4},
+        {"compilations_under_load": 1}, {"rss_growth": 0.2}, {"after": {"rss_mib": 2, "threads": 10}},
+        {"sigterm": {"exit_code": 143, "outcomes": []}}, {"sigterm": {"exit_code": 0, "outcomes": ["OSError"]}},
+    ):  # fmt: skip
+        assert len(soak.judge(good | wrong)) == 1
+    for received in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort", b"HTTP/1.1 200"):
+        with pytest.raises(soak_client.Violation):
+            soak_client.Response.parse(received)
+    with pytest.raises(soak_client.Violation):
+        soak_client._joined(b'data: {"choices": []}\n\n')
