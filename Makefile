@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test lint experiments-smoke clean
+.PHONY: train test lint experiments-smoke notebooks clean
 train: $(READY)
 	$(BIN)/mor train demo
 
@@ -24,11 +24,16 @@ $(READY): pyproject.toml
 		--constraint constraints/$$($(BIN)/python -c 'import sys; print("python%d.%d" % sys.version_info[:2])').txt
 	touch $@
 
-# Every sweep of experiments/ at size `debug`, two at a time: that they run, not what they find.
+# Every sweep of experiments/ at size `debug`, one seed, one per core at a time: that they run, not what they find.
 SMOKE := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/mor sweep
 experiments-smoke: $(READY)
-	printf '%s\n' experiments/*/sweep.py | xargs -P 2 -I FILE env $(SMOKE) FILE --scale debug
+	printf '%s\n' experiments/*/sweep.py | xargs -P $$(getconf _NPROCESSORS_ONLN) -I FILE env $(SMOKE) FILE --scale debug --one-seed
 	env $(SMOKE) experiments/test_time_scaling/sweep.py --scale debug --depth-curve --out runs/test_time_scaling-curve
+
+# Runs notebooks/*.ipynb on a CPU and writes their pages; at these sizes optimising programs costs more than it gains.
+notebooks: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python notebooks/render.py
 
 clean:
 	rm -rf .venv .jax_cache build dist

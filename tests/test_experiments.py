@@ -3,7 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,3 +132,21 @@ def test_ranked_runs_are_made_once_and_spread_under_every_name(tmp_path):
     assert rows["vanilla-s0"]["nll"] == 3.0 and rows["expert-r3-s0"]["state"] == "done"
     assert rows["expert-r4-s0"]["state"] == "not run" and "experiment" not in rows["vanilla-s0"]
     assert RANKED.spread(done, "debug", 1.0, tmp_path / "other") == []  # of another length
+
+
+@pytest.mark.slow
+def test_ranked_runs_end_in_time_with_what_was_finished(tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    script, results = FOLDER / "run_ranked.py", tmp_path / "ranked.json"
+    options = ["--scale", "debug", "--seconds", "100", "--steps-factor", "0.5", "--processes", "1"]
+    command = [sys.executable, str(script), *options, "--out", str(tmp_path / "runs"), "--results", str(results)]
+    started = time.monotonic()
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert time.monotonic() - started < 150
+    written = json.loads(results.read_text())
+    states = [row["state"] for row in written["results"]]
+    assert states[0] == "done" and set(states) <= {"done", "unfinished", "not run"} and "not run" in states
+    first = written["results"][0]
+    assert (first["name"], first["steps"], written["steps_factor"]) == ("vanilla-s0", 5, 0.5)
+    assert [step for step, _ in first["curve"]] == [5] and "run_ranked.py" in first["machine"]["command"]

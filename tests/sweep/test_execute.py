@@ -9,7 +9,7 @@ from mor_jax.errors import UserError
 from mor_jax.sweep.execute import SweepOptions, placed, run_sweep
 from mor_jax.sweep.recipes import expert, seeded, token, vanilla
 from mor_jax.sweep.results import reaching_shares, read_result, serving_flops_per_token
-from mor_jax.sweep.runs import Start, SweepRun, load_sweep
+from mor_jax.sweep.runs import Start, SweepRun, first_of_groups, load_sweep
 from mor_jax.sweep.table import group_summary, group_table, markdown_table
 from mor_jax.train.loop import DivergedError
 from mor_jax.train.run_folder import claim_run_folder, run_folder
@@ -46,6 +46,17 @@ class Trainer:
 
 
 RUNS = [*seeded("vanilla", VANILLA), *seeded("expert", EXPERT, (0, 1))]
+
+
+def test_one_seed_keeps_the_first_run_of_every_group():
+    assert [run.name for run in first_of_groups([*RUNS, *seeded("other", VANILLA, (3,))])] == [
+        "vanilla-s0",
+        "expert-s0",
+        "other-s3",
+    ]
+    late = SweepRun("late", VANILLA, start=Start("expert-s1", strategy="stepwise"))
+    with pytest.raises(UserError, match="'late' starts from 'expert-s1', not the first of its group"):
+        first_of_groups([*RUNS, late])
 
 
 def test_every_run_is_done_once_and_reported_in_order(tmp_path):

@@ -12,7 +12,7 @@ from mor_jax.errors import UserError
 from mor_jax.sweep.execute import SweepOptions, run_sweep
 from mor_jax.sweep.measure import measurer
 from mor_jax.sweep.results import write_json
-from mor_jax.sweep.runs import load_sweep
+from mor_jax.sweep.runs import first_of_groups, load_sweep
 from mor_jax.sweep.table import group_table, markdown_table
 from mor_jax.train.loop import enable_compilation_cache
 
@@ -27,6 +27,8 @@ class SweepArguments:
     """Folder of the run folders; the same command goes on where it stopped. None is runs/NAME, of the file's folder."""
     scale: str = ""
     """Size at which a Python file's runs are built, such as `debug` or `small`."""
+    one_seed: bool = False
+    """Only the first run of every group, whose runs differ in their seed."""
     share: str = "0/1"
     """I/N: this host takes every N-th run, from I on. Processes on one machine need none: they share by locks."""
     limit_seconds: float | None = None
@@ -47,6 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the sweep, write results.json and table.md, and print the table."""
     options = parse(SweepArguments, arguments, "sweep", "Run a list of configurations, skipping what is done.")
     runs = load_sweep(options.file, options.scale)
+    runs = first_of_groups(runs) if options.one_seed else runs
     if options.list:
         for each in runs:
             train, model = each.config.train, each.config.model

@@ -128,7 +128,8 @@ def plot_attention(path: Path, passes: Sequence[Mapping[str, Any]]) -> list[Path
                 axes.plot(x_L, limit, "_", color="#999999", markersize=14, label=label)
         axes.set_title(title, fontsize="medium")
         axes.grid(alpha=0.3)
-    figure.supxlabel("layer of the shared block, pass after pass")
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("layer of the shared block, pass after pass")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return write_figure(figure, path)

@@ -75,6 +75,22 @@ def load_sweep(path: Path, scale: Scale = "") -> list[SweepRun]:
     return found
 
 
+def first_of_groups(runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """Return the first run of every group.
+
+    Raises:
+        UserError: one of them starts from a run that is not.
+    """
+    kept: dict[str, SweepRun] = {}
+    for run in runs:
+        kept.setdefault(run.group or run.name, run)
+    names = {run.name for run in kept.values()}
+    for run in kept.values():
+        if run.start is not None:
+            require(run.start.run in names, f"{run.name!r} starts from {run.start.run!r}, not the first of its group")
+    return list(kept.values())
+
+
 def _function_of(path: Path) -> Callable[[Scale], list[SweepRun]]:
     spec = importlib.util.spec_from_file_location(f"sweep_{path.parent.name}", path.resolve())
     assert spec is not None
