@@ -50,7 +50,7 @@ def test_memory_is_that_of_a_real_engine(step):
     assert memory.parameters >= count_parameters(model).total * 4  # float32
     assert memory.kv_pages == engine.measure().reserved
     assert memory.state > 0 and memory.activations > 0
-    kinds = ("parameters", "kv_pages", "state", "activations", "code")
+    kinds = ("parameters", "kv_pages", "state", "padding", "activations", "code")
     assert memory.total == sum(getattr(memory, kind) for kind in kinds)
 
 

@@ -66,13 +66,14 @@ class CompiledDecode:
     @property
     def memory(self) -> "DecodeMemory":
         """Bytes of the chip by kind."""
-        pools = self.state.cache.pools
         parameters = tree_bytes(self.model)
-        kv_pages = sum(tree_bytes((pool.keys, pool.values)) for pool in pools)
+        kv_pages = sum(tree_bytes((pool.keys, pool.values)) for pool in self.state.cache.pools)
+        state = tree_bytes(self.state) - kv_pages + tree_bytes(empty_control(self.shape.places))
         return DecodeMemory(
             parameters=parameters,
             kv_pages=kv_pages,
-            state=max(0, self.dispatch.arguments - parameters - kv_pages),
+            state=state,
+            padding=max(0, self.dispatch.arguments - parameters - kv_pages - state),
             activations=max(self.dispatch.activations, self.prefill.activations),
             code=self.dispatch.code + self.prefill.code,
             limit=self.topology.generation.hbm_bytes,
@@ -88,7 +89,9 @@ class DecodeMemory:
     kv_pages: int
     """Pools of keys and values, whether in use or not."""
     state: int
-    """Page tables, requests, states between passes, and the padding of all arguments to the chip's tiles."""
+    """Page tables, requests, states between passes."""
+    padding: int
+    """Of all these to the chip's tiles: a TPU fills up rows of heads and head dims."""
     activations: int
     """Temporaries of the program that needs more of them."""
     code: int
@@ -99,7 +102,7 @@ class DecodeMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.kv_pages + self.state + self.activations + self.code
+        return self.parameters + self.kv_pages + self.state + self.padding + self.activations + self.code
 
 
 def tree_bytes(tree: Any) -> int:

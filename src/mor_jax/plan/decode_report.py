@@ -171,7 +171,8 @@ def _memory_table(plan: dict[str, Any]) -> Table:
     names = {
         "parameters": "parameters",
         "kv_pages": "pages of keys and values",
-        "state": "tables, requests, padding",
+        "state": "tables, requests",
+        "padding": "padding to the chip's tiles",
         "activations": "activations, workspace",
         "code": "code of both programs",
     }
