@@ -1,6 +1,8 @@
 """The mesh: refusals, slices, shardings, and training on 8 devices as on one."""
 
 import dataclasses
+import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,33 @@ class _Chip:
     platform: str = "gpu"  # a TPU's would be arranged by its coordinates
     device_kind: str = "chip"
     process_index: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _TpuChip:
+    """A chip at a place of its slice's network."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("fsdp", [2, 8, 32])
+def test_an_axis_that_is_no_side_of_the_network_takes_part_of_one(fsdp, slices):
+    """No sides of 4x4x4 multiply to 2, 8 or 32; the chips of a group still form a box of that many."""
+    places = list(itertools.product(range(slices), range(4), range(4), range(4)))
+    chips = [_TpuChip(id=n, coords=(x, y, z), slice_index=s) for n, (s, z, y, x) in enumerate(places)]
+    mesh = make_mesh(MeshConfig(slice=slices, fsdp=fsdp), chips)
+    assert dict(mesh.shape) == {"slice": slices, "data": 64 // fsdp, "fsdp": fsdp, "context": 1, "tensor": 1}
+    for group in mesh.devices.reshape(-1, fsdp):
+        sides = [len({chip.coords[axis] for chip in group}) for axis in range(3)]
+        assert math.prod(sides) == fsdp
+        assert len({chip.slice_index for chip in group}) == 1
 
 
 def test_only_the_axis_slice_crosses_slices():

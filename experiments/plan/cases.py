@@ -42,10 +42,10 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """List all cases, topology by topology: the pairs of both sizes, then the small MoR under `scan`."""
+    """List all cases: a pair on every topology, then the small MoR under `scan`, then the pairs of the larger size."""
     found = []
-    for topology, slices in TOPOLOGIES:
-        for size, presets in PAIRS.items():
-            found += [Case(preset, topology, slices, FSDP[size]) for preset in presets]
-        found.append(Case(PAIRS["360m"][0], topology, slices, FSDP["360m"], "scan"))
+    for size, presets in PAIRS.items():
+        found += [Case(preset, *where, FSDP[size]) for where in TOPOLOGIES for preset in presets]
+        if size == "360m":
+            found += [Case(presets[0], *where, FSDP[size], "scan") for where in TOPOLOGIES]
     return found

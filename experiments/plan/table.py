@@ -1,5 +1,6 @@
-"""Print the results as markdown: `python experiments/plan/table.py`. Reads results/*.json only."""
+"""Print the results as markdown: `python experiments/plan/table.py [--matrix]`. Reads results/*.json only."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,13 @@ def row(case: Case, plan: dict[str, Any]) -> str:
     return f"| {' | '.join([*start, *figures])} |"
 
 
-def main() -> None:
-    """Print the table of all results, MoR against vanilla, and what was not run."""
-    plans = load()
+def markdown(head: tuple[str, ...], rows: list[str]) -> str:
+    """Format a table."""
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows])
+
+
+def results_table(plans: dict[str, dict[str, Any]]) -> str:
+    """Every case that has a result."""
     head = (
         "preset",
         "slices",
@@ -60,22 +65,85 @@ def main() -> None:
         "M tokens/s at most",
         "compile s",
     )
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    done = [case for case in cases() if case.name in plans]
-    print("\n".join(row(case, plans[case.name]) for case in done))
-    print("\nMoR over vanilla, same mesh and batch:\n")
-    print(
-        "| size | slices | FLOPs | memory per chip | activations | received | bound on time |\n"
-        "|---|---|---|---|---|---|---|"
+    return markdown(head, [row(case, plans[case.name]) for case in cases() if case.name in plans])
+
+
+def ratio_table(plans: dict[str, dict[str, Any]]) -> str:
+    """MoR over vanilla wherever both have a result."""
+    head = (
+        "size",
+        "slices",
+        "FLOPs",
+        "memory per chip",
+        "activations",
+        "gathered",
+        "summed",
+        "received",
+        "bound on time",
     )
+    rows = []
     for size, presets in PAIRS.items():
         for topology, slices in TOPOLOGIES:
             names = [Case(preset, topology, slices, 1).name for preset in presets]
             pair = [plans[name] for name in names if name in plans and "error" not in plans[name]]
             if len(pair) == 2:
-                print(ratio_row(size, topology, slices, pair[0], pair[1]))
+                rows.append(ratio_row(size, topology, slices, pair[0], pair[1]))
+    return markdown(head, rows)
+
+
+def matrix(plans: dict[str, dict[str, Any]]) -> str:
+    """What fits where, for tpu/README.md: cases under `gather`."""
+    head = (
+        "preset",
+        "slice",
+        "mesh",
+        "GiB per chip",
+        "limit",
+        "GB received per chip and step",
+        "M tokens/s at most",
+        "bound by",
+    )
+    found = ((case, plans[case.name]) for case in cases() if case.name in plans and case.execution == "gather")
+    return markdown(head, [matrix_row(case, plan) for case, plan in found])
+
+
+def matrix_row(case: Case, plan: dict[str, Any]) -> str:
+    """One line of the matrix."""
+    slices = "" if case.slices == 1 else f"{case.slices} x "
+    start = f"| `{case.preset}` | {slices}{case.topology} |"
+    if "error" in plan:
+        return f"{start} fsdp {case.fsdp} | {plan['error']} |" + " |" * 4
+    memory, estimate = plan["memory_per_device"], plan["estimate"]
+    across = received(plan, "bytes_across") / 1e9
+    cells = (
+        " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1),
+        f"{memory['total'] / GIB:.2f}",
+        f"{memory['limit'] / GIB:.2f}",
+        f"{received(plan, 'bytes') / 1e9:.2f}" + (f", and {across:.2f} from the other slice" if across else ""),
+        f"{estimate['tokens_per_second_at_most'] / 1e6:.2f}",
+        estimate["limit"],
+    )
+    return f"{start} {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the table of all results, MoR against vanilla, and what was not run; or the matrix of tpu/README.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--matrix", action="store_true", help="print the matrix of tpu/README.md instead")
+    plans = load()
+    if parser.parse_args().matrix:
+        print(matrix(plans))
+        return
     missing = [case.name for case in cases() if case.name not in plans]
+    print(results_table(plans))
+    print(f"\nMoR over vanilla, same mesh and batch:\n\n{ratio_table(plans)}")
     print(f"\nNot run: {', '.join(missing) or 'nothing'}.")
+
+
+def summed(plan: dict[str, Any]) -> float:
+    """Bytes received by sums."""
+    kinds = (plan["collectives_per_device"].get(kind) for kind in ("all-reduce", "reduce-scatter"))
+    return sum(kind["bytes"] + kind["bytes_across"] for kind in kinds if kind)
 
 
 def ratio_row(size: str, topology: str, slices: int, mor: dict[str, Any], vanilla: dict[str, Any]) -> str:
@@ -84,6 +152,8 @@ def ratio_row(size: str, topology: str, slices: int, mor: dict[str, Any], vanill
         lambda plan: plan["flops"]["model"],
         lambda plan: plan["memory_per_device"]["total"],
         lambda plan: plan["memory_per_device"]["activations"],
+        lambda plan: plan["collectives_per_device"]["all-gather"]["bytes"],
+        summed,
         lambda plan: received(plan, "bytes") + received(plan, "bytes_across"),
         lambda plan: max(plan["estimate"]["seconds"].values()),
     )

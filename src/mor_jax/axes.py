@@ -63,6 +63,22 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
+def whole_width(weight: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Gather a parameter's width, which `fsdp` splits, here and not at every use; its gradient stays split.
+
+    Args:
+        weight: a parameter, or its copy in the compute dtype.
+        logical_axes: the parameter's, names of ``LOGICAL_RULES``.
+    """
+
+    @jax.custom_vjp
+    def gather(weight: jax.Array) -> jax.Array:
+        return constrain(weight, *(None if name == "embed" else name for name in logical_axes))
+
+    gather.defvjp(lambda weight: (gather(weight), None), lambda _, grad: (constrain(grad, *logical_axes),))
+    return gather(weight)
+
+
 def on_shards(local: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
     """Run a function on every device's share of its arguments; without a mesh, on the whole.
 

@@ -120,6 +120,11 @@ class RecursionConfig:
         return self.sharing.startswith("middle_")
 
     @property
+    def repeats_block(self) -> bool:
+        """Whether the whole block is applied several times (a sequence repeats every layer in place instead)."""
+        return self.num_recursions > 1 and not self.is_sequence
+
+    @property
     def is_sequence(self) -> bool:
         """Whether each layer is repeated in place rather than the whole block."""
         return self.sharing.endswith("sequence")
@@ -369,6 +374,10 @@ class PerfConfig:
     bfloat16 model on a GPU (as the release rounds them), float32 elsewhere."""
     fusion: Fusion = "auto"
     """Norms, SwiGLU and the projections' gradients: as XLA fuses them, or this project's kernels (GPUs, rows whole)."""
+    whole_block: bool | None = None
+    """Under `fsdp`: gather the shared block's weights once per micro-batch, for all recursions, forward and backward,
+    and keep them whole in the compute dtype, rather than gather them at every use; None is yes if they take at most
+    a tenth of the memory."""
     compiler_options: tuple[str, ...] | None = None
     """XLA options of the train step as `name=value`; None takes the device's (``mor_jax.perf`` gives the reasons)."""
 

@@ -40,15 +40,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     shape = _mesh_shape(config, len(devices))
     slices = len({getattr(device, "slice_index", None) for device in devices})
-    types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        return Mesh(_arrange(shape, None, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     require(
         config.slice == slices,
         f"mesh.slice={config.slice}, but the devices lie in {slices} slices (set mesh.slice={slices})",
     )
     one_slice, across = (1, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(one_slice, across, devices), MESH_AXES, axis_types=types)
+    return Mesh(_arrange(one_slice, across, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(shape: tuple[int, ...], across: tuple[int, ...] | None, devices: Sequence[Device]) -> np.ndarray:
+    """Lay a mesh's axes along the chips' network; an axis that fits no side, such as 8 on 4x4x4, takes part of one."""
+
+    def create(split: bool) -> np.ndarray:
+        if across is None:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+        return mesh_utils.create_hybrid_device_mesh(shape, across, devices, allow_split_physical_axes=split)
+
+    try:
+        return create(split=False)
+    except NotImplementedError:  # jax's word for an axis that is no product of sides
+        return create(split=True)
 
 
 def _mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:

@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from mor_jax.axes import BATCH_AXES
 from mor_jax.config import AttentionBackend, Config, ModelConfig, PerfConfig, Remat
 from mor_jax.model.attention import resolve_backend
 from mor_jax.model.flops import count_parameters, layer_passes
+from mor_jax.model.transformer import init_params
 from mor_jax.parallel import Device
 
 _log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ PLAIN = PerfConfig(
     slot_multiple=1,
     logits_dtype="float32",
     fusion="xla",
+    whole_block=True,
     compiler_options=(),
 )
 """What an open field means outside a compiled train step (evaluation, notebooks), and on a CPU."""
@@ -52,6 +55,8 @@ _MEMORY_BYTES = {
 """Memory of devices that are only described (ahead-of-time compilation), by ``jax.Device.device_kind``."""
 _USABLE = 0.85
 """Share of the memory that estimates may fill: allocators fragment and kernels need workspace."""
+_WHOLE_BLOCK = 0.1
+"""Share of the memory that the whole weights of a shared block may take."""
 _CHUNK_TOKENS = 4096
 """Positions x rows of one loss chunk on an accelerator: products that fill the chip, logits that stay small."""
 
@@ -83,6 +88,7 @@ def resolve_perf(config: Config, mesh: Mesh) -> PerfConfig:
             slot_multiple=8 if platform == "gpu" else 1,
             logits_dtype="bfloat16" if platform == "gpu" and half else "float32",
             fusion="triton" if platform == "gpu" and half and mesh.shape.get("context", 1) == 1 else "xla",
+            whole_block=_whole_block_fits(config, device),
             attention_backend=_attention(config, mesh, platform),
             compiler_options=tuple(COMPILER_OPTIONS.get(platform, ())),
         )
@@ -108,6 +114,7 @@ def _report(platform: str, asked: PerfConfig, chosen: PerfConfig) -> None:
         "slot_multiple",
         "logits_dtype",
         "fusion",
+        "whole_block",
         "attention_backend",
         "compiler_options",
     )
@@ -127,6 +134,7 @@ def _fill(perf: PerfConfig, defaults: PerfConfig) -> PerfConfig:
         slot_multiple=defaults.slot_multiple if perf.slot_multiple is None else perf.slot_multiple,
         logits_dtype=defaults.logits_dtype if perf.logits_dtype == "auto" else perf.logits_dtype,
         fusion=defaults.fusion if perf.fusion == "auto" else perf.fusion,
+        whole_block=defaults.whole_block if perf.whole_block is None else perf.whole_block,
         attention_backend=(defaults.attention_backend if perf.attention_backend == "auto" else perf.attention_backend),
         compiler_options=defaults.compiler_options if perf.compiler_options is None else perf.compiler_options,
     )
@@ -184,6 +192,20 @@ def state_bytes(config: Config, shards: int) -> int:
     """Bytes per device of float32 weights, two moments and gradients, and the compute copy of the weights."""
     width = 2 if config.model.dtype == "bfloat16" else 4
     return count_parameters(config.model).total * (4 * 4 + width) // shards
+
+
+@functools.cache
+def block_parameters(model: ModelConfig) -> int:
+    """Parameters of the shared block."""
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))["block"]
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+
+def _whole_block_fits(config: Config, device: Device) -> bool:
+    """Whether the shared block in the compute dtype takes a tenth of the memory at most."""
+    memory, width = memory_bytes(device), 2 if config.model.dtype == "bfloat16" else 4
+    tensor = config.mesh.tensor
+    return memory is None or block_parameters(config.model) * width / tensor <= _WHOLE_BLOCK * memory
 
 
 def _least_remat(config: Config, rows: float, device: Device) -> Remat:

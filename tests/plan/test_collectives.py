@@ -134,3 +134,40 @@ def test_a_compiled_program():
     assert bytes_by_kind(collectives(parse(text), 8)) == {
         "all-gather": {"count": 3, "bytes": 3 * 32 * 32 * 4 * 7 // 8, "bytes_across": 0}
     }
+
+
+CHAIN_PROGRAM = """HloModule step
+%starts (w: bf16[8,64]) -> (bf16[8,64], bf16[32,64], u32[]) {
+  %w.1 = bf16[8,64]{1,0} parameter(0)
+  %all-gather.1 = bf16[32,64]{1,0} all-gather(%w.1), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, CHAIN
+  ROOT %begun = (bf16[8,64]{1,0}, bf16[32,64]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (w: bf16[8,64], x: bf16[16,16]) -> bf16[16,16] {
+  %w.2 = bf16[8,64]{1,0} parameter(0)
+  %x.2 = bf16[16,16]{1,0} parameter(1)
+  %all-gather.2 = bf16[32,64]{1,0} all-gather(%w.2), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, CHAIN
+  ROOT %product = bf16[16,16]{1,0} dot(%x.2, %x.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%ends (w: bf16[8,64]) -> bf16[32,64] {
+  %w.3 = bf16[8,64]{1,0} parameter(0)
+  %all-gather.3 = bf16[32,64]{1,0} all-gather(%w.3), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, CHAIN
+  ROOT %ended = bf16[32,64]{1,0} custom-call(%w.3, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (w: bf16[8,64], x: bf16[16,16]) -> bf16[32,64] {
+  %w = bf16[8,64]{1,0} parameter(0)
+  %x = bf16[16,16]{1,0} parameter(1)
+  %async-collective-start = (bf16[8,64]{1,0}, bf16[32,64]{1,0}, u32[]) fusion(%w), kind=kCustom, calls=%starts
+  %fusion.1 = bf16[16,16]{1,0} fusion(%w, %x), kind=kOutput, calls=%async_collective_fusion.1
+  ROOT %async-collective-done = bf16[32,64]{1,0} fusion(%w), kind=kCustom, calls=%ends
+}
+""".replace("CHAIN", 'backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}')  # noqa: E501
+
+
+def test_a_collective_that_tpu_runs_beside_arithmetic_counts_once():
+    """A chain of three fusions holds three copies of one all-gather."""
+    assert bytes_by_kind(collectives(parse(CHAIN_PROGRAM), devices=4)) == {
+        "all-gather": {"count": 1, "bytes": 3 * 8 * 64 * 2, "bytes_across": 0}
+    }

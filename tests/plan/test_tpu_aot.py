@@ -64,6 +64,19 @@ def test_a_step_that_does_not_fit_names_its_need_and_what_would(capsys):
     assert "by estimate" in line and "--train.accumulation" in line
 
 
+def test_the_engine_compiles_for_one_chip(capsys):
+    """A dispatch and a prompt chunk; nothing of the size of the pools is copied."""
+    sizes = ("--engine.max-running", "4", "--engine.max-length", "128", "--engine.steps", "2")
+    pages = ("--engine.block-pages", "65536", "--engine.edge-pages", "65536")
+    assert main(["plan", "debug", "--topology", "v5e:2x2", "--decode", *sizes, *pages, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    memory = plan["memory_per_device"]
+    assert plan["engine"]["backend"] == "xla" and plan["topology"]["chips"] == 4
+    assert memory["kv_pages"] == 65536 * 16 * 2 * 2 * 16 * 4 * (1 + 2)  # float32, 2 heads of 16; block and edges
+    assert memory["total"] < memory["limit"]
+    assert plan["estimate"]["tokens_per_second_at_most"] > 0
+
+
 def test_the_compiler_refuses_a_shape_that_is_no_slice(capsys):
     assert main(["plan", "debug", "--topology", "v5e:7x9"]) == 2
     assert "on offer: v5e:1x1" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -14,7 +14,10 @@ from rich.table import Table
 from mor_jax.cli.options import preset_and_flags
 from mor_jax.config import Config
 from mor_jax.errors import UserError, require
+from mor_jax.infer.engine import EngineOptions
 from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
+from mor_jax.plan.decode import advise_decode, compile_decode
+from mor_jax.plan.decode_report import decode_report, print_decode_report
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.search import advise, search
 from mor_jax.plan.topology import GIB, Topology, describe_topology
@@ -37,7 +40,9 @@ class PlanFlags:
     json: bool = False
     """Print JSON."""
     decode: bool = False
-    """Plan a decoding step instead of a train step."""
+    """Plan the inference engine on one chip instead of a train step."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    """With `--decode`: sizes of the engine."""
     search: bool = False
     """Try mesh shapes, micro-batches and rematerialisations, and show the best that fit."""
     search_compilations: int = 3
@@ -50,9 +55,12 @@ def run(arguments: Sequence[str]) -> int:
     # shapes are traced for this host too, whose attention is of no interest; the plan names the one that was compiled
     logging.getLogger("mor_jax.model.attention").setLevel(logging.WARNING)
     config, flags = preset_and_flags(arguments, "plan", _DESCRIPTION, PlanFlags)
-    require(not flags.decode, "--decode: this version has no decoding step that could be compiled")
+    require(flags.decode or flags.engine == EngineOptions(), "--engine.* sizes an engine: it needs --decode")
+    require(not (flags.decode and flags.search), "--search tries meshes of a train step; it does not go with --decode")
     topology = describe_topology(flags.topology, flags.slices)
     command = ["mor", "plan", *arguments]
+    if flags.decode:
+        return _decode(config, topology, flags, command)
     if flags.search:
         return _search(config, topology, flags, command)
     planned, mesh = plan_mesh(config, topology)
@@ -66,6 +74,19 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(plan, indent=2))
     else:
         print_report(plan)
+    return 0
+
+
+def _decode(config: Config, topology: Topology, flags: PlanFlags, command: list[str]) -> int:
+    _say(f"compiling for one chip of {topology.label}: minutes")
+    try:
+        plan = decode_report(compile_decode(config, topology, flags.engine), command)
+    except DoesNotFitError as error:
+        raise UserError(f"{error}; {advise_decode(config, topology, flags.engine)}") from error
+    if flags.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        print_decode_report(plan)
     return 0
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.array_types import Params
-from mor_jax.axes import constrain, without_mesh
+from mor_jax.axes import axis_size, constrain, whole_width, without_mesh
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.errors import require
 from mor_jax.model.attention import Attention, KeyValue, LayerContext, TokenView
@@ -321,6 +321,14 @@ def compute_copy(config: ModelConfig, params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def _gather_block(config: ModelConfig, perf: PerfConfig, params: Params) -> Params:
+    """Gather what several recursions use once for all of them, unless `perf` says otherwise."""
+    if perf.whole_block is False or not config.recursion.repeats_block or axis_size("fsdp") == 1:
+        return params
+    axes = logical_axes(config)["block"]
+    return {**params, "block": jax.tree.map(lambda w, names: whole_width(w, *names), params["block"], axes)}
+
+
 def apply_trunk(
     config: ModelConfig,
     perf: PerfConfig,
@@ -375,7 +383,7 @@ def apply_trunk(
         step is None or isinstance(step, int) or perf.execution == "scan",
         "step is traced, but perf.execution='gather' needs the static shapes that a concrete step gives",
     )
-    variables = _from_tree(compute_copy(config, params))
+    variables = _from_tree(_gather_block(config, perf, compute_copy(config, params)))
     output = Transformer(config, perf).apply(
         variables,
         tokens_BT,

@@ -81,7 +81,7 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
         kind = instruction.opcode.removesuffix("-start")
         if computation.name.startswith("all-reduce-scatter"):  # TPU writes reduce-scatter as a fusion of this name
             kind = kind.replace("all-reduce", "reduce-scatter")
-        if kind not in KINDS:
+        if kind not in KINDS or _is_continued(computation, instruction):
             continue
         groups = _groups(instruction, devices)
         size = max(len(set(group)) for group in groups)
@@ -90,6 +90,18 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
             operands = _operands(computation, instruction)
             found.append(Collective(kind, operands, size, executions, across, instruction.op_name))
     return found
+
+
+def _is_continued(computation: Computation, instruction: Instruction) -> bool:
+    """Whether this is a copy of a collective that runs already.
+
+    TPU overlaps a collective with arithmetic by a chain of fusions, each with a copy of it: one that starts it, some
+    that compute beside it, one that ends it. Only the first, whose copy goes into `AsyncCollectiveStart`, counts.
+    """
+    if "async_collective_fusion_config" not in instruction.attributes:
+        return False
+    users = (i for i in computation.instructions.values() if instruction.name in i.operands)
+    return not any(user.attribute("custom_call_target") == "AsyncCollectiveStart" for user in users)
 
 
 def _operands(computation: Computation, instruction: Instruction) -> tuple[ArrayShape, ...]:

@@ -84,20 +84,27 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     try:
         executable: Any = compile_train_step(config, mesh)
     except jax.errors.JaxRuntimeError as error:
-        if not _is_out_of_memory(str(error)):
+        if not is_out_of_memory(str(error)):
             raise
-        raise _does_not_fit(str(error), topology) from error
+        raise does_not_fit(str(error), topology, "the step") from error
     seconds = time.monotonic() - start
     memory = measure_memory(state, executable.memory_analysis(), topology.generation.hbm_bytes)
     return CompiledStep(config, topology, mesh, memory, executable.as_text(), seconds)
 
 
-def _is_out_of_memory(message: str) -> bool:
+def is_out_of_memory(message: str) -> bool:
+    """Whether a compiler's message says that memory does not suffice."""
     return "RESOURCE_EXHAUSTED" in message or "HbmOom" in message
 
 
-def _does_not_fit(message: str, topology: Topology) -> DoesNotFitError:
-    """Read what the compiler says: `Used 23.41G of 15.75G hbm` or `... (920.87G) exceeds available HBM (15.75G)`."""
+def does_not_fit(message: str, topology: Topology, what: str) -> DoesNotFitError:
+    """Read what the compiler says: `Used 23.41G of 15.75G hbm` or `... (920.87G) exceeds available HBM (15.75G)`.
+
+    Args:
+        message: the compiler's.
+        topology: compiled for.
+        what: subject of the sentence, such as "the step".
+    """
     forms = (
         r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm",
         r"\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)([GM])\)",
@@ -107,4 +114,4 @@ def _does_not_fit(message: str, topology: Topology) -> DoesNotFitError:
         return DoesNotFitError(f"out of memory: {message.splitlines()[0][:200]}", None)
     used = float(found[1]) * (GIB if found[2] == "G" else 1 << 20)
     name, limit = topology.generation.name, f"{found[3]} {found[4]}iB"
-    return DoesNotFitError(f"out of memory: the step needs {used / GIB:.2f} GiB of the {limit} of a {name} chip", used)
+    return DoesNotFitError(f"out of memory: {what} needs {used / GIB:.2f} GiB of the {limit} of a {name} chip", used)

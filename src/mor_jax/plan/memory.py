@@ -13,7 +13,7 @@ import jax
 
 from mor_jax.config import Config, ModelConfig, Remat
 from mor_jax.model.flops import count_parameters, layer_passes
-from mor_jax.perf import loss_chunk
+from mor_jax.perf import block_parameters, loss_chunk
 from mor_jax.train.state import TrainState
 
 _FLOAT32 = 4
@@ -122,6 +122,8 @@ def estimate_bytes(config: Config, sizes: Mapping[str, int]) -> float:
     head = model.vocab_size * model.d_model / tensor * (_FLOAT32 + width)
     applied = sum(p.layers * p.computed for p in layer_passes(model, model.context_length, config.perf.execution))
     kept = applied * rows * kept_values(config, config.perf.remat) * width
+    once = model.recursion.repeats_block and config.perf.whole_block is not False and sizes["fsdp"] > 1
+    whole = block_parameters(model) * width / tensor if once else 0
     one_layer = tokens * kept_values(config, "none") * width * 2  # made again, and its gradients
     logits = tokens / model.context_length * loss_chunk(config.perf) * model.vocab_size / tensor * (_FLOAT32 + width)
-    return state + gradients + head + kept / (tensor if config.perf.remat != "full" else 1) + one_layer + logits
+    return state + gradients + head + kept / (tensor if config.perf.remat != "full" else 1) + one_layer + logits + whole

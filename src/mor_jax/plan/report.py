@@ -16,7 +16,8 @@ from mor_jax.plan.hlo_flops import matrix_flops
 from mor_jax.plan.roofline import roofline, step_flops
 from mor_jax.plan.topology import GIB
 
-_WIDTH = 110
+WIDTH = 110
+"""Columns that the tables need."""
 _PACKAGES = ("mor-jax", "jax", "jaxlib", "libtpu", "flax")
 
 
@@ -65,12 +66,13 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
             "mfu_at_most": bound.mfu,
         },
         "compile_seconds": step.seconds,
-        "versions": _versions(),
+        "versions": versions(),
         "config": config_io.to_dict(config),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a plan depends on."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -83,8 +85,8 @@ def _versions() -> dict[str, str]:
 def print_report(plan: dict[str, Any]) -> None:
     """Print a plan as tables."""
     console = Console()
-    if console.width < _WIDTH:
-        console = Console(width=_WIDTH)
+    if console.width < WIDTH:
+        console = Console(width=WIDTH)
     console.print(Group(Text(_headline(plan)), _memory_table(plan), _traffic_table(plan), _estimate_table(plan)))
 
 

@@ -151,8 +151,9 @@ def roofline(
 def estimate_received(config: Config, sizes: Mapping[str, int]) -> tuple[float, float]:
     """Estimate the bytes that a device receives per step, for ranking meshes before compiling.
 
-    Per micro-batch `fsdp` gathers the weights of every layer application forward and backward and sums gradients,
-    `tensor` sums the output of attention and feed-forward both ways; per step `data` and `slice` sum gradients.
+    Per micro-batch: `fsdp` gathers the weights of every layer application forward and backward (a repeated block's
+    once, unless ``perf.whole_block`` is off), every axis of rows sums the gradient of every layer application, and
+    `tensor` sums the output of attention and feed-forward both ways.
 
     Args:
         config: model, batch and perf.
@@ -161,19 +162,19 @@ def estimate_received(config: Config, sizes: Mapping[str, int]) -> tuple[float, 
     Returns:
         (within the slice, from other slices).
     """
-    model = config.model
+    model, recursion = config.model, config.model.recursion
     width = 2 if model.dtype == "bfloat16" else 4
     passes = layer_passes(model, model.context_length, config.perf.execution)
     applications = sum(p.layers for p in passes)
+    once = recursion.repeats_block and config.perf.whole_block is not False
+    gathers = 2 * applications - (model.block_depth * (2 * recursion.num_recursions - 1) if once else 0)
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer_weights = 2 * model.d_model * (heads + kv) + 3 * model.d_model * model.d_ff
-    parameters = parameter_total(model)
+    embeddings = 2 * model.vocab_size * model.d_model
     share = lambda axis: (sizes[axis] - 1) / sizes[axis]  # noqa: E731
-    gathered = (2 * applications * layer_weights + model.vocab_size * model.d_model) * width / sizes["tensor"]
-    reduced = parameters * width / sizes["tensor"]
-    fsdp = (gathered + reduced) * share("fsdp") * config.train.accumulation
+    gathered, summed = ((n * layer_weights + embeddings) * width / sizes["tensor"] for n in (gathers, applications))
     computed = sum(p.layers * p.computed for p in passes) * tokens_per_device(config, sizes) / model.context_length
-    tensor = 4 * computed * model.d_model * width * 2 * share("tensor") * config.train.accumulation
-    own = parameters * width / (sizes["tensor"] * sizes["fsdp"])
-    data, across = (2 * own * share(axis) for axis in ("data", "slice"))
-    return fsdp + tensor + data, across
+    tensor = 4 * computed * model.d_model * width * 2 * share("tensor")
+    data, across = (2 * summed / sizes["fsdp"] * share(axis) for axis in ("data", "slice"))
+    on_slice = (gathered + summed) * share("fsdp") + tensor + data
+    return on_slice * config.train.accumulation, across * config.train.accumulation
