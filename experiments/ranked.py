@@ -85,7 +85,9 @@ def experiment_runs(
     """Return the runs of one experiment by name, with scaled steps."""
     runs = {}
     for run in load_sweep(HERE / experiment / "sweep.py", scale):
-        config = with_steps(run.config, max(1, round(factor * run.config.train.steps)), run.config.train.pinned_steps)
+        least = run.config.optimizer.warmup_steps + 1  # short runs that start from others
+        steps = max(least, round(factor * run.config.train.steps))
+        config = with_steps(run.config, steps, run.config.train.pinned_steps)
         config = config if perf is None else dataclasses.replace(config, perf=perf)
         runs[run.name] = dataclasses.replace(run, config=config)
     return runs

@@ -24,13 +24,13 @@ Written by `python experiments/report.py` from the JSON files in `experiments/*/
 token on held-out text. **Causal** is what generation attains: selection by threshold. *topk* looks ahead along the row,
 as training does and as the paper evaluates; it stands beside it. Effects are differences of loss, negative is better.
 The paper's are of 360M-parameter models trained on 10 to 31 billion tokens (about 30 to 90 tokens a parameter); ours
-are of the scale `small` below, tens of times smaller and trained on a few tokens a parameter, so the direction of an
-effect is what can be compared, not its size.
+are of the scales below, tens of times smaller and trained on a few tokens a parameter, so the direction of an effect is
+what can be compared, not its size.
 
-**Read with care.** The runs below last some hundred to a thousand optimiser steps: they measure the start of training,
-where differences are ten and more times the paper's. They show that the tools work and how the router behaves, not
-which architecture wins after billions of tokens; the folders' outcomes say what speaks for and against each figure. One
-seed has no spread.
+**Read with care.** Scale `long` is the one to read: shallow models (8 layers) past the steepest part of training. The
+runs of scale `small` (14 layers, fewer steps) end while the loss still falls steeply: they measure the start of
+training, with effects ten and more times the paper's and partly of the other sign. Neither says which architecture wins
+after billions of tokens; the folders' outcomes say what speaks for and against each figure. One seed has no spread.
 """
 
 
