@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from mor_jax import presets
 from mor_jax.bench.cases import parse_case
 from mor_jax.bench.measure import Request, measure, random_batch, tokens_per_recursion
 from mor_jax.bench.profile import KINDS, kind_of, read_instructions
-from mor_jax.bench.run import profile_table, ratios, table
+from mor_jax.bench.run import Settings, measured_config, profile_table, ratios, table
 from mor_jax.config import Config, ModelConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.errors import UserError
 
@@ -75,6 +76,14 @@ def test_packed_rows_restart_positions_where_the_document_changes():
     np.testing.assert_array_equal(positions == 0, starts)
     assert np.all(np.diff(positions, axis=1)[~starts[:, 1:]] == 1)
     assert np.all(random_batch(MODEL, 3, packed=False, seed=0)["segment_ids"] == 1)
+
+
+def test_packed_documents_attend_to_themselves_alone():
+    config = presets.get("debug").config
+    assert config.model.attend_across_documents
+    assert measured_config(config, Settings(rows=2, devices=2)).train.batch_size == 4
+    assert measured_config(config, Settings()).model == config.model
+    assert not measured_config(config, Settings(packed=True)).model.attend_across_documents
 
 
 def test_kernels_are_attributed_by_scope_and_opcode():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.bench.cases import Case
+from mor_jax.config import Config
 from mor_jax.config_io import to_dict
 
 
@@ -26,7 +27,8 @@ class Settings:
     warmup: int = 3
     """Steps before."""
     packed: bool = False
-    """Pack documents of 512 tokens on average into the rows."""
+    """Pack documents of 512 tokens on average into the rows, which attend to themselves alone. FLOPs, and so MFU, are
+    still counted for attention over whole rows."""
     devices: int = 0
     """Devices used; 0 takes all."""
     timeout: float = 600.0
@@ -66,11 +68,18 @@ def run_cases(
     return record
 
 
+def measured_config(config: Config, settings: Settings) -> Config:
+    """The configuration with the settings' rows; packed documents do not see each other."""
+    rows = settings.rows * max(1, settings.devices)
+    train = dataclasses.replace(config.train, accumulation=1, batch_size=rows)
+    attend_across = config.model.attend_across_documents and not settings.packed
+    model = dataclasses.replace(config.model, attend_across_documents=attend_across)
+    return dataclasses.replace(config, model=model, train=train)
+
+
 def run_case(case: Case, settings: Settings) -> dict[str, Any]:
     """Measure one case in a fresh process; a failure becomes `{"name", "error"}`."""
-    config = case.config
-    train = dataclasses.replace(config.train, accumulation=1, batch_size=settings.rows * max(1, settings.devices))
-    config = dataclasses.replace(config, train=train)
+    config = measured_config(case.config, settings)
     profile = "" if settings.profile is None else str(settings.profile / _file_name(case.name))
     request = {
         "name": case.name,
