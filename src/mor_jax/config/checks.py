@@ -1,0 +1,23 @@
+"""Checks of configuration fields: one message with the field, its value and the rule."""
+
+from typing import get_args
+
+from mor_jax.errors import require
+
+
+def require_choice(name: str, value: object, choices: object) -> None:
+    """Refuse a value that is none of a ``Literal``'s."""
+    allowed = get_args(choices)
+    require(value in allowed, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def require_positive(**values: float) -> None:
+    """Refuse values of 0 and below."""
+    for name, value in values.items():
+        require(value > 0, f"{name}={value} must be positive")
+
+
+def require_not_negative(**values: float) -> None:
+    """Refuse values below 0."""
+    for name, value in values.items():
+        require(value >= 0, f"{name}={value} must not be negative")

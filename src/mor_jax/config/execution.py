@@ -1,0 +1,84 @@
+"""How a model is executed and split: nothing here changes what it computes, so it may differ after a restore."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mor_jax.config.checks import require_choice, require_not_negative
+from mor_jax.errors import require
+
+Execution = Literal["gather", "scan"]
+Remat = Literal["auto", "none", "full", "dots", "names"]
+AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "tokamax", "splash"]
+Fusion = Literal["auto", "xla", "triton"]
+LogitsDtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class PerfConfig:
+    """How the model is executed; never what it computes (but see `execution`).
+
+    What is left open (`auto`, None) is chosen by device and shape when a train step is compiled, and logged
+    (``mor_jax.perf``).
+    """
+
+    execution: Execution = "gather"
+    """`gather` computes only the selected tokens (static shapes); `scan` is nn.scan with depth masks. They agree,
+    except that token-choice under `gather` drops tokens beyond its seats."""
+    attention_backend: AttentionBackend = "auto"
+    """Attention kernel; `auto` chooses by device and mask and logs its choice."""
+    remat: Remat = "auto"
+    """Rematerialisation of layers in the backward pass: of nothing, of everything (`full`), of all but matrix products
+    (`dots`) or but the named tensors that are costly to make (`names`); `auto` the least that fits the memory."""
+    scan_unroll: int | None = None
+    """Layers unrolled per step of the layer scan; 0 unrolls all; None is all on a GPU, 1 elsewhere."""
+    loss_chunk: int | None = None
+    """Positions per chunk of the fused cross-entropy; None chooses by device and batch."""
+    slot_multiple: int | None = None
+    """`gather`: computed lengths are filled up to a multiple of this with slots that hold no selected token, because
+    kernels like round lengths; exactly k tokens count in any case. None is 8 on a GPU, 1 elsewhere."""
+    logits_dtype: LogitsDtype = "auto"
+    """How the loss keeps the logits of a chunk; softmax and sums are float32 in any case. `auto` is bfloat16 for a
+    bfloat16 model on a GPU (as the release rounds them), float32 elsewhere."""
+    fusion: Fusion = "auto"
+    """Norms, SwiGLU and the projections' gradients: as XLA fuses them, or this project's kernels (GPUs, rows whole)."""
+    whole_block: bool | None = None
+    """Under `fsdp`: gather the shared block's weights once per micro-batch, for all recursions, forward and backward,
+    and keep them whole in the compute dtype, rather than gather them at every use; None is yes if they take at most
+    a tenth of the memory."""
+    compiler_options: tuple[str, ...] | None = None
+    """XLA options of the train step as `name=value`; None takes the device's (``mor_jax.perf`` gives the reasons)."""
+
+    def __post_init__(self) -> None:
+        require_choice("perf.execution", self.execution, Execution)
+        require_choice("perf.attention_backend", self.attention_backend, AttentionBackend)
+        require_choice("perf.remat", self.remat, Remat)
+        require_choice("perf.logits_dtype", self.logits_dtype, LogitsDtype)
+        require_choice("perf.fusion", self.fusion, Fusion)
+        require_not_negative(scan_unroll=self.scan_unroll or 0)
+        for name in ("loss_chunk", "slot_multiple"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"perf.{name}={value} must be positive")
+        for option in self.compiler_options or ():
+            require("=" in option, f"perf.compiler_options: {option!r} is not of the form name=value")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; data = -1 takes what the others leave."""
+
+    slice: int = 1
+    """TPU slices joined by the data-center network: replicas that split the batch."""
+    data: int = -1
+    """Replicas that split the batch."""
+    fsdp: int = 1
+    """Shards of parameters and optimiser state (also splits the batch)."""
+    context: int = 1
+    """Shards of each row's tokens."""
+    tensor: int = 1
+    """Shards of heads, feed-forward and vocabulary."""
+
+    def __post_init__(self) -> None:
+        require(self.data == -1 or self.data > 0, f"mesh.data={self.data} must be positive, or -1 for the rest")
+        for name in ("slice", "fsdp", "context", "tensor"):
+            size = getattr(self, name)
+            require(size > 0, f"mesh.{name}={size} must be positive")
