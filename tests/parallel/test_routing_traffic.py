@@ -20,9 +20,16 @@ def holds_tokens(item: Collective, rows: int) -> bool:
     return any(lengths & set(shape.sizes) and shape.elements >= rows * SELECTED for shape in item.operands)
 
 
+def is_dead_token_count(item: Collective) -> bool:
+    """Which positions any row selected: one boolean per position however many rows there are, for a metric."""
+    one = [(shape.dtype, shape.sizes) for shape in item.operands] == [("pred", (TOKENS,))]
+    return one and item.kind == "all-reduce" and item.op_name.endswith("reduce_or")
+
+
 def of_tokens(router: str, mesh: MeshConfig, execution: str = "gather") -> list[Collective]:
     rows = BATCH // (mesh.slice * mesh.data * mesh.fsdp)
-    return [item for item in traffic(config_of(router, execution=execution), mesh)[0] if holds_tokens(item, rows)]
+    found = [item for item in traffic(config_of(router, execution=execution), mesh)[0] if holds_tokens(item, rows)]
+    return [item for item in found if not is_dead_token_count(item)]
 
 
 @functools.cache
