@@ -23,14 +23,14 @@ _HEAD = """# Results
 Written by `python experiments/report.py` from the JSON files in `experiments/*/results`; do not edit. Loss is nats per
 token on held-out text. **Causal** is what generation attains: selection by threshold. *topk* looks ahead along the row,
 as training does and as the paper evaluates; it stands beside it. Effects are differences of loss, negative is better.
-The paper's are of 360M-parameter models trained on 10 to 31 billion tokens (about 30 to 90 tokens a parameter); ours
-are of the scales below, tens of times smaller and trained on a few tokens a parameter, so the direction of an effect is
-what can be compared, not its size.
+The paper's are of 360M-parameter models trained on 10 to 31 billion tokens (30 to 90 tokens a parameter); ours have
+tens of times fewer parameters and see a few tokens for each, so the direction of an effect is what can be compared.
 
-**Read with care.** Scale `long` is the one to read: shallow models (8 layers) past the steepest part of training. The
-runs of scale `small` (14 layers, fewer steps) end while the loss still falls steeply: they measure the start of
-training, with effects ten and more times the paper's and partly of the other sign. Neither says which architecture wins
-after billions of tokens; the folders' outcomes say what speaks for and against each figure. One seed has no spread.
+**Read with care.** Two scales are told apart. Runs of `small` measure the start of training, where MoR is ahead by ten
+and more times the paper's effects; runs of `long` (fewer layers, smaller batches) go past the point where that lead is
+gone (figure "Loss over training"). Neither says which architecture wins after billions of tokens. An effect of one seed
+is called within the spread of seeds where it is smaller than what seeds of the same experiment differ by. The folders'
+outcomes say what speaks for and against each figure.
 """
 
 
@@ -60,8 +60,9 @@ def claims_table(results: Mapping[str, Sequence[Result]], claims: Sequence[Claim
         "|---|---|---|---|---|---|",
     ]
     for claim in claims:
-        ours, base = _with_common_seeds(results.get(claim.experiment, ()), claim)
-        cells = [claim.says, f"{claim.paper:+.4f} ({claim.table})", *_effect_cells(claim, ours, base)]
+        mine = results.get(claim.experiment, ())
+        ours, base = _with_common_seeds(mine, claim)
+        cells = [claim.says, f"{claim.paper:+.4f} ({claim.table})", *_effect_cells(claim, ours, base, _noise(mine))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -76,18 +77,23 @@ def _with_common_seeds(results: Sequence[Result], claim: Claim) -> tuple[Result,
     return ours, base
 
 
-def _effect_cells(claim: Claim, ours: Result, base: Result) -> list[str]:
+def _noise(results: Sequence[Result]) -> float:
+    """Largest standard deviation between seeds in an experiment; 0 where every group has one."""
+    return max((row.get("nll_spread", 0.0) for row in group_summary(results)), default=0.0)
+
+
+def _effect_cells(claim: Claim, ours: Result, base: Result, noise: float) -> list[str]:
     if not ours.get("seeds") or not base.get("seeds"):
         return ["not run", "not run", "", ""]
     seeds = str(ours["seeds"])
     ahead = _look_ahead(ours) - _look_ahead(base) if _look_ahead(ours) and _look_ahead(base) else math.nan
     topk = "" if math.isnan(ahead) else f"{ahead:+.4f}"
     if "nll" not in ours or "nll" not in base:
-        return ["no causal boundary", topk, seeds, _agrees(claim.paper, ahead, 0.0) + " (topk)" if topk else ""]
+        return ["no causal boundary", topk, seeds, _agrees(claim.paper, ahead, 0.0, noise) + " (topk)" if topk else ""]
     effect = ours["nll"] - base["nll"]
     error = _standard_error(ours, base)
     spread = f" ± {error:.4f}" if error else ""
-    return [f"{effect:+.4f}{spread}", topk, seeds, _agrees(claim.paper, effect, error)]
+    return [f"{effect:+.4f}{spread}", topk, seeds, _agrees(claim.paper, effect, error, noise)]
 
 
 def _look_ahead(row: Result) -> float:
@@ -102,9 +108,12 @@ def _standard_error(ours: Result, base: Result) -> float:
     return math.sqrt(ours["nll_spread"] ** 2 / ours["seeds"] + base["nll_spread"] ** 2 / base["seeds"])
 
 
-def _agrees(paper: float, effect: float, error: float) -> str:
+def _agrees(paper: float, effect: float, error: float, noise: float) -> str:
+    """Compare directions; a difference of two single runs tells nothing below what seeds alone do."""
     if error and abs(effect) < 2 * error:
         return "within two standard errors of none"
+    if not error and abs(effect) < math.sqrt(2) * noise:
+        return f"{'same' if paper * effect > 0 else 'opposite'} sign, within the spread of seeds"
     return "yes" if paper * effect > 0 else "**no**"
 
 

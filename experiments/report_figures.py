@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ranked import HERE, run_key
+
 from mor_jax.errors import UserError
 from mor_jax.evaluate.analysis_plots import plot_correlates
 from mor_jax.evaluate.correlates import Correlate, Group
 from mor_jax.sweep.fit import fit_isoflop
 from mor_jax.sweep.plots import plot_curves, plot_depth_curves, plot_isoflop, plot_pareto
 
-HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 SEED_NOISE = 0.005
 """Standard deviation of the loss between seeds that isoFLOP bands assume (see the spread of mor_vs_baselines)."""
@@ -26,7 +27,7 @@ _NOT_COMPARED = ("learning_rate", "early_training")
 def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
     """Draw what there are runs of one scale for: quality by compute, loss over training, test-time scaling, isoFLOP."""
     compared = {name: rows for name, rows in results.items() if name not in _NOT_COMPARED}
-    done = [r for rows in compared.values() for r in rows if r["state"] == "done" and r.get("nll") is not None]
+    done = _unique([r for rows in compared.values() for r in rows if r["state"] == "done" and r.get("nll") is not None])
     written = []
     if done:
         costs = {"training FLOPs": "train_flops", "serving FLOPs per token": "serving_flops_per_token"}
@@ -51,13 +52,21 @@ def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
     return written
 
 
+def _unique(results: Sequence[Result]) -> list[Result]:
+    """Results without those of runs that an earlier experiment has under another name."""
+    found: dict[str, Result] = {}
+    for result in results:
+        found.setdefault(run_key(result["config"]), result)
+    return list(found.values())
+
+
 def _group_points(done: Sequence[Result], cost: str) -> list[tuple[str, float, float]]:
-    """(group, mean cost, mean causal loss) of every group; the same run under two experiments counts once."""
-    groups: dict[str, dict[str, Result]] = {}
+    """(group, mean cost, mean causal loss) of every group."""
+    groups: dict[str, list[Result]] = {}
     for result in done:
-        groups.setdefault(result["group"], {}).setdefault(result["name"], result)
+        groups.setdefault(result["group"], []).append(result)
     return [
-        (name, statistics.fmean(r[cost] for r in rows.values()), statistics.fmean(r["nll"] for r in rows.values()))
+        (name, statistics.fmean(r[cost] for r in rows), statistics.fmean(r["nll"] for r in rows))
         for name, rows in groups.items()
     ]
 

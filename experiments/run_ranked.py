@@ -5,7 +5,7 @@
 
 The first command measures the device's speed, sets the number of steps so that about --aim runs finish in time, and
 shares the runs between processes, whose compilations then overlap with the training of others. The same command goes on
-where it was stopped. The second writes experiments/*/results/SCALE.json.
+where it was stopped; on another machine, with ``--earlier ranked.json``. The second writes experiments/*/results.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from mor_jax.model.flops import train_flops_per_token
 from mor_jax.sweep.execute import SweepOptions, placed, run_sweep
 from mor_jax.sweep.isoflop import with_steps
 from mor_jax.sweep.measure import Measure, measurer
-from mor_jax.sweep.results import failed_result, read_result, write_json
+from mor_jax.sweep.results import RESULT, failed_result, read_result, write_json
 from mor_jax.train.loop import DivergedError, enable_compilation_cache, train
 from mor_jax.train.metrics import read_metrics
 
@@ -65,6 +65,8 @@ class Arguments:
     """Runs that should finish in time."""
     steps_factor: float | None = None
     """Steps over the scale's; None measures the device and fits --aim runs into the time."""
+    earlier: Path | None = None
+    """Results of another machine: what is done there is taken over, and the rest gets as many steps."""
     spread: Path | None = None
     """Only put the results of this file into the experiments' folders."""
     worker: int | None = None
@@ -91,6 +93,8 @@ def conduct(options: Arguments) -> int:
     """Start the processes, write the results as they come, and stop everything in time."""
     started = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.earlier is not None:
+        _take_over(options, options.earlier)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.88 / options.processes:.2f}")
     plan = _plan(options)
     left = options.seconds - (time.monotonic() - started)
@@ -114,6 +118,17 @@ def conduct(options: Arguments) -> int:
     done = _collect(options, plan, runs)
     print(f"{done} of {len(runs)} runs done in {time.monotonic() - started:.0f} s: {options.results}", flush=True)
     return 0 if done else 1
+
+
+def _take_over(options: Arguments, earlier: Path) -> None:
+    """Put the plan and the finished runs of another machine where this one would have left them."""
+    values = json.loads(earlier.read_text(encoding="utf-8"))
+    require(values["scale"] == options.scale, f"{earlier} is of scale {values['scale']!r}, not {options.scale!r}")
+    for row in values.pop("results"):
+        if row["state"] == "done":
+            write_json(options.out / f"{row['experiment']}.{row['name']}" / RESULT, row)
+    if not _plan_path(options).exists():
+        write_json(_plan_path(options), values)
 
 
 def _plan(options: Arguments) -> dict[str, Any]:
@@ -256,9 +271,16 @@ def _row(options: Arguments, each: RankedRun, result: dict[str, Any] | None) -> 
         begun = read_metrics(options.out / each.placed.name / "metrics.jsonl")
         state, why = ("unfinished", f"at step {begun[-1]['step']}") if begun else ("not run", "")
         return _missing(each, state, why) | {"experiment": each.experiment}
-    if "machine" in result:
-        result["machine"]["command"] = " ".join(["python", *sys.argv])
+    if "machine" in result and "run_ranked" not in result["machine"]["command"]:
+        result["machine"]["command"] = _described(options)
     return result | {"name": each.run.name, "group": each.run.group or each.run.name, "experiment": each.experiment}
+
+
+def _described(options: Arguments) -> str:
+    """The command without the folders of this machine."""
+    text = [] if options.text is None else ["--text", options.text.name]
+    numbers = ["--seconds", f"{options.seconds:g}", "--processes", str(options.processes), "--aim", str(options.aim)]
+    return " ".join(["python experiments/run_ranked.py --scale", options.scale, *numbers, *text])
 
 
 @functools.cache

@@ -31,10 +31,10 @@ def _module(name):
 
 
 CLAIMS = _module("claims").CLAIMS
+RANKED = _module("ranked")
 TABLES = _module("report_tables")
 FIGURES = _module("report_figures")
 REPORT = _module("report")
-RANKED = _module("ranked")
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
@@ -69,6 +69,8 @@ def test_the_report_tells_agreement_from_disagreement_and_from_nothing():
     assert "| not run | not run |" in by_claim["token-choice against expert-choice, N_r=3"]
     noisy = [_done("vanilla", 3.0 + 0.1 * seed, seed) for seed in (0, 1, 2)]
     noisy += [_done("expert-r2", 2.98 + 0.1 * seed, seed, topk_nll=2.9) for seed in (0, 1, 2)]
+    alone = REPORT.claims_table({"mor_vs_baselines": [*noisy, _done("expert-r3", 2.9)]}).splitlines()[3]
+    assert "| -0.1000 |" in alone and "opposite sign, within the spread of seeds" in alone
     assert "within two standard errors" in REPORT.claims_table({"mor_vs_baselines": noisy}).splitlines()[2]
 
 

@@ -13,6 +13,8 @@ from mor_jax.evaluate.plots import write_figure
 from mor_jax.sweep.fit import IsoFlopFit, Points
 
 _CURVE_POINTS = 100
+_NARROW = 2.0
+"""Largest cost over the smallest up to which an axis is linear."""
 
 
 def plot_isoflop(path: Path, points: Points, fit: IsoFlopFit, title: str) -> list[Path]:
@@ -78,7 +80,13 @@ def plot_pareto(path: Path, panels: Mapping[str, Sequence[tuple[str, float, floa
         axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
         for index, (name, cost, loss) in enumerate(models):
             axes.plot(cost, loss, "o", color=mpl.colormaps["tab20"](index % 20), label=name)
-        axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+        costs = [cost for _, cost, _ in models]
+        low, high = min(costs), max(costs)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        if high > _NARROW * low:
+            axes.set_xscale("log")
+        else:  # a comparison at equal cost
+            axes.set_xlim(low * 0.95, high * 1.05)
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
