@@ -293,6 +293,7 @@ def test_a_mistake_of_the_server_is_no_end(model, monkeypatch):
             patched.setattr(type(model.tokenizer), "encode", lambda tokenizer, text: 1 / 0)
             answer = client.complete(prompt="x")
         assert (answer.status, answer.json["error"]["type"]) == (500, "server_error")
+        assert client.metric('mor_requests_total{path="/v1/completions",status="500"}') == 1
         assert client.complete(prompt="x").status == 200
 
 
