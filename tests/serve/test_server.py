@@ -152,6 +152,12 @@ def test_other_mistakes_have_the_same_form(client, method, path, body, headers, 
     assert answer.status == status and words in answer.json["error"]["message"]
 
 
+def test_names_of_the_host_know_no_case(model):
+    with running(model, allowed_hosts=("Demo.Example",)) as client:
+        for host, status in (("demo.example", 200), ("DEMO.example:80", 200), ("other.example", 421)):
+            assert client.send("GET", "/health", None, {"Host": host}).status == status
+
+
 def test_models_health_and_metrics(client):
     (model,) = client.get("/v1/models").json["data"]
     assert model["id"] == NAME and model == client.get(f"/v1/models/{NAME}").json

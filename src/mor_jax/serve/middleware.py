@@ -58,7 +58,7 @@ class KnownHosts:
 
     def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
         own = f"[{options.host}]" if ":" in options.host else options.host
-        known = {*_LOOPBACK, own, *options.allowed_hosts}
+        known = {name.lower() for name in (*_LOOPBACK, own, *options.allowed_hosts)}
         everyone = "*" in known or not (options.on_loopback or options.allowed_hosts)
         self._app, self._known = app, None if everyone else known
 
