@@ -317,6 +317,8 @@ def test_a_port_in_use_is_told(client):
         bind(ServeOptions(port=client.port))
     with pytest.raises(UserError, match=r"host='no\.such\.host\.invalid'"):
         bind(ServeOptions(host="no.such.host.invalid"))
+    with pytest.raises(UserError, match=r"host='a\.\.b' port=8000: .*label empty"):
+        bind(ServeOptions(host="a..b"))
 
 
 @pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", 1), ("::1", 1), ("localhost", 1), ("0.0.0.0", 0)])
