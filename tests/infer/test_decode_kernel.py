@@ -9,8 +9,8 @@ from mor_jax.infer.attention import PagedStore
 from mor_jax.infer.decode_kernel import decode_attention
 from mor_jax.model.layers import rotary_tables
 
-# entries held, appended; the third row only reads, the fourth begins a page, the last does nothing
-START, COUNT, VISIBLE = [0, 37, 80, 32, 9], [1, 1, 0, 1, 0], [1, 38, 80, 33, 0]
+# entries held, appended; the third row is full and only reads, the fourth begins a page, the last does nothing
+START, COUNT, VISIBLE = [0, 37, 128, 32, 9], [1, 1, 0, 1, 0], [1, 38, 128, 33, 0]
 
 
 def _inputs(dtype, heads=6, kv_heads=2, width=16, pages=8, size=16):

@@ -73,7 +73,8 @@ def _kernel(
     first_key = groups * kv_heads + head
     key_1H = _rotated(projected_ref, jnp.full((1,), first_key), jnp.full((1,), True), cos_ref, sin_ref)
     value_1H = projected_ref[first_key + kv_heads, :][None, :]
-    row = table_ref[group, start // page_size] * page_size + start % page_size
+    # a row that appends nothing may be full: there is no next page, and nothing is stored
+    row = table_ref[group, jnp.minimum(start // page_size, table_ref.shape[1] - 1)] * page_size + start % page_size
     for ref, own_1H in ((keys_ref, key_1H), (values_ref, value_1H)):
         place = ref.at[jnp.full((1, width), row), nth_H[None, :]]
         plgpu.store(place, own_1H, mask=jnp.full((1, width), count > 0))
