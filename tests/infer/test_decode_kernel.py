@@ -9,8 +9,8 @@ from mor_jax.infer.attention import PagedStore
 from mor_jax.infer.decode_kernel import decode_attention
 from mor_jax.model.layers import rotary_tables
 
-# entries held, appended; the third row only reads, the fourth begins a page, the last does nothing
-START, COUNT, VISIBLE = [0, 37, 80, 32, 9], [1, 1, 0, 1, 0], [1, 38, 80, 33, 0]
+# entries held, appended; the third row is full and only reads, the fourth begins a page, the last does nothing
+START, COUNT, VISIBLE = [0, 37, 128, 32, 9], [1, 1, 0, 1, 0], [1, 38, 128, 33, 0]
 
 
 def _inputs(dtype, heads=6, kv_heads=2, width=16, pages=8, size=16):
@@ -20,7 +20,11 @@ def _inputs(dtype, heads=6, kv_heads=2, width=16, pages=8, size=16):
     sizes = (jnp.asarray(x, jnp.int32) for x in (START, COUNT, VISIBLE))
     pool = (rows * pages, size, kv_heads, width)
     rotary = rotary_tables(jnp.asarray(START)[:, None], width, 100.0)
-    return draw(rows, heads + 2 * kv_heads, width), rotary, (draw(*pool), draw(*pool)), table_BM, *sizes
+    projected = draw(rows, heads + 2 * kv_heads, width)
+    # the row that only reads must not attend to its own key, however well that fits
+    keys = slice(heads, heads + kv_heads)
+    projected = projected.at[2, keys].set(100 * projected[2, : heads : heads // kv_heads])
+    return projected, rotary, (draw(*pool), draw(*pool)), table_BM, *sizes
 
 
 def _compare(dtype, tolerance, **arguments):

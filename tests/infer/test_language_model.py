@@ -115,6 +115,7 @@ def test_a_reader_may_leave(model):
 def test_impossible_wishes_are_refused(model):
     for arguments, message in (
         ({"max_tokens": 40}, "make 44 tokens, more than max_length=32"),
+        ({"max_length": 0}, "more than max_length=0"),
         ({"temperature": -1.0}, "temperature=-1.0 is outside"),
         ({"top_p": 0.0}, "top_p=0.0 is outside"),
         ({"max_depth": 0}, "max_depth=0 must be at least 1"),

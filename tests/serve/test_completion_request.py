@@ -96,6 +96,13 @@ def test_mistakes_name_field_value_and_rule(body, field, words):
     assert json.loads(bytes(caught.value.response().body))["error"] == error
 
 
+def test_a_value_of_any_depth_is_refused():
+    """What the parser can just read may be too deep to be shown."""
+    for depth in range(800, 1100):
+        with pytest.raises(ApiError):
+            _parse(b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}")
+
+
 def test_another_model_is_not_found():
     with pytest.raises(ApiError, match="model=\"large\" is not served here; the model is 'tiny'") as caught:
         _parse({"model": "large", "prompt": "a"})

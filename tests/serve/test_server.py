@@ -152,6 +152,12 @@ def test_other_mistakes_have_the_same_form(client, method, path, body, headers, 
     assert answer.status == status and words in answer.json["error"]["message"]
 
 
+def test_names_of_the_host_know_no_case(model):
+    with running(model, allowed_hosts=("Demo.Example",)) as client:
+        for host, status in (("demo.example", 200), ("DEMO.example:80", 200), ("other.example", 421)):
+            assert client.send("GET", "/health", None, {"Host": host}).status == status
+
+
 def test_models_health_and_metrics(client):
     (model,) = client.get("/v1/models").json["data"]
     assert model["id"] == NAME and model == client.get(f"/v1/models/{NAME}").json
@@ -293,6 +299,7 @@ def test_a_mistake_of_the_server_is_no_end(model, monkeypatch):
             patched.setattr(type(model.tokenizer), "encode", lambda tokenizer, text: 1 / 0)
             answer = client.complete(prompt="x")
         assert (answer.status, answer.json["error"]["type"]) == (500, "server_error")
+        assert client.metric('mor_requests_total{path="/v1/completions",status="500"}') == 1
         assert client.complete(prompt="x").status == 200
 
 
@@ -310,6 +317,8 @@ def test_a_port_in_use_is_told(client):
         bind(ServeOptions(port=client.port))
     with pytest.raises(UserError, match=r"host='no\.such\.host\.invalid'"):
         bind(ServeOptions(host="no.such.host.invalid"))
+    with pytest.raises(UserError, match=r"host='a\.\.b' port=8000: .*label empty"):
+        bind(ServeOptions(host="a..b"))
 
 
 @pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", 1), ("::1", 1), ("localhost", 1), ("0.0.0.0", 0)])

@@ -59,5 +59,5 @@ def _load(options: ServeArguments) -> tuple[LanguageModel, str, EngineOptions]:
     model = load(options.checkpoint)
     sizes = {f.name for f in dataclasses.fields(EngineOptions)} & {f.name for f in dataclasses.fields(options)}
     chosen = {name: getattr(options, name) for name in sizes}
-    chosen["max_length"] = options.max_length or model.config.context_length
+    chosen["max_length"] = model.config.context_length if options.max_length is None else options.max_length
     return model, options.name or options.checkpoint.resolve().name, EngineOptions(**chosen)

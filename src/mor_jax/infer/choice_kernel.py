@@ -53,7 +53,7 @@ def _kernel(
     plgpu.store(new_phase_ref.at[nth_S], phase_S, mask=inside_S)
     plgpu.store(new_since_ref.at[nth_S], since_S, mask=inside_S)
     waits_S = functools.reduce(jnp.logical_or, [phase_S == phase for phase in phases])
-    slot_S = jnp.where(waits_S, jnp.minimum(_ranks(waits_S, since_S), slots), slots)
+    slot_S = jnp.where(waits_S, jnp.minimum(_ranks(waits_S, since_S - step_ref[...]), slots), slots)
     plgpu.store(slot_ref.at[nth_S], slot_S, mask=inside_S)
     nth_X = jnp.arange(_power_of_two(slots), dtype=jnp.int32)
     holds_XS = slot_S[None, :] == nth_X[:, None]

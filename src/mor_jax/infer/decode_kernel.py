@@ -73,7 +73,8 @@ def _kernel(
     first_key = groups * kv_heads + head
     key_1H = _rotated(projected_ref, jnp.full((1,), first_key), jnp.full((1,), True), cos_ref, sin_ref)
     value_1H = projected_ref[first_key + kv_heads, :][None, :]
-    row = table_ref[group, start // page_size] * page_size + start % page_size
+    # a row that appends nothing may be full: there is no next page, and nothing is stored
+    row = table_ref[group, jnp.minimum(start // page_size, table_ref.shape[1] - 1)] * page_size + start % page_size
     for ref, own_1H in ((keys_ref, key_1H), (values_ref, value_1H)):
         place = ref.at[jnp.full((1, width), row), nth_H[None, :]]
         plgpu.store(place, own_1H, mask=jnp.full((1, width), count > 0))
@@ -97,10 +98,11 @@ def _kernel(
         fresh_GH = dot(weight_GX.astype(values_XH.dtype), values_XH, (((1,), (0,)), ((), ())))
         return new_top_G, total_G * kept_G + jnp.sum(weight_GX, axis=1), sum_GH * kept_G[:, None] + fresh_GH
 
-    # the row's own entry first: a finite maximum even where nothing is stored; a row that appends nothing finds its own
-    # entry in the cache, so here its weight is 0
+    # the row's own entry first: a finite maximum where nothing is stored yet; a row that appends nothing finds its own
+    # entry in the cache, so here it counts for nothing, not even for the maximum, beside which others would vanish
     own = count.astype(jnp.float32)
     top_G = jnp.sum(query_GH.astype(jnp.float32) * key_1H.astype(jnp.float32), axis=1) * width**-0.5
+    top_G = jnp.where(jnp.full(top_G.shape, count > 0), top_G, -jnp.inf)
     sum_GH = jnp.broadcast_to(value_1H.astype(jnp.float32) * own, query_GH.shape)
     state = (top_G, jnp.full(top_G.shape, own), sum_GH)
     _, total_G, sum_GH = jax.lax.fori_loop(0, pl.cdiv(stored, entries), read, state)

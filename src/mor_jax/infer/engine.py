@@ -63,6 +63,10 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name in ("max_running", "max_length", "steps", "page_size", "prefill_rows", "prefill_chunk"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        for name in ("block_slots", "exit_slots", "exit_at", "block_pages", "edge_pages"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}={value} must be positive, or None")
+        require(self.staged is None or self.staged >= 0, f"staged={self.staged} must not be negative")
 
 
 def engine_shape(model: DecodeModel, options: EngineOptions) -> EngineShape:

@@ -131,7 +131,7 @@ class LanguageModel:
         require(len(prompts) > 0, "there is no prompt")
         token_lists = [self.tokenizer.encode(prompt) or [self.tokenizer.eos_id] for prompt in prompts]
         longest = max(map(len, token_lists)) + max_tokens
-        limit = max_length or self.config.context_length
+        limit = self.config.context_length if max_length is None else max_length
         require(
             longest <= limit,
             f"the longest prompt and max_tokens={max_tokens} make {longest} tokens, more than max_length={limit}",

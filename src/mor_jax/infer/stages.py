@@ -99,7 +99,8 @@ def _choose(
         return dataclasses.replace(state, phase_S=phase_S, since_S=since_S), chosen
     state = promote(state, shape) if promotes else state
     waits_S = functools.reduce(jnp.logical_or, [state.phase_S == phase for phase in phases])
-    return state, choose(waits_S, state.since_S, slots)
+    # differences are right also after the count of steps, an int32, has begun anew
+    return state, choose(waits_S, state.since_S - state.step, slots)
 
 
 def _take(tree: Walk, place_X: jax.Array) -> Walk:

@@ -196,5 +196,8 @@ def _flag(values: dict[str, Any], name: str) -> bool:
 
 def _show(value: Any) -> str:
     """A value for a message, cut where it is long."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # nested as deeply as could just be read
+        return "..."
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

@@ -28,14 +28,24 @@ class CountRequests:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, begun = scope["path"] if scope["path"] in self._paths else "other", False
 
         async def counted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in self._paths else "other"
+                begun = True
                 self._counter.labels(path, str(message["status"])).inc()
             await send(message)
 
-        await self._app(scope, receive, counted if scope["type"] == "http" else send)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if not begun:  # who stands around this answers with 500
+                self._counter.labels(path, "500").inc()
+            raise
 
 
 class KnownHosts:
@@ -48,7 +58,7 @@ class KnownHosts:
 
     def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
         own = f"[{options.host}]" if ":" in options.host else options.host
-        known = {*_LOOPBACK, own, *options.allowed_hosts}
+        known = {name.lower() for name in (*_LOOPBACK, own, *options.allowed_hosts)}
         everyone = "*" in known or not (options.on_loopback or options.allowed_hosts)
         self._app, self._known = app, None if everyone else known
 

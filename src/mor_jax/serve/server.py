@@ -40,8 +40,9 @@ def bind(options: ServeOptions) -> socket.socket:
             if os.name == "posix":  # elsewhere it would let two servers share a port
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-        except OSError as error:
-            raise UserError(f"host={options.host!r} port={options.port}: {error.strerror or error}") from error
+        except (OSError, UnicodeError) as error:  # a name that no DNS can hold is a UnicodeError
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"host={options.host!r} port={options.port}: {reason}") from error
         failing.pop_all()
     return listener
 
