@@ -45,8 +45,8 @@ _MEASURED = {
     (False, 2560, 960): Tile(32, 64, 64, 1, stages=4),
     (False, 960, 2560): Tile(64, 32, 128, 4, stages=3),
 }
-"""By (at most 32 rows, N, K): the fastest of 124 tiles for the 360M shapes at 32 and at 82 rows on an H100, bfloat16
-(experiments/serving/results/tiles.json); up to 1.7 times faster than what ``tile_for`` makes up for other shapes."""
+"""By (at most 32 rows, N, K): the fastest of 7 to 27 tiles per 360M shape at 32 and at 82 rows on an H100, bfloat16
+(experiments/serving/results/tiles.json); up to 1.8 times faster than what ``tile_for`` makes up for other shapes."""
 
 MAX_ROWS = 256
 """Rows beyond which arithmetic counts, and XLA's products are the better ones."""
