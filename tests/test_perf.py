@@ -12,7 +12,7 @@ from mor_jax import presets
 from mor_jax.bench.measure import random_batch
 from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.parallel import make_mesh
-from mor_jax.perf import PLAIN, activation_bytes, compiler_options, resolve_perf
+from mor_jax.perf import PLAIN, activation_bytes, block_parameters, compiler_options, resolve_perf, state_bytes
 from mor_jax.train.state import init_train_state
 from mor_jax.train.step import loss_fn
 
@@ -42,6 +42,23 @@ def test_rematerialisation_is_the_least_that_fits():
     sizes = [activation_bytes(config.model, 16, remat) for remat in ("none", "dots", "names", "full")]
     assert sizes == sorted(sizes, reverse=True)
     assert resolve_perf(config, _mesh("unheard of", "tpu")).remat == "none"
+
+
+def test_a_block_that_is_kept_whole_counts_as_memory():
+    config = presets.get("mor-1.7b-expert-r3").config
+    config = dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, fsdp=16),
+        train=dataclasses.replace(config.train, batch_size=2, accumulation=1),
+    )
+    block = 2 * block_parameters(config.model)
+    needed = (
+        activation_bytes(config.model, 2, "none") + state_bytes(config, 16) + 3 * 4 * 4096 * config.model.vocab_size
+    )
+    for whole_block, spare, wanted in ((False, 0, "none"), (True, 0, "names"), (True, block, "none")):
+        perf = dataclasses.replace(config.perf, whole_block=whole_block)
+        mesh = _mesh("a chip", "tpu", int((needed + spare) / 0.85) + 100)
+        assert resolve_perf(dataclasses.replace(config, perf=perf), mesh).remat == wanted
 
 
 def test_slots_without_a_token_change_neither_loss_nor_gradient():

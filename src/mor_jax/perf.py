@@ -79,8 +79,9 @@ def resolve_perf(config: Config, mesh: Mesh) -> PerfConfig:
     if platform == "cpu":
         chosen = _fill(perf, PLAIN)
     else:
+        whole_block = _whole_block_fits(config, device) if perf.whole_block is None else perf.whole_block
         defaults = PerfConfig(
-            remat=_least_remat(config, rows / mesh.shape.get("context", 1), device)
+            remat=_least_remat(config, rows / mesh.shape.get("context", 1), device, whole_block=whole_block)
             if perf.remat == "auto"
             else perf.remat,
             scan_unroll=0 if platform == "gpu" else 1,
@@ -88,7 +89,7 @@ def resolve_perf(config: Config, mesh: Mesh) -> PerfConfig:
             slot_multiple=8 if platform == "gpu" else 1,
             logits_dtype="bfloat16" if platform == "gpu" and half else "float32",
             fusion="triton" if platform == "gpu" and half and mesh.shape.get("context", 1) == 1 else "xla",
-            whole_block=_whole_block_fits(config, device),
+            whole_block=whole_block,
             attention_backend=_attention(config, mesh, platform),
             compiler_options=tuple(COMPILER_OPTIONS.get(platform, ())),
         )
@@ -201,20 +202,27 @@ def block_parameters(model: ModelConfig) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
+def _whole_block_bytes(config: Config) -> float:
+    """Bytes per device of the whole shared block in the compute dtype."""
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    return block_parameters(config.model) * width / config.mesh.tensor
+
+
 def _whole_block_fits(config: Config, device: Device) -> bool:
-    """Whether the shared block in the compute dtype takes a tenth of the memory at most."""
-    memory, width = memory_bytes(device), 2 if config.model.dtype == "bfloat16" else 4
-    tensor = config.mesh.tensor
-    return memory is None or block_parameters(config.model) * width / tensor <= _WHOLE_BLOCK * memory
+    """Whether the whole shared block takes a tenth of the memory at most."""
+    memory = memory_bytes(device)
+    return memory is None or _whole_block_bytes(config) <= _WHOLE_BLOCK * memory
 
 
-def _least_remat(config: Config, rows: float, device: Device) -> Remat:
+def _least_remat(config: Config, rows: float, device: Device, *, whole_block: bool) -> Remat:
     """The least rematerialisation whose estimate fits; `none` where the memory is not known."""
     memory = memory_bytes(device)
     if memory is None:
         return "none"
     loss_bytes = 3 * 4 * _CHUNK_TOKENS * config.model.vocab_size
     left = _USABLE * memory - state_bytes(config, max(1, config.mesh.fsdp * config.mesh.tensor)) - loss_bytes
+    if whole_block and config.mesh.fsdp > 1 and config.model.recursion.repeats_block:
+        left -= _whole_block_bytes(config)
     candidates: tuple[Remat, ...] = ("none", "names")
     for remat in candidates:
         if activation_bytes(config.model, rows, remat) <= left:
