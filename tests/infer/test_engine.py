@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_examples import decode_model, full_forward, model_config, tokens
 
 from mor_jax.errors import UserError
+from mor_jax.infer import stages
 from mor_jax.infer.cache import kv_usage
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine, EngineOptions, Request
@@ -184,6 +186,22 @@ def test_kernels_of_products_and_sampling_give_the_same(config, engine):
     for one, other in zip(got, want, strict=True):
         assert [t.token for t in one] == [t.token for t in other]
         assert [t.depth for t in one] == [t.depth for t in other]
+
+
+def test_only_rows_that_leave_make_the_head_draw_or_cut(config, monkeypatch):
+    """Free slots read the last place's request, which may be long over, and tokens that enter bring theirs."""
+    seen = []
+    monkeypatch.setattr(stages, "_sample", lambda model, x, rows, position, shape: seen.append(rows) or _nothing(x))
+    engine = Engine(decode_model(config), OPTIONS)
+    state, rows = engine._state, np.arange(3)
+    cut = dataclasses.replace(state.requests.sampling, temperature_E=jnp.ones(engine.shape.places))
+    state = dataclasses.replace(state, requests=dataclasses.replace(state.requests, sampling=cut))
+    stages._leave(engine.model, state, state.cache.edge, jnp.asarray(rows), jnp.asarray(rows == 1), engine.shape)
+    assert seen[0].temperature_E.tolist() == [0, 1, 0]
+
+
+def _nothing(x_E1D):
+    return np.zeros(len(x_E1D), np.int32), np.zeros(len(x_E1D), np.float32)
 
 
 def test_an_engine_without_cuts_refuses_them(config):

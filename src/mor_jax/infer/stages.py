@@ -250,7 +250,9 @@ def _leave(
         context = _edge_context(model, edge, place_E, position_E, leaves_E.astype(jnp.int32), shape)
         x_E1D, edge = edge_layer(model, edge, x_E1D, context, 1)
     sampling = jax.tree.map(at, state.requests.sampling)
-    sampled_E, log_probability_E = _sample(model, x_E1D, sampling, position_E, leaves_E, shape)
+    # nobody reads what the others would draw, and a cut of theirs would sort the vocabulary
+    sampling = dataclasses.replace(sampling, temperature_E=jnp.where(leaves_E, sampling.temperature_E, 0.0))
+    sampled_E, log_probability_E = _sample(model, x_E1D, sampling, position_E, shape)
     ends_E = (at(state.requests.remaining) <= 1) | (sampled_E == at(state.requests.stop_token))
     emitted = Emitted(
         place=jnp.where(leaves_E, place_E, -1),
@@ -267,7 +269,6 @@ def _sample(
     x_E1D: jax.Array,
     rows: SamplingRows,
     position_E: jax.Array,
-    leaves_E: jax.Array,
     shape: EngineShape,
 ) -> tuple[jax.Array, jax.Array]:
     """Head and sampling: token and log-probability of every row."""
@@ -278,7 +279,7 @@ def _sample(
     interpret, epsilon = jax.default_backend() == "cpu", model.config.norm_epsilon
     arguments = (x_E1D[:, 0], model.final_norm_D, head_VD, rows, position_E)
     fused = lambda: sample_head(*arguments, epsilon=epsilon, interpret=interpret)  # noqa: E731
-    return jax.lax.cond(jnp.any(rows.cuts_E & leaves_E), plain, fused) if shape.cuts else fused()
+    return jax.lax.cond(jnp.any(rows.cuts_E), plain, fused) if shape.cuts else fused()
 
 
 def _enter(
