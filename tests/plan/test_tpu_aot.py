@@ -65,7 +65,7 @@ def test_a_step_that_does_not_fit_names_its_need_and_what_would(capsys):
 
 
 def test_the_engine_compiles_for_one_chip(capsys):
-    """A dispatch and a prompt chunk; nothing of the size of the pools is copied."""
+    """A dispatch and a prompt chunk, on one of the four chips."""
     sizes = ("--engine.max-running", "4", "--engine.max-length", "128", "--engine.steps", "2")
     pages = ("--engine.block-pages", "65536", "--engine.edge-pages", "65536")
     assert main(["plan", "debug", "--topology", "v5e:2x2", "--decode", *sizes, *pages, "--json"]) == 0
