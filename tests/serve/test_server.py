@@ -222,12 +222,21 @@ def test_a_slow_reader_delays_nobody_and_gets_everything(client, model):
 
 def test_a_full_queue_asks_to_come_back(model):
     with running(model, max_queue=1, max_prompts=20) as client:
-        places = client.server.service._most_open - 1
-        answer = client.complete(prompt=["x"] * (places + 2), max_tokens=5)
+        service = client.server.service
+        service._open = service._most_open  # as if every place and the queue were taken
+        answer = client.complete(prompt="x", max_tokens=5)
+        service._open = 0
         assert answer.status == 429 and 1 <= int(answer.headers["retry-after"]) <= 60
         error = answer.json["error"]
         assert (error["code"], error["type"]) == ("queue_full", "rate_limit_error")
-        assert client.complete(prompt=["x"] * (places + 1), max_tokens=5).status == 200
+        assert client.complete(prompt=["x"] * service._most_open, max_tokens=5).status == 200
+
+
+def test_more_prompts_than_ever_fit_are_refused_for_good(model):
+    with running(model, max_queue=1, max_prompts=20) as client:
+        most = client.server.service._most_open
+        answer = client.complete(prompt=["x"] * (most + 1), max_tokens=5)
+        assert answer.status == 400 and f"at most {most}" in answer.json["error"]["message"]
 
 
 def test_too_many_connections_are_refused(model):

@@ -4,6 +4,7 @@
 attains (paper section 2.2.1 and table 13). Letters: R recursions, V vocabulary, T positions.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -84,11 +85,14 @@ def validation_losses(
     model = config.model
     lengths_V = token_lengths(dataset.tokenizer, model.vocab_size)
     sums: dict[Mode, _Sums] = {mode: _Sums(model) for mode in modes_of(model)}
+    perf = config.perf
+    if perf.whole_block is None:  # whether a whole block fits is the train step's estimate
+        perf = dataclasses.replace(perf, whole_block=False)
     for index, batch in enumerate(first_rows(dataset, rows)):
         key = jax.random.fold_in(jax.random.key(0), index)
         batch = spread(params, batch)
         for mode, total in sums.items():
-            totals = totals_pass(model, config.perf, mode)(params, router_bias_R, batch, lengths_V, key)
+            totals = totals_pass(model, perf, mode)(params, router_bias_R, batch, lengths_V, key)
             total.add(to_host(totals))
     require(sums["topk"].tokens > 0, "the validation split holds no target tokens: give data.source more text")
     return _report(model, sums)

@@ -87,9 +87,12 @@ class Service:
             What will hold their tokens; ``close`` it in any case.
 
         Raises:
-            ApiError: 503 while the server ends, 429 if too many sequences wait.
+            ApiError: 503 while the server ends, 429 if too many sequences wait, 400 if they could never.
         """
         self.check_open()
+        if len(requests) > self._most_open:
+            message = f"prompt holds {len(requests)} prompts; at most {self._most_open} can run or wait at once"
+            raise ApiError(400, message, field="prompt")
         if self._open + len(requests) > self._most_open:
             message = (
                 f"{self._open} sequences run or wait, and the {len(requests)} of this request would exceed "
