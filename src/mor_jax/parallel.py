@@ -5,6 +5,7 @@ Rows are split over `slice`, `data` and `fsdp`, their tokens over `context`; par
 shard. The table of logical axes is ``axes.LOGICAL_RULES``.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.axes import BATCH_AXES, partition_spec
-from mor_jax.config import Config, MeshConfig
+from mor_jax.config import Config, MeshConfig, ModelConfig
 from mor_jax.errors import require
 
 Device = Any
@@ -86,7 +87,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     Raises:
         UserError: names the field, its value and the mesh axis that does not divide it.
     """
-    train, model = config.train, config.model
+    train = config.train
     shards = batch_shards(mesh)
     rows = train.batch_size // train.accumulation
     require(
@@ -94,6 +95,15 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         f"train.batch_size={train.batch_size} / train.accumulation={train.accumulation} = {rows} rows per micro-batch "
         f"is not divisible by mesh slice x data x fsdp = {shards}",
     )
+    check_model(config.model, mesh)
+
+
+def check_model(model: ModelConfig, mesh: Mesh) -> None:
+    """Refuse a mesh whose axes do not divide the model.
+
+    Raises:
+        UserError: names the field, its value and the mesh axis that does not divide it.
+    """
     for name, axis in (
         ("num_heads", "tensor"),
         ("num_kv_heads", "tensor"),
@@ -104,6 +114,11 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     ):
         value, size = getattr(model, name), mesh.shape[axis]
         require(value % size == 0, f"model.{name}={value} is not divisible by mesh.{axis}={size}")
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Within this context the mesh is the ambient one; None leaves things as they are."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

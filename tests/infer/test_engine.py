@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_examples import decode_model, full_forward, model_config, tokens
+from decode_examples import decode_model, full_forward, model_config
+from engine_examples import LENGTH, OPTIONS, make_requests, serve
 
 from mor_jax.errors import UserError
 from mor_jax.infer import stages
@@ -14,44 +15,6 @@ from mor_jax.infer.cache import kv_usage
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine, EngineOptions, Request
 from mor_jax.infer.sampling import Sampling
-
-LENGTH = 24
-OPTIONS = EngineOptions(
-    max_running=6,
-    max_length=LENGTH,
-    block_slots=4,
-    exit_slots=3,
-    exit_at=2,
-    steps=4,
-    page_size=4,
-    prefill_rows=2,
-    prefill_chunk=5,
-    # too few for all places at once: requests must wait for pages
-    block_pages=60,
-    edge_pages=30,
-)
-
-
-def _requests(count, seed=0, **fields):
-    rng = np.random.default_rng(seed)
-    return [
-        Request(tuple(tokens(1, int(length), seed=i)[0].tolist()), int(rng.integers(1, LENGTH - length + 1)), **fields)
-        for i, length in enumerate(rng.integers(1, LENGTH, count))
-    ]
-
-
-def _serve(engine, requests, seed=0):
-    """Submit requests at random times; return the tokens of each."""
-    rng, left, found = np.random.default_rng(seed), list(requests), {}
-    while left or engine.busy:
-        for _ in range(int(rng.integers(0, 4))):
-            if left:
-                found[engine.submit(left.pop(0))] = []
-        for token in engine.step():
-            found[token.request].append(token)
-    for token in engine.drain():
-        found[token.request].append(token)
-    return list(found.values())
 
 
 def _check_greedy(config, requests, results, margin=1e-4):
@@ -89,9 +52,9 @@ def engine(config):
 
 
 def test_requests_at_random_times_get_what_they_get_alone(config, engine):
-    requests = _requests(40)
+    requests = make_requests(40)
     before = compilations()
-    results = _serve(engine, requests)
+    results = serve(engine, requests)
     assert compilations() == before
     assert _check_greedy(config, requests, results) == 0
     assert {t.depth for result in results for t in result} == {1, 2, 3}
@@ -110,15 +73,15 @@ def test_nothing_stays_behind(engine):
 
 def test_draws_depend_on_the_seed_alone(engine):
     fields = [Sampling(1.5, seed=7), Sampling(1.5, top_k=5, seed=7), Sampling(1.0, top_p=0.5, seed=9)]
-    requests = [dataclasses.replace(r, sampling=fields[i % 3]) for i, r in enumerate(_requests(12, seed=1))]
-    together = _serve(engine, requests, seed=3)
-    alone = [_serve(engine, [request])[0] for request in requests[:6]]
+    requests = [dataclasses.replace(r, sampling=fields[i % 3]) for i, r in enumerate(make_requests(12, seed=1))]
+    together = serve(engine, requests, seed=3)
+    alone = [serve(engine, [request])[0] for request in requests[:6]]
     for one, other in zip(alone, together, strict=False):
         assert [t.token for t in one] == [t.token for t in other]
 
 
 def test_cancelled_requests_give_nothing_more_and_leave_nothing(engine):
-    requests, got = _requests(30, seed=2), {}
+    requests, got = make_requests(30, seed=2), {}
     numbers = [engine.submit(request) for request in requests]
     rng, cancelled = np.random.default_rng(0), set()
     while engine.busy:
@@ -138,16 +101,16 @@ def test_cancelled_requests_give_nothing_more_and_leave_nothing(engine):
 
 
 def test_a_budget_of_passes_holds(engine):
-    requests = [dataclasses.replace(r, max_depth=1 + i % 2) for i, r in enumerate(_requests(8, seed=4))]
-    for request, result in zip(requests, _serve(engine, requests), strict=True):
-        assert max(t.depth for t in result) <= request.max_depth
+    requests = [dataclasses.replace(r, max_depth=1 + i % 2) for i, r in enumerate(make_requests(8, seed=4))]
+    for request, result in zip(requests, serve(engine, requests), strict=True):
+        assert max(t.depth for t in result) <= (request.max_depth or 0)
 
 
 def test_a_stop_token_ends_a_request(engine):
     request = Request((3, 4), 20)
-    (result,) = _serve(engine, [request])
+    (result,) = serve(engine, [request])
     third = result[2].token
-    (stopped,) = _serve(engine, [dataclasses.replace(request, stop_token=third)])
+    (stopped,) = serve(engine, [dataclasses.replace(request, stop_token=third)])
     first = next(i for i, t in enumerate(result) if t.token == third)
     assert [t.token for t in stopped] == [t.token for t in result[: first + 1]]
     assert stopped[-1].finished
@@ -180,8 +143,8 @@ def test_kernels_of_products_and_sampling_give_the_same(config, engine):
     kernels = Engine(decode_model(config), dataclasses.replace(OPTIONS, exit_at=1))
     kernels.shape = dataclasses.replace(kernels.shape, products="pallas")
     fields = [{}, {"sampling": Sampling(1.5, seed=7)}, {"sampling": Sampling(1.5, top_k=5, seed=7)}]
-    requests = [dataclasses.replace(r, **fields[i % 3]) for i, r in enumerate(_requests(12, seed=5))]
-    got, want = _serve(kernels, requests), _serve(engine, requests)
+    requests = [dataclasses.replace(r, **fields[i % 3]) for i, r in enumerate(make_requests(12, seed=5))]
+    got, want = serve(kernels, requests), serve(engine, requests)
     _check_greedy(config, requests[::3], got[::3])
     for one, other in zip(got, want, strict=True):
         assert [t.token for t in one] == [t.token for t in other]
@@ -228,8 +191,8 @@ def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv, produ
     engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, block_pages=None, edge_pages=None))
     engine.shape = dataclasses.replace(engine.shape, products=products)
     engine.warm_up()
-    before, requests = compilations(), _requests(40)
-    results = _serve(engine, requests)
+    before, requests = compilations(), make_requests(40)
+    results = serve(engine, requests)
     assert compilations() == before
     assert _check_greedy(config, requests, results) == 0
 

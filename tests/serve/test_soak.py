@@ -11,6 +11,7 @@ import pytest
 from live_server import ENGINE, running, tiny_model
 
 from mor_jax.infer.compilations import compilations
+from mor_jax.infer.engine import Engine
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "serving"
 REQUEST_BYTES = 8000
@@ -47,6 +48,7 @@ def test_nothing_is_lost_or_held():
         assert client.metric("mor_accepted_completions_total") == client.metric("mor_completions_total") > 30
         assert compilations() == before
     engine = client.server.service._thread._engine
+    assert isinstance(engine, Engine)
     assert engine._promised == [0, 0] and not engine._queue and not any(engine._places)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,7 @@ import tyro
 from mor_jax.cli.options import parse
 from mor_jax.errors import UserError, require
 from mor_jax.infer.language_model import Completion, LanguageModel, Speed, load
+from mor_jax.infer.replicas import EngineMesh
 from mor_jax.train.loop import enable_compilation_cache
 
 
@@ -46,6 +47,7 @@ class GenerateArguments:
     """Also print each token with the passes behind it."""
     json: bool = False
     """Print one JSON line per prompt."""
+    mesh: EngineMesh = field(default_factory=EngineMesh)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -53,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(GenerateArguments, arguments, "generate", "Continue texts with a trained model.")
     prompts = _prompts(options)
     enable_compilation_cache()
-    model, speed = load(options.checkpoint), Speed()
+    model, speed = load(options.checkpoint, mesh=options.mesh), Speed()
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "max_depth", "max_length")
     stream = model.stream(prompts, **{name: getattr(options, name) for name in names})
     completions = [Completion(prompt) for prompt in prompts]

@@ -13,6 +13,7 @@ from mor_jax.errors import UserError
 from mor_jax.infer.attention import DecodeBackend
 from mor_jax.infer.engine import EngineOptions
 from mor_jax.infer.language_model import LanguageModel, load
+from mor_jax.infer.replicas import EngineMesh
 from mor_jax.serve.options import ServeOptions
 from mor_jax.train.loop import enable_compilation_cache
 
@@ -27,7 +28,7 @@ class ServeArguments:
     name: str | None = None
     """What clients call the model; None is the folder's name."""
     max_running: int = 8
-    """Sequences decoded at the same time."""
+    """Sequences decoded at the same time, on every copy of the engine (mesh.data)."""
     max_length: int | None = None
     """Tokens of prompt and completion; None is the model's context."""
     steps: int = 16
@@ -40,6 +41,7 @@ class ServeArguments:
     """Pages of the first and last layers' caches; None likewise."""
     backend: DecodeBackend = "auto"
     """Decode attention."""
+    mesh: EngineMesh = field(default_factory=EngineMesh)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -56,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _load(options: ServeArguments) -> tuple[LanguageModel, str, EngineOptions]:
-    model = load(options.checkpoint)
+    model = load(options.checkpoint, mesh=options.mesh)
     sizes = {f.name for f in dataclasses.fields(EngineOptions)} & {f.name for f in dataclasses.fields(options)}
     chosen = {name: getattr(options, name) for name in sizes}
     chosen["max_length"] = model.config.context_length if options.max_length is None else options.max_length

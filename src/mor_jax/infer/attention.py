@@ -16,7 +16,7 @@ from mor_jax.errors import require
 from mor_jax.infer.cache import append
 from mor_jax.infer.decode_kernel import decode_attention
 from mor_jax.infer.product_kernel import MAX_ROWS
-from mor_jax.model.attention import KeyValue
+from mor_jax.model.attention import KeyValue, split_last_heads
 from mor_jax.model.layers import Rotary, apply_rotary
 
 logger = logging.getLogger(__name__)
@@ -40,30 +40,36 @@ def _gpu() -> tuple[str, bool]:
     return f"a GPU, not device={device!r}", device == "gpu"
 
 
-def decode_backend(config: ModelConfig, backend: DecodeBackend = "auto") -> DecodeBackend:
+def _alone(shards: int) -> tuple[str, bool]:
+    return f"an engine on one device, not mesh.tensor={shards}", shards == 1
+
+
+def decode_backend(config: ModelConfig, backend: DecodeBackend = "auto", shards: int = 1) -> DecodeBackend:
     """Choose how single tokens attend to the cache on this process's device.
 
-    `pallas` is one kernel that appends and attends; it needs a GPU and a head_dim that is a power of 2 from 16. `xla`
-    gathers the pages first and runs everywhere; prompts always use it.
+    `pallas` is one kernel that appends and attends; it needs a GPU of its own (``shards`` is 1) and a head_dim that is
+    a power of 2 from 16. `xla` gathers the pages first and runs everywhere; prompts always use it.
 
     Raises:
         UserError: `pallas` was asked for where it cannot run.
     """
     width = config.head_dim
     fits = width >= 16 and width & (width - 1) == 0
-    return _resolve("backend", backend, (_gpu(), (f"head_dim a power of 2 from 16, not {width}", fits)))
+    needs = (_gpu(), _alone(shards), (f"head_dim a power of 2 from 16, not {width}", fits))
+    return _resolve("backend", backend, needs)
 
 
-def products_backend(rows: int, backend: DecodeBackend = "auto") -> DecodeBackend:
+def products_backend(rows: int, backend: DecodeBackend = "auto", shards: int = 1) -> DecodeBackend:
     """Choose what computes the matrix products of up to ``rows`` single tokens, and samples.
 
     `pallas` is four kernels per layer, with norms, activation and residuals, and one for head and sampling; it needs a
-    GPU and few rows. `xla` runs everywhere; prompts always use it.
+    GPU of its own and few rows. `xla` runs everywhere; prompts always use it.
 
     Raises:
         UserError: `pallas` was asked for where it cannot run.
     """
-    return _resolve("products", backend, (_gpu(), (f"at most {MAX_ROWS} slots, not {rows}", rows <= MAX_ROWS)))
+    needs = (_gpu(), _alone(shards), (f"at most {MAX_ROWS} slots, not {rows}", rows <= MAX_ROWS))
+    return _resolve("products", backend, needs)
 
 
 @struct.dataclass
@@ -84,6 +90,8 @@ class PagedStore:
     """Attention of single tokens, resolved."""
     products: DecodeBackend = struct.field(pytree_node=False, default="xla")
     """Matrix products of single tokens, resolved."""
+    shards: int = struct.field(pytree_node=False, default=1)
+    """Devices that share the heads."""
     table_YM: jax.Array | None = None
     """int32: pages of every group there is, for the kernel, which looks up its own; None: ``table_BM`` are all."""
     group_B: jax.Array | None = None
@@ -104,11 +112,10 @@ class PagedStore:
             return out_BNH[:, None], cached
         if not self.writes:
             return self._gather_and_attend(apply_rotary(projected_BTMH, rotary), cached), cached
-        rotated, values = projected_BTMH[:, :, :-kv_heads], projected_BTMH[:, :, -kv_heads:]
-        rotated = apply_rotary(rotated, rotary)
-        fresh = (rotated[:, :, -kv_heads:], values)
-        cached = append(cached, fresh, self.table_BM, self.start_B, self.count_B)
-        return self._gather_and_attend(rotated[:, :, :-kv_heads], cached), cached
+        rotated, values = split_last_heads(projected_BTMH, kv_heads, self.shards)
+        query_BTNH, keys = split_last_heads(apply_rotary(rotated, rotary), kv_heads, self.shards)
+        cached = append(cached, (keys, values), self.table_BM, self.start_B, self.count_B)
+        return self._gather_and_attend(query_BTNH, cached), cached
 
     def _gather_and_attend(self, query_BTNH: jax.Array, cached: KeyValue) -> jax.Array:
         rows = self.table_BM.shape[0]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.axes import constrain
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.product_kernel import TICKETS
@@ -87,6 +88,16 @@ class Cache:
     def pools(self) -> tuple[PagedCache, ...]:
         """The pools there are."""
         return (self.block,) if self.edge is None else (self.block, self.edge)
+
+
+def hold_cache(cache: Cache) -> Cache:
+    """Keep pools split over their heads, and their tables whole on every device; without a mesh, do nothing."""
+
+    def hold(pool: PagedCache) -> PagedCache:
+        split = lambda arrays: tuple(constrain(array, None, None, "kv_heads", "head_dim") for array in arrays)  # noqa: E731
+        return dataclasses.replace(jax.tree.map(constrain, pool), keys=split(pool.keys), values=split(pool.values))
+
+    return jax.tree.map(hold, cache, is_leaf=lambda node: isinstance(node, PagedCache))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from mor_jax.infer.cache import KvUsage, kv_layout, kv_usage
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.sampling import Sampling
 from mor_jax.infer.stages import dispatch
-from mor_jax.infer.state import COUNTERS, Control, Emitted, EngineShape, empty_control, init_state
+from mor_jax.infer.state import COUNTERS, Control, Emitted, EngineShape, empty_control, make_state
 from mor_jax.infer.weights import DecodeModel
+from mor_jax.parallel import on_mesh
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def engine_shape(model: DecodeModel, options: EngineOptions) -> EngineShape:
         page_size=options.page_size,
         block_pages=options.block_pages,
         edge_pages=options.edge_pages,
-        backend=decode_backend(model.config, options.backend),
-        products=products_backend(max(block, exits), options.products),
+        backend=decode_backend(model.config, options.backend, model.shards),
+        products=products_backend(max(block, exits), options.products, model.shards),
         cuts=options.cuts,
     )
 
@@ -155,7 +156,7 @@ class Engine:
     """Decodes many requests at the same time.
 
     Args:
-        model: from ``prepare_weights``.
+        model: from ``prepare_weights``; where it lies, the engine runs.
         options: sizes.
     """
 
@@ -164,7 +165,7 @@ class Engine:
         self.shape = engine_shape(model, options)
         self.statistics = EngineStatistics()
         self._layout = kv_layout(model.config)
-        self._state = init_state(model, self.shape)
+        self._state = make_state(model, self.shape)
         self._queue: deque[tuple[int, Request]] = deque()
         self._places: list[_Place | None] = [None] * self.shape.places
         self._next_number = 0
@@ -173,6 +174,16 @@ class Engine:
         self._flight: deque[tuple[list[int], jax.Array, jax.Array]] = deque()
         self._pages = [pool.free_P.shape[0] for pool in self._state.cache.pools]
         self._promised = [0] * len(self._pages)
+
+    @property
+    def max_running(self) -> int:
+        """Sequences decoded at the same time."""
+        return self.shape.max_running
+
+    @property
+    def places(self) -> int:
+        """Sequences that can hold pages at the same time."""
+        return self.shape.places
 
     @property
     def waiting(self) -> int:
@@ -238,7 +249,8 @@ class Engine:
     def step(self) -> list[Token]:
         """Launch one dispatch and the prompts that fit beside it, and return the tokens of the dispatch before."""
         control = self._control()
-        self._state, emitted, counters = dispatch(self.model, self._state, control, shape=self.shape)
+        with on_mesh(self.model.mesh):
+            self._state, emitted, counters = dispatch(self.model, self._state, control, shape=self.shape)
         numbers = [-1 if place is None else place.number for place in self._places]
         self._flight.append((numbers, emitted, counters))
         self.statistics.dispatches += 1
@@ -365,7 +377,8 @@ class Engine:
             sizes[:, row] = place.read, len(part), min(budget, self._layout.passes)
             place.read += len(part)
             self.statistics.prompt_tokens += len(part)
-        cache, _ = prefill(self.model, self._state.cache, place_B, tokens_BT, *sizes)
+        with on_mesh(self.model.mesh):
+            cache, _ = prefill(self.model, self._state.cache, place_B, tokens_BT, *sizes)
         self._state = dataclasses.replace(self._state, cache=cache)
         self.statistics.prefills += 1
 

@@ -11,7 +11,8 @@ import jax
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
-from mor_jax.infer.engine import Engine, EngineOptions, Request
+from mor_jax.infer.engine import EngineOptions, Request
+from mor_jax.infer.replicas import ONE_DEVICE, AnyEngine, EngineMesh, make_engine
 from mor_jax.infer.sampling import Sampling
 from mor_jax.infer.text import GrowingText
 from mor_jax.infer.weights import DecodeModel, prepare_weights
@@ -59,6 +60,10 @@ class LanguageModel:
         tokenizer: ``data.tokenizer.Tokenizer``, or anything like it.
         router_bias_R: bias of loss-free balancing.
         boundaries: raw-score boundary of every recursion; None takes the configuration's, or 0.
+        mesh: devices to run on.
+
+    Raises:
+        UserError: the model cannot decode, there are not so many devices, or they do not divide it.
     """
 
     def __init__(
@@ -69,21 +74,34 @@ class LanguageModel:
         *,
         router_bias_R: jax.Array | None = None,
         boundaries: Sequence[float] | None = None,
+        mesh: EngineMesh = ONE_DEVICE,
     ) -> None:
         self.tokenizer = tokenizer
-        self.model: DecodeModel = prepare_weights(config, params, router_bias_R=router_bias_R, boundaries=boundaries)
-        self._engines: dict[EngineOptions, Engine] = {}
+        self._copies = tuple(
+            prepare_weights(config, params, router_bias_R=router_bias_R, boundaries=boundaries, mesh=devices)
+            for devices in mesh.per_copy()
+        )
+        self._engines: dict[EngineOptions, AnyEngine] = {}
+
+    @property
+    def model(self) -> DecodeModel:
+        """The weights; of several copies the first."""
+        return self._copies[0]
 
     @property
     def config(self) -> ModelConfig:
         """The model's configuration."""
         return self.model.config
 
-    def engine(self, options: EngineOptions) -> Engine:
+    def new_engine(self, options: EngineOptions) -> AnyEngine:
+        """Make an engine; on several copies of the weights, each copy has these sizes."""
+        return make_engine(self._copies, options)
+
+    def engine(self, options: EngineOptions) -> AnyEngine:
         """Return an idle engine of these sizes, made once."""
         kept = self._engines.get(options)
         if kept is None or kept.busy:
-            kept = self._engines[options] = Engine(self.model, options)
+            kept = self._engines[options] = self.new_engine(options)
         return kept
 
     def generate(self, prompts: str | Sequence[str], **arguments: Any) -> list[Completion]:
@@ -136,7 +154,8 @@ class LanguageModel:
             longest <= limit,
             f"the longest prompt and max_tokens={max_tokens} make {longest} tokens, more than max_length={limit}",
         )
-        options = EngineOptions(max_running=min(len(prompts), _MOST_RUNNING), max_length=limit)
+        per_copy = -(-len(prompts) // len(self._copies))
+        options = EngineOptions(max_running=min(per_copy, _MOST_RUNNING), max_length=limit)
         engine = self.engine(options)
         requests = [
             Request(
@@ -153,7 +172,7 @@ class LanguageModel:
         yield from self._stream(engine, requests, prompts, stop)
 
     def _stream(
-        self, engine: Engine, requests: Sequence[Request], prompts: Sequence[str], stop: Sequence[str]
+        self, engine: AnyEngine, requests: Sequence[Request], prompts: Sequence[str], stop: Sequence[str]
     ) -> Iterator[Piece]:
         numbers = {engine.submit(request): index for index, request in enumerate(requests)}
         completions = [Completion(prompt) for prompt in prompts]
@@ -184,24 +203,29 @@ class LanguageModel:
                 pass
 
 
-def load(path: str | Path, *, boundaries: Sequence[float] | None = None) -> LanguageModel:
+def load(
+    path: str | Path, *, boundaries: Sequence[float] | None = None, mesh: EngineMesh = ONE_DEVICE
+) -> LanguageModel:
     """Load a model for generation.
 
     Args:
         path: a run folder, or any other that ``interop.sources.open_model`` knows: converted weights, a Hugging Face
             Llama folder, the official release.
         boundaries: raw-score boundary of every recursion (expert-choice); None takes the model's own.
+        mesh: devices to run on.
 
     Raises:
-        UserError: there is no model or no tokenizer, or the model cannot decode.
+        UserError: there is no model or no tokenizer, the model cannot decode, there are not so many devices, or they do
+            not divide the model.
     """
     from mor_jax.interop.sources import open_model  # only here: the engine alone needs no checkpoint library
 
+    mesh.per_copy()  # too few devices are known before anything is read
     opened = open_model(Path(path))
     if opened.tokenizer is None:
         raise UserError(f"{path} holds no tokenizer that can be used")
     params, bias_R = split_router_state(opened.params)
-    return LanguageModel(opened.model, params, opened.tokenizer, router_bias_R=bias_R, boundaries=boundaries)
+    return LanguageModel(opened.model, params, opened.tokenizer, router_bias_R=bias_R, boundaries=boundaries, mesh=mesh)
 
 
 @dataclass

@@ -36,7 +36,7 @@ def logits(model: DecodeModel, x_BTD: jax.Array) -> jax.Array:
 def decode_context(model: DecodeModel, positions_BT: jax.Array, store: PagedStore) -> LayerContext:
     """Context of a pass over cached tokens; positions are rows of a single document."""
     view = TokenView(rows_BC=positions_BT, positions_BC=positions_BT)
-    return make_context(model.config, view, store=store)
+    return make_context(model.config, view, store=dataclasses.replace(store, shards=model.shards))
 
 
 def edge_layer(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mor_jax.infer.attention import PagedStore
-from mor_jax.infer.cache import Cache, PagedCache, kv_layout, reserve
+from mor_jax.infer.cache import Cache, PagedCache, hold_cache, kv_layout, reserve
 from mor_jax.infer.layers import block_pass, decode_context, edge_layer, embed, logits
 from mor_jax.infer.walk import Walk, advance, boundary_scores, start_walk
 from mor_jax.infer.weights import DecodeModel
@@ -77,7 +77,7 @@ def prefill(
         out_BTD, cache = _pass(model, cache, walk, positions_BT, sequence_B, recursion, min(piece, length))
         walk = advance(model, walk, out_BTD)
     x_BTD, edge = edge_layer(model, edge, walk.x_BTD, context, 1)
-    cache = dataclasses.replace(cache, edge=edge)
+    cache = hold_cache(dataclasses.replace(cache, edge=edge))
     depth_BT = jnp.where(valid_BT, walk.depth_BT, 0)
     return cache, PrefillOutput(
         logits_BTV=logits(model, x_BTD) if return_logits else None,

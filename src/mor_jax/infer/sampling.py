@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.axes import constrain
 from mor_jax.errors import require
 
 
@@ -103,7 +104,7 @@ def _draw(logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array) -> ja
 
 def _draw_cut(logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array) -> jax.Array:
     """The same among the tokens that top-k and top-p leave; noise belongs to a token, not to its rank."""
-    scaled_EV = _scaled(logits_EV, rows)
+    scaled_EV = constrain(_scaled(logits_EV, rows))  # whole on every device: sorted pieces would be moved more often
     order_EV = jnp.argsort(-scaled_EV, axis=-1)
     sorted_EV = jnp.take_along_axis(scaled_EV, order_EV, axis=-1)
     rank_1V = jnp.arange(logits_EV.shape[1])[None, :]

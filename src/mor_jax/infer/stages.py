@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mor_jax.axes import constrain
 from mor_jax.infer.attention import PagedStore
 from mor_jax.infer.cache import PagedCache, kv_layout, reserve
 from mor_jax.infer.choice_kernel import MAX_PLACES, choose_places
@@ -34,6 +35,7 @@ from mor_jax.infer.state import (
     apply_control,
     choose,
     count,
+    hold_state,
     promote,
 )
 from mor_jax.infer.walk import Walk, advance, start_walk
@@ -80,7 +82,7 @@ def dispatch(
     empty_FE = Emitted.none(shape.exit_slots).pack()
     emitted_XFE = jnp.broadcast_to(empty_FE[None], (shape.steps, *empty_FE.shape))
     state, emitted_XFE = jax.lax.fori_loop(0, shape.steps, step, (state, emitted_XFE))
-    return state, emitted_XFE, state.counters_F
+    return hold_state(state), constrain(emitted_XFE), constrain(state.counters_F)
 
 
 def _exit_is_due(state: EngineState, shape: EngineShape) -> jax.Array:

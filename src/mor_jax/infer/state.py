@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mor_jax.axes import constrain
 from mor_jax.errors import require
 from mor_jax.infer.attention import DecodeBackend
-from mor_jax.infer.cache import Cache, CacheShape, init_cache, release_all
+from mor_jax.infer.cache import Cache, CacheShape, hold_cache, init_cache, release_all
 from mor_jax.infer.sampling import SamplingRows
 from mor_jax.infer.walk import Walk, start_walk
 from mor_jax.infer.weights import DecodeModel
+from mor_jax.parallel import on_mesh
 
 AnyArray = Any
 """An array of the device, or of the host before it is handed over."""
@@ -182,6 +184,19 @@ def init_state(model: DecodeModel, shape: EngineShape) -> EngineState:
         step=jnp.zeros((), jnp.int32),
         counters_F=jnp.zeros(len(COUNTERS), jnp.int32),
     )
+
+
+def hold_state(state: EngineState) -> EngineState:
+    """Keep the state on the devices as ``init_state`` laid it out: whole on each of them, but for the pools' heads."""
+    return dataclasses.replace(jax.tree.map(constrain, state), cache=hold_cache(state.cache))
+
+
+def make_state(model: DecodeModel, shape: EngineShape) -> EngineState:
+    """``init_state`` on the devices of the model; the pools are made as their shards."""
+    if model.mesh is None:
+        return init_state(model, shape)
+    with on_mesh(model.mesh):
+        return jax.jit(lambda model: hold_state(init_state(model, shape)))(model)
 
 
 def empty_requests(places: int) -> Requests:

@@ -7,19 +7,23 @@ M = N + 2K, H head dim.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
 from mor_jax.array_types import Params
+from mor_jax.axes import constrain
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.model.attention import JOINT_PROJECTION
 from mor_jax.model.router import RouterParams, has_boundary
-from mor_jax.model.transformer import compute_copy, head_matrix
+from mor_jax.model.transformer import compute_copy, head_matrix, logical_axes
+from mor_jax.parallel import check_model, on_mesh, params_shardings, replicated
 
 
 @struct.dataclass
@@ -27,7 +31,7 @@ class LayerWeights:
     """One layer, matrices as [outputs, inputs]."""
 
     query_key_value_XD: jax.Array
-    """[M H, D]: N queries, K keys, K values."""
+    """[M H, D]: N queries, K keys, K values; shared by several devices, those of the first one come first."""
     output_DY: jax.Array
     """[D, N H]."""
     gate_up_2FD: jax.Array
@@ -72,6 +76,13 @@ class DecodeModel:
     """Expert-choice: raw score from which a token goes on; -inf where capacity 1 lets all pass."""
     bias_R: jax.Array | None = None
     """Token-choice, loss-free balancing: added to the scores for choosing only."""
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
+    """Devices that share it over `tensor`; None is the default device."""
+
+    @property
+    def shards(self) -> int:
+        """Devices that share the heads, the feed-forward and the vocabulary."""
+        return 1 if self.mesh is None else self.mesh.shape["tensor"]
 
 
 def decoding_refusal(config: ModelConfig) -> str | None:
@@ -102,6 +113,7 @@ def prepare_weights(
     *,
     router_bias_R: jax.Array | None = None,
     boundaries: Sequence[float] | None = None,
+    mesh: Mesh | None = None,
 ) -> DecodeModel:
     """Make a decoding model from a parameter tree.
 
@@ -110,25 +122,36 @@ def prepare_weights(
         params: parameter tree of ``init_params``.
         router_bias_R: float32 bias of loss-free balancing.
         boundaries: raw-score boundary of every recursion; None takes ``routing.boundaries``, or 0.
+        mesh: devices that share the model over `tensor`, its other axes of size 1; None is the default device. Weights
+            are placed as shards, and never lie whole on one of them.
 
     Returns:
         The model, in ``config.dtype`` but for norms and routers.
 
     Raises:
-        UserError: what ``decoding_refusal`` says, or a wrong number of boundaries.
+        UserError: what ``decoding_refusal`` says, a wrong number of boundaries, or a mesh that does not divide the
+            model.
     """
     if boundaries is not None:
         routing = dataclasses.replace(config.routing, boundaries=tuple(float(b) for b in boundaries))
         config = dataclasses.replace(config, routing=routing)
     refusal = decoding_refusal(config)
     require(refusal is None, refusal or "")
-    weights = jax.jit(_decode_weights, static_argnums=0)(config, params)
+    whole: Any = jnp.asarray
+    if mesh is not None:
+        check_model(config, mesh)
+        require(mesh.size == mesh.shape["tensor"], f"an engine's mesh has no axis but tensor, not {dict(mesh.shape)}")
+        params = jax.device_put(dict(params), params_shardings(mesh, logical_axes(config)))
+        whole = functools.partial(jax.device_put, device=replicated(mesh))
+    shards = 1 if mesh is None else mesh.shape["tensor"]
+    with on_mesh(mesh):
+        weights = jax.jit(_decode_weights, static_argnums=(0, 1))(config, shards, params)
     routing = config.routing
     loss_free = routing.kind == "token" and routing.balancing == "loss_free"
     return DecodeModel(
         config=config,
         embedding_VD=weights["embedding"]["embedding"],
-        head_VD=None if config.tie_embeddings else head_matrix(config, weights),
+        head_VD=weights.get("head"),
         block=weights["block"],
         final_norm_D=weights["final_norm"]["scale"],
         first=weights.get("first"),
@@ -136,29 +159,33 @@ def prepare_weights(
         norms=weights.get("block_norms"),
         router=weights.get("router"),
         aux_router=weights.get("aux_router"),
-        boundary_R=_boundaries(config) if routing.kind == "expert" else None,
-        bias_R=router_bias_R if loss_free else None,
+        boundary_R=whole(_boundaries(config)) if routing.kind == "expert" else None,
+        bias_R=whole(router_bias_R) if loss_free and router_bias_R is not None else None,
+        mesh=mesh,
     )
 
 
-def _decode_weights(config: ModelConfig, params: Params) -> dict[str, Any]:
-    """Weights in the compute dtype, the block as a tuple of layers."""
+def _decode_weights(config: ModelConfig, shards: int, params: Params) -> dict[str, Any]:
+    """Weights in the compute dtype, the block as a tuple of layers, the head as [V, D] if it is no embedding."""
     weights = dict(compute_copy(config, params))
+    layers: dict[str, Any] = {n: _layer_weights(weights[n], shards) for n in ("first", "last") if n in weights}
     block = (jax.tree.map(lambda leaf_LX, i=i: leaf_LX[i], weights["block"]) for i in range(config.block_depth))
-    weights["block"] = tuple(map(_layer_weights, block))
-    return weights | {name: _layer_weights(weights[name]) for name in ("first", "last") if name in weights}
+    layers["block"] = tuple(_layer_weights(layer, shards) for layer in block)
+    head = {} if config.tie_embeddings else {"head": constrain(head_matrix(config, weights), "vocab", "embed")}
+    return weights | layers | head
 
 
-def _layer_weights(layer: Any) -> LayerWeights:
+def _layer_weights(layer: Any, shards: int) -> LayerWeights:
     attention, ffn = layer["attention"], layer["ffn"]
-    width = attention["query"].shape[0]
-    parts = [attention[name].reshape(width, -1) for name in ("query", "key_value")]
+    width, _, head_dim = attention["query"].shape
+    keys, values = attention["key_value"][:, 0], attention["key_value"][:, 1]
+    parts = [heads.reshape(width, shards, -1, head_dim) for heads in (attention["query"], keys, values)]
     scale = lambda name: layer[name]["scale"] if name in layer else None  # noqa: E731
     return LayerWeights(
-        query_key_value_XD=jnp.concatenate(parts, axis=1).T,
-        output_DY=attention["output"].reshape(-1, width).T,
-        gate_up_2FD=jnp.transpose(ffn["gate_up"], (1, 2, 0)),
-        down_DF=ffn["down"].T,
+        query_key_value_XD=constrain(jnp.concatenate(parts, axis=2).reshape(width, -1).T, "heads", "embed"),
+        output_DY=constrain(attention["output"].reshape(-1, width).T, "embed", "heads"),
+        gate_up_2FD=constrain(jnp.transpose(ffn["gate_up"], (1, 2, 0)), None, "ffn", "embed"),
+        down_DF=constrain(ffn["down"].T, "embed", "ffn"),
         attention_norm_D=scale("attention_norm"),
         ffn_norm_D=scale("ffn_norm"),
     )

@@ -54,12 +54,33 @@ class KeyValueStore(Protocol):
         """Whether the layer projects new keys and values for it."""
         ...
 
+    @property
+    def shards(self) -> int:
+        """Devices that share the heads; see ``split_last_heads``."""
+        ...
+
     def attend(self, projected_BTMH: jax.Array, cached: Any, rotary: Rotary) -> tuple[jax.Array, Any]:
         """Append to one layer's ``cached`` arrays and attend to them: (output [B, T, N, H], the arrays).
 
         ``projected_BTMH`` holds N queries and, if the store writes, K keys and K values, none of them rotated.
         """
         ...
+
+
+def split_last_heads(joint: jax.Array, count: int, shards: int) -> tuple[jax.Array, jax.Array]:
+    """Split the last ``count`` heads off a joint projection: (the others, these).
+
+    Args:
+        joint: [..., heads, head dim]. It holds queries, keys and values shard by shard, so that every device has those
+            that belong together, and the split moves nothing.
+        count: heads to split off, over all shards.
+        shards: devices that share the heads.
+    """
+    *lead, heads, head_dim = joint.shape
+    by_shard = joint.reshape(*lead, shards, heads // shards, head_dim)
+    parts = jnp.split(by_shard, [(heads - count) // shards], axis=-2)
+    rest, last = (part.reshape(*lead, -1, head_dim) for part in parts)
+    return rest, last
 
 
 @struct.dataclass
@@ -334,7 +355,7 @@ class Attention(nn.Module):
         initialiser = normal_init(config, "embed", None, "head_dim")
         joint = self.param(JOINT_PROJECTION, initialiser, (width, heads + 2 * config.num_kv_heads, head_dim))
         output = self.param("output", normal_init(config, "heads", "head_dim", "embed"), (heads, head_dim, width))
-        kernel_DMH = joint if store.writes else joint[:, :heads]
+        kernel_DMH = joint if store.writes else split_last_heads(joint, 2 * config.num_kv_heads, store.shards)[0]
         projected_BCMH = jnp.einsum("BCD,DMH->BCMH", x_BCD, kernel_DMH.astype(x_BCD.dtype))
         out_BCNH, cached = store.attend(projected_BCMH, cached, context.rotary)
         return jnp.einsum("BCNH,NHD->BCD", out_BCNH, output.astype(x_BCD.dtype)), cached

@@ -1,7 +1,7 @@
 """Compile the engine's programs for one TPU chip that need not be there: a dispatch, and a chunk of prompts.
 
-The engine is not sharded: it runs on one chip, and every chip of a slice can run one of its own. All figures are of
-one chip. Letters: R recursions, T tokens that a sequence holds.
+The engine planned is that of one chip, and every chip of a slice can run one of its own; engines that several chips
+share are not planned. All figures are of one chip. Letters: R recursions, T tokens that a sequence holds.
 """
 
 import math
@@ -128,7 +128,7 @@ def compile_decode(config: Config, topology: Topology, options: EngineOptions) -
     require(refusal is None, refusal or "")
     for axis in ("fsdp", "context", "tensor"):
         size = getattr(config.mesh, axis)
-        require(size == 1, f"mesh.{axis}={size} has no meaning for --decode: the engine runs on one chip")
+        require(size == 1, f"mesh.{axis}={size} has no meaning for --decode: the engine planned is that of one chip")
     device = SingleDeviceSharding(topology.devices[0])
     put = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)  # noqa: E731
     model = put(jax.eval_shape(lambda key: _weights(config.model, key), jax.random.key(0)))

@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from mor_jax.infer.engine import Engine, Token
+from mor_jax.infer.engine import Token
+from mor_jax.infer.replicas import AnyEngine
 from mor_jax.serve.job import Finish, Piece, PromptSequence, Update
 
 Batch = dict[PromptSequence, Update]
@@ -26,7 +27,7 @@ class EngineThread:
     """
 
     def __init__(
-        self, engine: Engine, deliver: Callable[[Batch], None], failed: Callable[[BaseException], None]
+        self, engine: AnyEngine, deliver: Callable[[Batch], None], failed: Callable[[BaseException], None]
     ) -> None:
         self._engine, self._deliver, self._failed = engine, deliver, failed
         self._wishes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -50,7 +51,7 @@ class EngineThread:
         """Drop a sequence; its place and pages are free after the step that runs."""
         self._wishes.put(partial(self._cancel, sequence))
 
-    def ask(self, question: Callable[[Engine], Any]) -> Future[Any]:
+    def ask(self, question: Callable[[AnyEngine], Any]) -> Future[Any]:
         """Let the thread answer a question about the engine between two steps."""
         answer: Future[Any] = Future()
         self._wishes.put(partial(self._answer, question, answer))
@@ -85,7 +86,7 @@ class EngineThread:
         if self._sequences.pop(sequence.number, None) is not None:
             self._engine.cancel(sequence.number)
 
-    def _answer(self, question: Callable[[Engine], Any], answer: Future[Any]) -> None:
+    def _answer(self, question: Callable[[AnyEngine], Any], answer: Future[Any]) -> None:
         if answer.set_running_or_notify_cancel():
             answer.set_result(question(self._engine))
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mor_jax.infer.compilations import compilations
-from mor_jax.infer.engine import Engine
+from mor_jax.infer.replicas import AnyEngine
 from mor_jax.serve.job import PromptSequence, Update
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -31,7 +31,7 @@ class EngineReading:
     """All block slots of all passes."""
 
     @classmethod
-    def take(cls, engine: Engine) -> "EngineReading":
+    def take(cls, engine: AnyEngine) -> "EngineReading":
         """Look; in the engine's thread."""
         total = engine.statistics
         return cls(

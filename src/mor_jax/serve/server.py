@@ -12,7 +12,7 @@ import uvicorn
 
 from mor_jax.errors import UserError
 from mor_jax.infer.cache import kv_layout
-from mor_jax.infer.engine import Engine, EngineOptions
+from mor_jax.infer.engine import EngineOptions
 from mor_jax.infer.language_model import LanguageModel
 from mor_jax.serve.app import make_app
 from mor_jax.serve.metrics import Metrics
@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, model: LanguageModel, name: str, engine_options: EngineOptions, options: ServeOptions) -> None:
-        engine = Engine(model.model, engine_options)
+        engine = model.new_engine(engine_options)
         engine.warm_up()
         self.service = Service(engine, model.tokenizer, options, Metrics(name), self._stop)
         page = make_page(name, kv_layout(model.config).passes)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mor_jax.infer.engine import Engine, Request
+from mor_jax.infer.engine import Request
+from mor_jax.infer.replicas import AnyEngine
 from mor_jax.infer.text import Decoder, GrowingText
 from mor_jax.serve.engine_thread import Batch, EngineThread
 from mor_jax.serve.errors import ApiError
@@ -32,7 +33,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AnyEngine,
         tokenizer: Decoder,
         options: ServeOptions,
         metrics: Metrics,
@@ -44,7 +45,7 @@ class Service:
         """Set by who knows."""
         self.draining = self.failed = self._hurried = False
         self._tokenizer, self._on_failure = tokenizer, on_failure
-        self._running, self._most_open = engine.shape.max_running, engine.shape.places + options.max_queue
+        self._running, self._most_open = engine.max_running, engine.places + options.max_queue
         self._jobs: set[Job] = set()
         self._open = 0
         self._mean_seconds = 1.0
