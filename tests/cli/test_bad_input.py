@@ -46,6 +46,11 @@ def _refused(outcome: Outcome, *words: str) -> None:
         (("eval", "nowhere", "--stride", "4"), ("--stride needs --text",)),
         (("eval", "nowhere", "--evalsets", "x"), ("--evalsets needs --tasks",)),
         (("sweep", "absent.py"), ("absent.py is not a sweep file",)),
+        (("generate", "nowhere", "--mesh.tensor", "0"), ("mesh.tensor=0 must be positive",)),
+        (
+            ("generate", "nowhere", "--prompt", "a", "--mesh.data", "3", "--mesh.tensor", "3"),
+            ("mesh.data=3 x mesh.tensor=3 = 9 devices, but there are 8",),
+        ),
         (("inspect", "nowhere"), ("nowhere is not a run folder",)),
         (("inspect", "nowhere", "--text", "a", "--file", "b"), ("--text and --file exclude each other",)),
     ],

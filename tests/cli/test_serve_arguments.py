@@ -11,7 +11,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 
 def test_the_flags_of_the_documentation_exist(mor):
     outcome = mor("serve", "--help")
-    flags = set(re.findall(r"(?<=`)--[a-z-]+", DOCS.read_text(encoding="utf-8")))
+    flags = set(re.findall(r"(?<=`)--[a-z.-]+", DOCS.read_text(encoding="utf-8")))
     assert outcome.code == 0 and len(flags) >= 10
     for flag in flags:
         assert f"{flag} " in outcome.out, flag
@@ -23,6 +23,7 @@ def test_the_flags_of_the_documentation_exist(mor):
         (("nowhere",), "nowhere is no folder"),
         (("nowhere", "--port", "70000"), "port=70000 is outside 0..65535"),
         (("nowhere", "--max-queue", "-1"), "max_queue=-1 must not be negative"),
+        (("nowhere", "--port", "0", "--mesh.data", "9"), "mesh.data=9 x mesh.tensor=1 = 9 devices, but there are 8"),
         (("nowhere", "--host", "no.such.host.invalid"), "host='no.such.host.invalid' port=8000: "),
     ],
 )

@@ -152,6 +152,23 @@ def test_a_run_generates_from_python_and_from_the_command_line(run, capsys, monk
     assert shown.startswith("once" + completion.text) and shown.rstrip().endswith(f"|{completion.depths[-1]}")
 
 
+def test_devices_that_do_not_divide_the_model_are_refused(run):
+    with pytest.raises(UserError, match=r"model.vocab_size=257 is not divisible by mesh.tensor=2"):
+        generate.run([str(run), "--prompt", "once", "--mesh.tensor", "2"])
+
+
+@pytest.mark.slow
+def test_the_command_line_generates_on_several_devices(run, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "enable_compilation_cache", lambda: None)
+    prompts, outs = ("once", "twice", "thrice"), []
+    for mesh in ([], ["--mesh.data", "2"]):
+        assert generate.run([str(run), "--prompt", *prompts, "--max-tokens", "5", "--json", *mesh]) == 0
+        outs.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert [one["prompt"] for one in outs[0]] == list(prompts)
+    for one, other in zip(*outs, strict=True):
+        assert one["tokens"] == other["tokens"] and one["depths"] == other["depths"]
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
         mor_jax.load(tmp_path / "absent")
