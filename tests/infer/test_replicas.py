@@ -19,7 +19,8 @@ MESH = EngineMesh(data=2, tensor=2)
 
 @pytest.fixture(scope="module", params=["vanilla", pytest.param("expert", marks=pytest.mark.slow)])
 def config(request):
-    return model_config(*MODELS[request.param], vocab_size=32)  # 31 do not divide
+    fields = {"num_layers": 2} if request.param == "vanilla" else {}
+    return model_config(*MODELS[request.param], vocab_size=32, **fields)  # 31 do not divide
 
 
 @pytest.fixture(scope="module")

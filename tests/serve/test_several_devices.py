@@ -10,7 +10,7 @@ from live_server import MODEL, running
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.language_model import LanguageModel
-from mor_jax.infer.replicas import EngineMesh
+from mor_jax.infer.replicas import EngineMesh, Replicas
 from mor_jax.model.transformer import init_params
 
 WIDER = dataclasses.replace(MODEL, vocab_size=258)
@@ -34,9 +34,10 @@ def test_answers_are_those_of_one_device():
             answers = list(threads.map(lambda prompt: ask(client, prompt), prompts))
         assert [answer.status for answer in answers] == [200] * len(prompts)
         assert compilations() == before
-        engines = client.server.service._thread._engine.engines
-        assert all(engine.statistics.tokens > 0 for engine in engines)
-        assert client.metric("mor_pages") == 2 * sum(pages for _, pages in engines[0].pages_held())
+        replicas = client.server.service._thread._engine
+        assert isinstance(replicas, Replicas)
+        assert all(engine.statistics.tokens > 0 for engine in replicas.engines)
+        assert client.metric("mor_pages") == 2 * sum(pages for _, pages in replicas.engines[0].pages_held())
     for answer, tokens in zip(answers, want, strict=True):
         got = answer.json["choices"][0]["tokens"]
         assert [(t["id"], t["depth"]) for t in got] == [(t["id"], t["depth"]) for t in tokens]
