@@ -13,7 +13,7 @@ from mor_jax.errors import UserError
 from mor_jax.infer import stages
 from mor_jax.infer.cache import kv_usage
 from mor_jax.infer.compilations import compilations
-from mor_jax.infer.engine import Engine, EngineOptions, Request
+from mor_jax.infer.engine import Engine, Request
 from mor_jax.infer.sampling import Sampling
 
 
