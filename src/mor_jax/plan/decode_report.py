@@ -21,8 +21,8 @@ from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.state import EngineShape
 from mor_jax.infer.weights import DecodeModel
 from mor_jax.plan.decode import CompiledDecode, tree_bytes
-from mor_jax.plan.report import WIDTH, versions
-from mor_jax.plan.topology import GIB, Generation
+from mor_jax.plan.report import WIDTH, memory_table, versions
+from mor_jax.plan.topology import Generation
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,13 @@ def print_decode_report(plan: dict[str, Any]) -> None:
     console = Console()
     if console.width < WIDTH:
         console = Console(width=WIDTH)
-    console.print(Group(Text(_headline(plan)), _memory_table(plan), _estimate_table(plan)))
+    console.print(
+        Group(
+            Text(_headline(plan)),
+            memory_table("memory of one chip", plan["memory_per_device"], _MEMORY),
+            _estimate_table(plan),
+        )
+    )
 
 
 def _headline(plan: dict[str, Any]) -> str:
@@ -164,23 +170,14 @@ def _headline(plan: dict[str, Any]) -> str:
     )
 
 
-def _memory_table(plan: dict[str, Any]) -> Table:
-    memory = plan["memory_per_device"]
-    table = Table("memory of one chip", box=None, pad_edge=False)
-    table.add_column("GiB", justify="right")
-    names = {
-        "parameters": "parameters",
-        "kv_pages": "pages of keys and values",
-        "state": "tables, requests",
-        "padding": "padding to the chip's tiles",
-        "activations": "activations, workspace",
-        "code": "code of both programs",
-    }
-    for key, name in names.items():
-        table.add_row(name, f"{memory[key] / GIB:.3f}")
-    share = memory["total"] / memory["limit"]
-    table.add_row("total", f"{memory['total'] / GIB:.3f}", f"{share:.0%} of {memory['limit'] / GIB:.2f}")
-    return table
+_MEMORY = {
+    "parameters": "parameters",
+    "kv_pages": "pages of keys and values",
+    "state": "tables, requests",
+    "padding": "padding to the chip's tiles",
+    "activations": "activations, workspace",
+    "code": "code of both programs",
+}
 
 
 def _estimate_table(plan: dict[str, Any]) -> Table:

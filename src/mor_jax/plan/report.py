@@ -87,7 +87,14 @@ def print_report(plan: dict[str, Any]) -> None:
     console = Console()
     if console.width < WIDTH:
         console = Console(width=WIDTH)
-    console.print(Group(Text(_headline(plan)), _memory_table(plan), _traffic_table(plan), _estimate_table(plan)))
+    console.print(
+        Group(
+            Text(_headline(plan)),
+            memory_table("memory of one device", plan["memory_per_device"], _MEMORY),
+            _traffic_table(plan),
+            _estimate_table(plan),
+        )
+    )
 
 
 def _headline(plan: dict[str, Any]) -> str:
@@ -104,17 +111,25 @@ def _headline(plan: dict[str, Any]) -> str:
     )
 
 
-def _memory_table(plan: dict[str, Any]) -> Table:
-    memory = plan["memory_per_device"]
-    table = Table("memory of one device", box=None, pad_edge=False)
+_MEMORY = {
+    "parameters": "parameters",
+    "optimiser": "optimiser",
+    "batch": "batch and padding",
+    "activations": "activations, gradients, workspace",
+    "code": "code",
+}
+
+
+def memory_table(title: str, memory: dict[str, int], names: dict[str, str]) -> Table:
+    """Lay out the memory of one device by kind, and the total beside the limit.
+
+    Args:
+        title: of the table.
+        memory: bytes by kind, ``total`` and ``limit``.
+        names: the kinds in order, and what they are called.
+    """
+    table = Table(title, box=None, pad_edge=False)
     table.add_column("GiB", justify="right")
-    names = {
-        "parameters": "parameters",
-        "optimiser": "optimiser",
-        "batch": "batch and padding",
-        "activations": "activations, gradients, workspace",
-        "code": "code",
-    }
     for key, name in names.items():
         table.add_row(name, f"{memory[key] / GIB:.3f}")
     share = memory["total"] / memory["limit"]
