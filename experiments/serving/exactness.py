@@ -16,7 +16,9 @@ import numpy as np
 import mor_jax
 from mor_jax.forward import forward
 from mor_jax.infer.compilations import compilations
-from mor_jax.infer.engine import Engine, EngineOptions, Request, Token
+from mor_jax.infer.engine import Engine
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.request import Request, Token
 
 REQUESTS, MARGIN = 200, 1e-4
 

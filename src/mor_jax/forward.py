@@ -13,9 +13,10 @@ from mor_jax.array_types import Int, Logits, Params
 from mor_jax.config import Execution, ModelConfig, PerfConfig
 from mor_jax.errors import require
 from mor_jax.model.capacity import routed_tokens
+from mor_jax.model.parameters import head_matrix
 from mor_jax.model.router_state import split_router_state
 from mor_jax.model.trace import RoutingTrace, Stages
-from mor_jax.model.transformer import Mode, apply_trunk, head_matrix
+from mor_jax.model.transformer import Mode, apply_trunk
 
 Rows = Int[ArrayLike, "B T"]
 

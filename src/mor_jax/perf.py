@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from mor_jax.axes import BATCH_AXES
 from mor_jax.config import AttentionBackend, Config, ModelConfig, PerfConfig, Remat
-from mor_jax.model.attention import resolve_backend
+from mor_jax.model.attention_backend import resolve_backend
 from mor_jax.model.flops import count_parameters, layer_passes
 from mor_jax.model.transformer import init_params
 from mor_jax.parallel import Device

@@ -10,7 +10,8 @@ from evaluation_examples import Bytes, T, config, params
 from mor_jax.data.packing import Row, expand_row
 from mor_jax.errors import UserError
 from mor_jax.evaluate.scoring import Scorer, causal_mode
-from mor_jax.model.transformer import apply_trunk, head_matrix
+from mor_jax.model.parameters import head_matrix
+from mor_jax.model.transformer import apply_trunk
 
 RECIPES = [("expert", {}), ("token", {}), ("none", {})]
 

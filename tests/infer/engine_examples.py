@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from decode_examples import tokens
 
-from mor_jax.infer.engine import EngineOptions, Request, Token
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.request import Request, Token
 
 LENGTH = 24
 OPTIONS = EngineOptions(

@@ -13,7 +13,8 @@ from mor_jax.errors import UserError
 from mor_jax.infer import stages
 from mor_jax.infer.cache import kv_usage
 from mor_jax.infer.compilations import compilations
-from mor_jax.infer.engine import Engine, Request
+from mor_jax.infer.engine import Engine
+from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
 
 

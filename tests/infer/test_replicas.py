@@ -8,9 +8,10 @@ from engine_examples import OPTIONS, make_requests, serve
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
 from mor_jax.infer.compilations import compilations
-from mor_jax.infer.engine import Engine, Request
+from mor_jax.infer.engine import Engine
 from mor_jax.infer.language_model import LanguageModel
 from mor_jax.infer.replicas import EngineMesh, Replicas
+from mor_jax.infer.request import Request
 from mor_jax.infer.weights import prepare_weights
 
 MODELS = {"vanilla": ("none", "none", "recursion"), "expert": ("expert", "middle_cycle", "recursion")}

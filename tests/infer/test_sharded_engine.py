@@ -11,7 +11,8 @@ from engine_examples import OPTIONS, make_requests, serve
 from mor_jax.config import MeshConfig
 from mor_jax.errors import UserError
 from mor_jax.infer.compilations import compilations
-from mor_jax.infer.engine import Engine, engine_shape
+from mor_jax.infer.engine import Engine
+from mor_jax.infer.engine_options import engine_shape
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.sampling import Sampling
 from mor_jax.infer.stages import dispatch

@@ -11,7 +11,8 @@ from plain_reference import plain_model, read_rows
 
 from mor_jax.config import Execution, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig
 from mor_jax.model.capacity import routed_tokens
-from mor_jax.model.transformer import apply_trunk, head_matrix, init_params
+from mor_jax.model.parameters import head_matrix
+from mor_jax.model.transformer import apply_trunk, init_params
 
 EXPERT = RoutingConfig("expert")
 TOKEN = RoutingConfig("token", score="softmax", alpha=1.0, capacity_slack=9.0)  # seats for all

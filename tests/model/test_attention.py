@@ -10,7 +10,9 @@ import pytest
 
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.errors import UserError
-from mor_jax.model.attention import Attention, TokenView, attend, attention_mask, resolve_backend
+from mor_jax.model.attention import Attention
+from mor_jax.model.attention_backend import attend, resolve_backend
+from mor_jax.model.layer_context import TokenView, attention_mask
 from mor_jax.model.layers import apply_rotary, rotary_tables
 from mor_jax.model.recursion import make_context
 

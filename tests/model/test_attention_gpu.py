@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.model.attention_gpu import Blocks, Tiling, flash_attention, visible_runs
+from mor_jax.model.attention_gpu import flash_attention, visible_runs
+from mor_jax.model.attention_gpu_kernels import Blocks, Tiling
 
 SMALL = Tiling(Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2))
 QUERIES, KEYS = 41, 70

@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import AxisType
 
 from mor_jax.errors import UserError
-from mor_jax.model import attention
-from mor_jax.model.attention import TokenView, attend, resolve_backend
+from mor_jax.model import attention_backend
+from mor_jax.model.attention_backend import attend, resolve_backend
 from mor_jax.model.attention_tpu import block_size, resolve_tpu_backend, splash_attention, visible_blocks
+from mor_jax.model.layer_context import TokenView, attention_mask
 from mor_jax.parallel import MESH_AXES
 
 BATCH, HEADS, KV_HEADS, WIDTH, KEYS, QUERIES = 2, 4, 2, 16, 300, 140
@@ -20,7 +21,7 @@ BATCH, HEADS, KV_HEADS, WIDTH, KEYS, QUERIES = 2, 4, 2, 16, 300, 140
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
-    monkeypatch.setattr(attention, "splash_attention", functools.partial(splash_attention, interpret=True))
+    monkeypatch.setattr(attention_backend, "splash_attention", functools.partial(splash_attention, interpret=True))
 
 
 def _keys_view(documents: bool = False, valid: bool = False) -> TokenView:
@@ -62,7 +63,7 @@ def test_kernel_equals_the_plain_path(shared, documents, valid):
     view = _keys_view(documents, valid)
     queries, keys, length = (_selected(view), view, QUERIES) if shared else (view, None, KEYS)
     got, expected = (_values_and_gradients(name, queries, keys, length) for name in ("splash", "xla"))
-    mask_B1TS = attention.attention_mask(queries, keys)
+    mask_B1TS = attention_mask(queries, keys)
     seen_BT = np.ones((BATCH, length), bool) if mask_B1TS is None else np.asarray(jnp.any(mask_B1TS, axis=(1, 3)))
     where = seen_BT[:, :, None, None]
     np.testing.assert_allclose(np.where(where, got[0], 0), np.where(where, expected[0], 0), atol=2e-6)

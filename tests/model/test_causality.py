@@ -11,7 +11,8 @@ import pytest
 from equivalence_examples import EXPERT, TOKEN, VOCAB, random_params, small_model
 
 from mor_jax.config import ModelConfig, PerfConfig, RecursionConfig, RoutingConfig
-from mor_jax.model.transformer import Mode, apply_trunk, head_matrix
+from mor_jax.model.parameters import head_matrix
+from mor_jax.model.transformer import Mode, apply_trunk
 
 LENGTH, SEEDS = 16, 3
 SCARCE = dataclasses.replace(TOKEN, capacity_slack=0.75)

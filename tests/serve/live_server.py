@@ -12,7 +12,7 @@ import jax
 
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.infer.engine import EngineOptions
+from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.language_model import LanguageModel
 from mor_jax.model.transformer import init_params
 from mor_jax.serve.options import ServeOptions

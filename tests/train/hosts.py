@@ -102,9 +102,10 @@ def _lose_state_of(lost: int) -> None:
 def _main(options: dict[str, Any]) -> None:
     from tiny_runs import dataset_maker, tiny_config
 
+    from mor_jax.compilation_cache import enable_compilation_cache
     from mor_jax.config import MeshConfig
     from mor_jax.distributed import DistributedConfig, initialize
-    from mor_jax.train.loop import enable_compilation_cache, train
+    from mor_jax.train.loop import train
 
     folder = Path(options["folder"])
     config = tiny_config(folder, **options.get("train", {}))

@@ -15,7 +15,8 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from tiny_runs import dataset_maker, tiny_config
-from mor_jax.train.loop import enable_compilation_cache, train
+from mor_jax.compilation_cache import enable_compilation_cache
+from mor_jax.train.loop import train
 
 if __name__ == "__main__":
     folder, pause = Path(sys.argv[1]), float(sys.argv[2])

@@ -28,7 +28,8 @@ from mor_jax.bench.serve_setup import (
 )
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.compilations import compilations
-from mor_jax.infer.engine import Engine, Request, Token
+from mor_jax.infer.engine import Engine
+from mor_jax.infer.request import Request, Token
 from mor_jax.infer.weights import DecodeModel
 
 

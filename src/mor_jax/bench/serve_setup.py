@@ -15,7 +15,8 @@ from mor_jax.errors import UserError, require
 from mor_jax.infer.attention import DecodeBackend
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.calibrate import calibrate_boundaries
-from mor_jax.infer.engine import EngineOptions, Request
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
 from mor_jax.infer.weights import DecodeModel, prepare_weights
 from mor_jax.model.flops import kv_bytes_per_token

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mor_jax.cli.options import parse
+from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.config import Dtype
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import require
 from mor_jax.interop import convert
 from mor_jax.interop.sources import open_model
-from mor_jax.train.loop import enable_compilation_cache
 
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 5e-2}
 """Of logits, relative to the largest: rounding through the layers."""

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import tyro
 
 from mor_jax.cli.options import parse
+from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import require
 from mor_jax.evaluate.inspect import evaluate_run
 from mor_jax.evaluate.restore import restore_run
 from mor_jax.evaluate.validation import summary
 from mor_jax.paths import to_path
-from mor_jax.train.loop import enable_compilation_cache
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Annotated
 import tyro
 
 from mor_jax.cli.options import parse
+from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError, require
 from mor_jax.infer.language_model import Completion, LanguageModel, Speed, load
 from mor_jax.infer.replicas import EngineMesh
-from mor_jax.train.loop import enable_compilation_cache
 
 
 @dataclass(frozen=True)

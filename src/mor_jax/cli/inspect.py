@@ -8,10 +8,10 @@ from typing import Annotated
 import tyro
 
 from mor_jax.cli.options import parse
+from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError, require
 from mor_jax.evaluate.inspect import inspect_run
 from mor_jax.paths import to_path
-from mor_jax.train.loop import enable_compilation_cache
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.table import Table
 from mor_jax.cli.options import preset_and_flags
 from mor_jax.config import Config
 from mor_jax.errors import UserError, require
-from mor_jax.infer.engine import EngineOptions
+from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
 from mor_jax.plan.decode import advise_decode, compile_decode
 from mor_jax.plan.decode_report import decode_report, print_decode_report
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     """Print the plan."""
     jax.config.update("jax_platforms", "cpu")  # a host that has a TPU keeps it for others
     # shapes are traced for this host too, whose attention is of no interest; the plan names the one that was compiled
-    logging.getLogger("mor_jax.model.attention").setLevel(logging.WARNING)
+    logging.getLogger("mor_jax.model.attention_backend").setLevel(logging.WARNING)
     config, flags = preset_and_flags(arguments, "plan", _DESCRIPTION, PlanFlags)
     require(flags.decode or flags.engine == EngineOptions(), "--engine.* sizes an engine: it needs --decode")
     require(not (flags.decode and flags.search), "--search tries meshes of a train step; it does not go with --decode")

@@ -9,13 +9,13 @@ from typing import Annotated
 import tyro
 
 from mor_jax.cli.options import parse
+from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError
 from mor_jax.infer.attention import DecodeBackend
-from mor_jax.infer.engine import EngineOptions
+from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.language_model import LanguageModel, load
 from mor_jax.infer.replicas import EngineMesh
 from mor_jax.serve.options import ServeOptions
-from mor_jax.train.loop import enable_compilation_cache
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ from mor_jax.config import Config, ModelConfig, PerfConfig
 from mor_jax.distributed import to_host
 from mor_jax.errors import require
 from mor_jax.evaluate.forward import Mode
-from mor_jax.model.attention import LayerContext, TokenView, attention_mask
+from mor_jax.model.decoder_layer import DecoderLayer
+from mor_jax.model.layer_context import LayerContext, TokenView, attention_mask
+from mor_jax.model.parameters import compute_copy
 from mor_jax.model.recursion import Norms, at, empty_kv, scan_context
 from mor_jax.model.relaxation import Encoding, StackedLora
-from mor_jax.model.transformer import DecoderLayer, apply_trunk, compute_copy
+from mor_jax.model.transformer import apply_trunk
 
 FIGURES = ("entropy", "distance", "first", "itself")
 """Of a head's attention: nats; tokens back; share on the first visible token; share on the token itself."""

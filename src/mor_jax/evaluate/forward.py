@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.model.parameters import head_matrix
 from mor_jax.model.trace import RoutingTrace, TrunkOutput
-from mor_jax.model.transformer import apply_trunk, head_matrix
+from mor_jax.model.transformer import apply_trunk
 from mor_jax.parallel import batch_sharding, batch_shards
 from mor_jax.perf import loss_chunk
 from mor_jax.train.loss import target_mask, token_nll

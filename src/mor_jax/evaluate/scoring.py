@@ -21,7 +21,7 @@ from mor_jax.distributed import to_host
 from mor_jax.errors import require
 from mor_jax.evaluate.forward import Mode, run_trunk, spread
 from mor_jax.evaluate.validation import threshold_refusal
-from mor_jax.model.transformer import head_matrix
+from mor_jax.model.parameters import head_matrix
 from mor_jax.parallel import make_mesh, replicated
 
 _CHUNK = 128

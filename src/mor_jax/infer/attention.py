@@ -16,7 +16,8 @@ from mor_jax.errors import require
 from mor_jax.infer.cache import append
 from mor_jax.infer.decode_kernel import decode_attention
 from mor_jax.infer.product_kernel import MAX_ROWS
-from mor_jax.model.attention import KeyValue, split_last_heads
+from mor_jax.model.attention import split_last_heads
+from mor_jax.model.layer_context import KeyValue
 from mor_jax.model.layers import Rotary, apply_rotary
 
 logger = logging.getLogger(__name__)

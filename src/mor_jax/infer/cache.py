@@ -18,7 +18,7 @@ from mor_jax.axes import constrain
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.product_kernel import TICKETS
-from mor_jax.model.attention import KeyValue
+from mor_jax.model.layer_context import KeyValue
 
 
 @dataclass(frozen=True)

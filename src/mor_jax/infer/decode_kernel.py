@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mor_jax.model.attention import KeyValue
+from mor_jax.model.layer_context import KeyValue
 from mor_jax.model.layers import Rotary
 
 _ENTRIES = 128

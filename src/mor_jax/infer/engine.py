@@ -9,118 +9,20 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from mor_jax.errors import require
-from mor_jax.infer.attention import DecodeBackend, decode_backend, products_backend
 from mor_jax.infer.cache import KvUsage, kv_layout, kv_usage
+from mor_jax.infer.engine_options import EngineOptions, engine_shape
 from mor_jax.infer.prefill import prefill
-from mor_jax.infer.sampling import Sampling
+from mor_jax.infer.request import Request, Token
 from mor_jax.infer.stages import dispatch
-from mor_jax.infer.state import COUNTERS, Control, Emitted, EngineShape, empty_control, make_state
+from mor_jax.infer.state import COUNTERS, Control, Emitted, empty_control, make_state
 from mor_jax.infer.weights import DecodeModel
 from mor_jax.parallel import on_mesh
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes of an engine; None is chosen from the others."""
-
-    max_running: int = 8
-    """Sequences decoded at the same time."""
-    max_length: int = 2048
-    """Tokens of one sequence, prompt and completion."""
-    block_slots: int | None = None
-    """Tokens that one pass over the block computes; None is two thirds of max_running (all for one pass)."""
-    exit_slots: int | None = None
-    """Tokens that leave and enter together; None is what block_slots leave of max_running (all for one pass)."""
-    exit_at: int | None = None
-    """Tokens that make an exit step due; None is exit_slots, 1 runs one in every step."""
-    staged: int | None = None
-    """Further sequences whose prompt is read ahead; None is a quarter of max_running, at least 2."""
-    steps: int = 16
-    """Block passes per dispatch."""
-    page_size: int = 16
-    """Cache entries per page."""
-    prefill_rows: int = 4
-    """Prompts that are read at a time."""
-    prefill_chunk: int = 128
-    """Tokens of each that are read at a time."""
-    block_pages: int | None = None
-    """Pages of the block's pool; None is enough for every sequence at its longest and deepest."""
-    edge_pages: int | None = None
-    """Pages of the first and last layers' pool; None likewise."""
-    backend: DecodeBackend = "auto"
-    """Decode attention."""
-    products: DecodeBackend = "auto"
-    """Matrix products of decoded tokens, with the norms, activations and residuals around them, and sampling."""
-    cuts: bool = True
-    """Whether requests may cut the vocabulary (top-k, top-p). Without, the device need not ask the host in every exit
-    step whether one does, and such requests are refused."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_running", "max_length", "steps", "page_size", "prefill_rows", "prefill_chunk"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("block_slots", "exit_slots", "exit_at", "block_pages", "edge_pages"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name}={value} must be positive, or None")
-        require(self.staged is None or self.staged >= 0, f"staged={self.staged} must not be negative")
-
-
-def engine_shape(model: DecodeModel, options: EngineOptions) -> EngineShape:
-    """Resolve the options for a model."""
-    running, passes = options.max_running, kv_layout(model.config).passes
-    block = options.block_slots or (running if passes == 1 else max(1, round(running * 2 / 3)))
-    exits = options.exit_slots or (running if passes == 1 else max(1, running - block))
-    staged = max(2, running // 4) if options.staged is None else options.staged
-    return EngineShape(
-        max_running=running,
-        block_slots=block,
-        exit_slots=exits,
-        exit_at=options.exit_at or exits,
-        places=running + staged,
-        max_length=options.max_length,
-        steps=options.steps,
-        page_size=options.page_size,
-        block_pages=options.block_pages,
-        edge_pages=options.edge_pages,
-        backend=decode_backend(model.config, options.backend, model.shards),
-        products=products_backend(max(block, exits), options.products, model.shards),
-        cuts=options.cuts,
-    )
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt and what is wanted of it."""
-
-    prompt: tuple[int, ...]
-    """Token ids, at least one."""
-    max_tokens: int
-    """Tokens to generate at most."""
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_token: int | None = None
-    """Token that ends the completion (and is its last token)."""
-    max_depth: int | None = None
-    """Budget of passes per token; None is the model's."""
-
-
-class Token(NamedTuple):
-    """One generated token."""
-
-    request: int
-    """Number that ``submit`` gave."""
-    token: int
-    depth: int
-    """Passes completed by the token before it, whose state this one was read from."""
-    log_probability: float
-    finished: bool
-    """Whether it is the request's last."""
-    time: float
-    """``time.perf_counter`` when the host saw it."""
 
 
 @dataclass

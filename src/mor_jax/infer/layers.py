@@ -15,10 +15,10 @@ from mor_jax.infer.attention import PagedStore
 from mor_jax.infer.cache import PagedCache
 from mor_jax.infer.product_kernel import product
 from mor_jax.infer.weights import DecodeModel, LayerWeights
-from mor_jax.model.attention import KeyValue, LayerContext, TokenView
+from mor_jax.model.decoder_layer import DecoderLayer
+from mor_jax.model.layer_context import KeyValue, LayerContext, TokenView
 from mor_jax.model.layers import rms_norm
 from mor_jax.model.recursion import make_context
-from mor_jax.model.transformer import DecoderLayer
 
 
 def embed(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ from mor_jax.infer.state import (
 )
 from mor_jax.infer.walk import Walk, advance, start_walk
 from mor_jax.infer.weights import DecodeModel
-from mor_jax.model.attention import LayerContext
+from mor_jax.model.layer_context import LayerContext
 
 
 @functools.partial(jax.jit, static_argnames="shape", donate_argnums=1)

@@ -21,8 +21,9 @@ from mor_jax.axes import constrain
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.model.attention import JOINT_PROJECTION
+from mor_jax.model.parameters import compute_copy, head_matrix
 from mor_jax.model.router import RouterParams, has_boundary
-from mor_jax.model.transformer import compute_copy, head_matrix, logical_axes
+from mor_jax.model.transformer import logical_axes
 from mor_jax.parallel import check_model, on_mesh, params_shardings, replicated
 
 

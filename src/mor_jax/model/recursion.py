@@ -15,7 +15,7 @@ from flax import struct
 
 from mor_jax.axes import constrain
 from mor_jax.config import ModelConfig
-from mor_jax.model.attention import KeyValue, LayerContext, TokenView
+from mor_jax.model.layer_context import KeyValue, LayerContext, TokenView
 from mor_jax.model.layers import rotary_tables
 from mor_jax.model.router import RouterParams
 

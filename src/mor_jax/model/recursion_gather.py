@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.model import router as routing
-from mor_jax.model.attention import KeyValue, TokenView
 from mor_jax.model.capacity import routed_tokens, token_seats
 from mor_jax.model.hidden_rows import even_slots, gather_hidden, merge_hidden, whole
+from mor_jax.model.layer_context import KeyValue, TokenView
 from mor_jax.model.recursion import Block, RoutingInputs, at, make_context
 from mor_jax.model.rows import Selection, gather_rows, scatter_rows, select_mask, select_top, take_rows
 from mor_jax.model.trace import RoutingTrace

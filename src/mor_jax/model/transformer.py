@@ -4,7 +4,6 @@ Paper section 2.1 and figure 1. One parameter tree whatever the execution: block
 and unshared norms stacked [R, ...].
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,9 +14,11 @@ from mor_jax.array_types import Params
 from mor_jax.axes import axis_size, constrain, whole_width, without_mesh
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.errors import require
-from mor_jax.model.attention import Attention, KeyValue, LayerContext, TokenView
-from mor_jax.model.layers import RMSNorm, SwiGLU, normal_init
-from mor_jax.model.recursion import Norms, RoutingInputs, make_context, recurse, recurse_scan
+from mor_jax.model.decoder_layer import StackedNorms, remat_layer
+from mor_jax.model.layer_context import TokenView
+from mor_jax.model.layers import RMSNorm, normal_init
+from mor_jax.model.parameters import compute_copy, from_tree, to_tree
+from mor_jax.model.recursion import RoutingInputs, make_context, recurse, recurse_scan
 from mor_jax.model.recursion_gather import expert_gather, token_gather
 from mor_jax.model.recursion_scan import expert_scan, token_scan
 from mor_jax.model.relaxation import Encoding, StackedLora
@@ -25,88 +26,6 @@ from mor_jax.model.router import Router, has_boundary
 from mor_jax.model.trace import RoutingTrace, Stages, TrunkOutput
 
 Mode = Literal["topk", "threshold"]
-_SAVED_NAMES = ("query", "key", "value", "attention", "gate_up")
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm Transformer layer, applied `repeats` times in place (sequence sharing)."""
-
-    config: ModelConfig
-    perf: PerfConfig
-    repeats: int = 1
-
-    @nn.compact
-    def __call__(
-        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, norms: Norms | None
-    ) -> tuple[jax.Array, KeyValue | None]:
-        """Transform [B, C, D].
-
-        `norms` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
-        low-rank updates, a recursion encoding.
-        """
-        fused = self.perf.fusion == "triton"
-        attention_norm = RMSNorm(self.config, fused, name="attention_norm")
-        attention = Attention(self.config, self.perf, name="attention")
-        ffn_norm, ffn = RMSNorm(self.config, fused, name="ffn_norm"), SwiGLU(self.config, fused, name="ffn")
-        shares = self.repeats > 1 and self.config.recursion.kv_strategy == "shared"
-        kv = None
-        for repeat in range(self.repeats):
-            scales = dict.fromkeys(("attention_norm", "ffn_norm"))
-            own = norms or {}
-            if self.repeats > 1:
-                own = jax.tree.map(lambda a, repeat=repeat: a[repeat], own)
-            scales |= {name: own[name]["scale"] for name in scales if name in own}
-            if shares:
-                first = repeat == 0
-                context = dataclasses.replace(context, keep_kv=first)
-                cached = None if first else kv
-            lora = own.get("lora")
-            x_BCD, normed_BCD = attention_norm(x_BCD, scale_D=scales["attention_norm"])
-            delta_BCD, kept = attention(normed_BCD, context, cached, lora)
-            kv = kv if kept is None else kept
-            x_BCD, normed_BCD = ffn_norm(x_BCD, delta_BCD, scales["ffn_norm"])
-            x_BCD = constrain(x_BCD, "batch", "sequence", None)
-            x_BCD = x_BCD + ffn(normed_BCD, lora)
-            if "encoding" in own:
-                x_BCD = x_BCD * own["encoding"][None, None, :].astype(x_BCD.dtype)
-            x_BCD = constrain(x_BCD, "batch", "sequence", None)
-        return x_BCD, None if shares else kv
-
-
-class StackedNorms(nn.Module):
-    """Norm scales [R, L, D] of a block whose recursions do not share them."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> Norms:
-        """Return the scales of both norms."""
-        return {name: {"scale": _StackedScale(self.config, name=name)()} for name in ("attention_norm", "ffn_norm")}
-
-
-class _StackedScale(nn.Module):
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> Any:
-        config = self.config
-        initialiser = nn.with_logical_partitioning(nn.initializers.ones, ("recursions", "layers", "embed"))
-        return self.param("scale", initialiser, (config.recursion.num_recursions, config.block_depth, config.d_model))
-
-
-def _remat(perf: PerfConfig, *, in_loop: bool) -> Any:
-    """The layer, rematerialised as `perf` says."""
-    policies = jax.checkpoint_policies
-    policy = {
-        "full": None,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "names": policies.save_only_these_names(*_SAVED_NAMES),
-    }
-    if perf.remat in ("none", "auto"):  # `auto` is left open outside a compiled train step only
-        return DecoderLayer
-    # a loop keeps the recomputation apart from what it repeats; layers outside one, or unrolled, need barriers
-    loops = in_loop and perf.scan_unroll in (None, 1)
-    return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=not loops)
 
 
 class Transformer(nn.Module):
@@ -147,7 +66,7 @@ class Transformer(nn.Module):
             table_VD = constrain(embedding, "vocab", None)  # moves the table, which is smaller than the hidden states
             x_BTD = jnp.take(table_VD, constrain(tokens_BT, "batch", "sequence"), axis=0, mode="clip")
             x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
-        layer, context = _remat(self.perf, in_loop=False), make_context(config, view)
+        layer, context = remat_layer(self.perf, in_loop=False), make_context(config, view)
         first = last = None
         if config.recursion.has_middle:
             first = x_BTD = layer(config, self.perf, name="first")(x_BTD, context, None, None)[0]
@@ -183,7 +102,7 @@ class Transformer(nn.Module):
         config = self.config
         scan: Any = nn.scan  # its annotation knows one axis for all arguments only
         stack = scan(
-            _remat(self.perf, in_loop=True),
+            remat_layer(self.perf, in_loop=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),
@@ -262,27 +181,10 @@ def _noise(config: ModelConfig, key: jax.Array | None, x_BTD: jax.Array) -> jax.
     return jax.random.uniform(key, (config.recursion.num_recursions, *x_BTD.shape[:2]))
 
 
-def _to_tree(variables: Any) -> dict[str, Any]:
-    """Linen's flat root names to the public tree (embedding and head get a level of their own)."""
-    params = dict(variables["params"])
-    params["embedding"] = {"embedding": params["embedding"]}
-    if "head" in params:
-        params["head"] = {"kernel": params["head"]}
-    return params
-
-
-def _from_tree(params: Params) -> dict[str, Any]:
-    flat = dict(params)
-    flat["embedding"] = params["embedding"]["embedding"]
-    if "head" in params:
-        flat["head"] = params["head"]["kernel"]
-    return {"params": flat}
-
-
 def _init_boxed(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     tokens_BT = jnp.zeros((1, 8), jnp.int32)
     with without_mesh():  # it would have to divide these tokens
-        return _to_tree(Transformer(config).init(key, tokens_BT))
+        return to_tree(Transformer(config).init(key, tokens_BT))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -303,22 +205,6 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
     boxed = jax.eval_shape(lambda key: _init_boxed(config, key), jax.random.key(0))
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
-
-
-def head_matrix(config: ModelConfig, params: Params) -> jax.Array:
-    """Output head [V, D]: the embedding if tied, otherwise the transposed head kernel."""
-    return params["embedding"]["embedding"] if config.tie_embeddings else params["head"]["kernel"].T
-
-
-def compute_copy(config: ModelConfig, params: Params) -> Params:
-    """Weights in the compute dtype, made once; norms and routers stay float32."""
-
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        names = {entry.key for entry in path}
-        keeps = names & {"scale", "router", "aux_router"}
-        return leaf if keeps else leaf.astype(config.dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _gather_block(config: ModelConfig, perf: PerfConfig, params: Params) -> Params:
@@ -383,7 +269,7 @@ def apply_trunk(
         step is None or isinstance(step, int) or perf.execution == "scan",
         "step is traced, but perf.execution='gather' needs the static shapes that a concrete step gives",
     )
-    variables = _from_tree(_gather_block(config, perf, compute_copy(config, params)))
+    variables = from_tree(_gather_block(config, perf, compute_copy(config, params)))
     output = Transformer(config, perf).apply(
         variables,
         tokens_BT,

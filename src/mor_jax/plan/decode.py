@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import kv_layout
-from mor_jax.infer.engine import EngineOptions, engine_shape
+from mor_jax.infer.engine_options import EngineOptions, engine_shape
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.stages import dispatch
 from mor_jax.infer.state import EngineShape, EngineState, empty_control, init_state

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from mor_jax.errors import UserError, suggest
-from mor_jax.infer.engine import Request
+from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
 from mor_jax.serve.errors import ApiError, from_user_error, invalid
 

@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from mor_jax.infer.engine import Token
 from mor_jax.infer.replicas import AnyEngine
+from mor_jax.infer.request import Token
 from mor_jax.serve.job import Finish, Piece, PromptSequence, Update
 
 Batch = dict[PromptSequence, Update]

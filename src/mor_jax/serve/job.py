@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mor_jax.infer.engine import Request
+from mor_jax.infer.request import Request
 from mor_jax.infer.text import GrowingText
 from mor_jax.serve.errors import ApiError
 

@@ -12,7 +12,7 @@ import uvicorn
 
 from mor_jax.errors import UserError
 from mor_jax.infer.cache import kv_layout
-from mor_jax.infer.engine import EngineOptions
+from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.language_model import LanguageModel
 from mor_jax.serve.app import make_app
 from mor_jax.serve.metrics import Metrics

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mor_jax.infer.engine import Request
 from mor_jax.infer.replicas import AnyEngine
+from mor_jax.infer.request import Request
 from mor_jax.infer.text import Decoder, GrowingText
 from mor_jax.serve.engine_thread import Batch, EngineThread
 from mor_jax.serve.errors import ApiError

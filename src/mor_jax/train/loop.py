@@ -8,7 +8,6 @@ line of metrics.jsonl is lost or repeated when a run is killed.
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,7 @@ from mor_jax.distributed import barrier, host_names, is_primary, primary_first
 from mor_jax.errors import UserError, require
 from mor_jax.evaluate.pictures import write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
-from mor_jax.model.attention import resolve_backend
+from mor_jax.model.attention_backend import resolve_backend
 from mor_jax.model.capacity import warmup_steps
 from mor_jax.parallel import Device, check_mesh, local_rows, make_mesh, shard_batch
 from mor_jax.train.checkpoint import Checkpoints
@@ -48,13 +47,6 @@ MakeDataset = Callable[..., Any]
 
 class DivergedError(RuntimeError):
     """A loss, gradient or parameter became NaN or infinite."""
-
-
-def enable_compilation_cache() -> Path:
-    """Keep compiled programs between runs, in the folder named by MOR_CACHE or in ~/.cache/mor_jax."""
-    folder = Path(os.environ.get("MOR_CACHE") or Path.home() / ".cache" / "mor_jax")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    return folder
 
 
 def train(

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from mor_jax.array_types import Params
 from mor_jax.axes import constrain
 from mor_jax.config import Config
+from mor_jax.model.parameters import head_matrix
 from mor_jax.model.trace import RoutingLosses, RoutingStatistics
-from mor_jax.model.transformer import apply_trunk, head_matrix, logical_axes
+from mor_jax.model.transformer import apply_trunk, logical_axes
 from mor_jax.parallel import batch_sharding, replicated
 from mor_jax.perf import compiler_options, loss_chunk, resolve_perf
 from mor_jax.train.loss import fused_cross_entropy, target_mask
