@@ -95,7 +95,7 @@ def test_weights_and_pools_are_split_and_stay_so(engine):
     for array in (*matrices, *pools):
         assert {shard.device for shard in array.addressable_shards} == set(jax.devices()[1 : 1 + SHARDS])
         assert {shard.data.size for shard in array.addressable_shards} == {array.size // SHARDS}
-    assert {array.sharding.spec for array in pools} == {jax.P(None, None, "tensor")}
+    assert {array.sharding.spec for array in pools} == {jax.P(None, "tensor")}
     split = {id(array) for array in pools}
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state) if id(leaf) not in split)
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.axes import on_shards
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
-from mor_jax.infer.cache import append
+from mor_jax.infer.cache import POOL_AXES, append
 from mor_jax.infer.decode_kernel import decode_attention
 from mor_jax.infer.product_kernel import MAX_ROWS
 from mor_jax.model.attention import split_last_heads
@@ -22,6 +23,8 @@ from mor_jax.model.layers import Rotary, apply_rotary
 
 logger = logging.getLogger(__name__)
 DecodeBackend = Literal["auto", "xla", "pallas"]
+_HEADS, _KV_HEADS = (None, None, "heads", None), (None, None, "kv_heads", None)
+_POOLS = (POOL_AXES, POOL_AXES)
 
 
 @functools.cache
@@ -85,6 +88,8 @@ class PagedStore:
     """int32: leading tokens of the row that are appended."""
     visible_BT: jax.Array
     """int32: leading entries, those appended included, that each query attends to; 0 for queries that nobody reads."""
+    page_size: int = struct.field(pytree_node=False)
+    """Z."""
     writes: bool = struct.field(pytree_node=False, default=True)
     """Whether any row appends."""
     backend: DecodeBackend = struct.field(pytree_node=False, default="xla")
@@ -100,7 +105,6 @@ class PagedStore:
 
     def attend(self, projected_BTMH: jax.Array, cached: KeyValue, rotary: Rotary) -> tuple[jax.Array, KeyValue]:
         """Append one layer's new entries and attend; queries that see nothing return an arbitrary finite value."""
-        kv_heads = cached[0].shape[2]
         if self.backend == "pallas" and projected_BTMH.shape[1] == 1 and self.writes:
             angles = (rotary[0][:, 0, 0], rotary[1][:, 0, 0])
             tables = (
@@ -109,17 +113,30 @@ class PagedStore:
                 else (self.table_YM, self.group_B)
             )
             sizes = (self.start_B, self.count_B, self.visible_BT[:, 0])
-            out_BNH, cached = decode_attention(projected_BTMH[:, 0], angles, cached, *tables, *sizes)
+            out_BNH, cached = decode_attention(
+                projected_BTMH[:, 0], angles, cached, *tables, *sizes, page_size=self.page_size
+            )
             return out_BNH[:, None], cached
         if not self.writes:
-            return self._gather_and_attend(apply_rotary(projected_BTMH, rotary), cached), cached
+            return self._attend(apply_rotary(projected_BTMH, rotary), cached), cached
+        kv_heads = cached[0].shape[1] // (self.page_size * projected_BTMH.shape[3])
         rotated, values = split_last_heads(projected_BTMH, kv_heads, self.shards)
         query_BTNH, keys = split_last_heads(apply_rotary(rotated, rotary), kv_heads, self.shards)
-        cached = append(cached, (keys, values), self.table_BM, self.start_B, self.count_B)
-        return self._gather_and_attend(query_BTNH, cached), cached
+        # a page's share of a device is whole entries of its heads, which the partitioner cannot know
+        write = on_shards(append, (_POOLS, (_KV_HEADS, _KV_HEADS), (), (), ()), _POOLS)
+        cached = write(cached, (keys, values), self.table_BM, self.start_B, self.count_B)
+        return self._attend(query_BTNH, cached), cached
 
-    def _gather_and_attend(self, query_BTNH: jax.Array, cached: KeyValue) -> jax.Array:
-        rows = self.table_BM.shape[0]
-        keys, values = (pool[self.table_BM].reshape(rows, -1, *pool.shape[2:]) for pool in cached)
-        mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < self.visible_BT[:, :, None]
-        return jax.nn.dot_product_attention(query_BTNH, keys, values, mask=mask_BTX[:, None], implementation="xla")
+    def _attend(self, query_BTNH: jax.Array, cached: KeyValue) -> jax.Array:
+        local = functools.partial(_gather_and_attend, page_size=self.page_size)
+        attend = on_shards(local, (_HEADS, _POOLS, (), ()), _HEADS)
+        return attend(query_BTNH, cached, self.table_BM, self.visible_BT)
+
+
+def _gather_and_attend(
+    query_BTNH: jax.Array, cached: KeyValue, table_BM: jax.Array, visible_BT: jax.Array, *, page_size: int
+) -> jax.Array:
+    (rows, pages), head_dim = table_BM.shape, query_BTNH.shape[-1]
+    keys, values = (pool[table_BM].reshape(rows, pages * page_size, -1, head_dim) for pool in cached)
+    mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < visible_BT[:, :, None]
+    return jax.nn.dot_product_attention(query_BTNH, keys, values, mask=mask_BTX[:, None], implementation="xla")

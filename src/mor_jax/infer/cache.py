@@ -4,10 +4,15 @@ Paper section 2.2.2 and table 2. A *group* is one list of pages of a sequence: r
 caching (it holds only the tokens that reached r), or the single one that all recursions share. A page holds Z
 consecutive entries of its group in every layer of the block. The free list lies on the device, as a stack.
 
+A page is one row of its pool, X = Z * K * H numbers wide: the heads of its first entry, then those of the second, and
+so on. Devices that share the heads cut this row, and each has its share of all entries. A TPU keeps such a pool as it
+is; were entries and heads axes of their own, it would fill up their tiles, and programs would work on a copy of all.
+
 Letters: S sequences, G groups, M pages per group, P pages of the pool, Z entries per page, B rows, T tokens, K H heads.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import jax
@@ -45,14 +50,18 @@ def kv_layout(config: ModelConfig) -> KvLayout:
     return KvLayout(passes=recursion.num_recursions, groups=own, block_layers=depth, edge_layers=edges)
 
 
+POOL_AXES = (None, "kv_heads")
+"""Logical axes of a pool."""
+
+
 @struct.dataclass
 class PagedCache:
     """One pool of pages and who holds them."""
 
     keys: tuple[jax.Array, ...]
-    """Per layer [P, Z, K, H], rotated."""
+    """Per layer [P, X], rotated."""
     values: tuple[jax.Array, ...]
-    """Per layer [P, Z, K, H]."""
+    """Per layer [P, X]."""
     table_SGM: jax.Array
     """int32: m-th page of a sequence's group; meaningless beyond its length."""
     length_SG: jax.Array
@@ -64,11 +73,8 @@ class PagedCache:
     tickets_X: jax.Array
     """int32, all 0 between kernels: see ``product_kernel.product``. It travels with the pools, as they are updated in
     place through every layer."""
-
-    @property
-    def page_size(self) -> int:
-        """Z."""
-        return self.keys[0].shape[1]
+    page_size: int = struct.field(pytree_node=False)
+    """Z."""
 
     @property
     def page_bytes(self) -> int:
@@ -94,7 +100,7 @@ def hold_cache(cache: Cache) -> Cache:
     """Keep pools split over their heads, and their tables whole on every device; without a mesh, do nothing."""
 
     def hold(pool: PagedCache) -> PagedCache:
-        split = lambda arrays: tuple(constrain(array, None, None, "kv_heads", "head_dim") for array in arrays)  # noqa: E731
+        split = lambda arrays: tuple(constrain(array, *POOL_AXES) for array in arrays)  # noqa: E731
         return dataclasses.replace(jax.tree.map(constrain, pool), keys=split(pool.keys), values=split(pool.values))
 
     return jax.tree.map(hold, cache, is_leaf=lambda node: isinstance(node, PagedCache))
@@ -136,7 +142,7 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> Cache:
 
     def pool(layers: int, groups: int, pages: int | None) -> PagedCache:
         pages = groups * most if pages is None else pages
-        size = (pages, shape.page_size, config.num_kv_heads, config.head_dim)
+        size = (pages, shape.page_size * config.num_kv_heads * config.head_dim)
         empty = lambda: tuple(jnp.zeros(size, config.dtype) for _ in range(layers))  # noqa: E731
         return PagedCache(
             keys=empty(),
@@ -146,6 +152,7 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> Cache:
             free_P=jnp.arange(pages, dtype=jnp.int32),
             num_free=jnp.array(pages, jnp.int32),
             tickets_X=jnp.zeros(TICKETS, jnp.int32),
+            page_size=shape.page_size,
         )
 
     edge = pool(layout.edge_layers, 1, shape.edge_pages) if layout.edge_layers else None
@@ -210,18 +217,27 @@ def append(cached: KeyValue, fresh: KeyValue, table_BM: jax.Array, start_B: jax.
     """Write new entries of one layer behind those that rows hold.
 
     Args:
-        cached: keys and values [P, Z, K, H].
+        cached: keys and values [P, X].
         fresh: keys and values [B, T, K, H]; the first ``count_B`` of each row are written.
         table_BM: pages of each row's group.
         start_B: entries held before.
         count_B: entries to write.
     """
-    pages, size = cached[0].shape[:2]
-    nth_T = jnp.arange(fresh[0].shape[1])
+    (pages, page_width), width = cached[0].shape, math.prod(fresh[0].shape[2:])
+    size, nth_T = page_width // width, jnp.arange(fresh[0].shape[1])
     entry_BT = start_B[:, None] + nth_T[None, :]
     page_BT = jnp.take_along_axis(table_BM, entry_BT // size, axis=1, mode="clip")
     page_BT = jnp.where(nth_T[None, :] < count_B[:, None], page_BT, pages)
-    write = lambda pool, new: pool.at[page_BT, entry_BT % size].set(new, mode="drop")  # noqa: E731
+    corner_BT2 = jnp.stack([page_BT, entry_BT % size * width], axis=-1)
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(2,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
+    )
+
+    def write(pool: jax.Array, new: jax.Array) -> jax.Array:
+        new_BTX = new.reshape(*new.shape[:2], width)
+        drop = jax.lax.GatherScatterMode.FILL_OR_DROP
+        return jax.lax.scatter(pool, corner_BT2, new_BTX, dimensions, mode=drop)
+
     return write(cached[0], fresh[0]), write(cached[1], fresh[1])
 
 

@@ -112,7 +112,7 @@ def _kernel(
     plgpu.store(out_ref.at[rows_GH, columns_GH], out_GH, mask=rows_GH < groups)
 
 
-@functools.partial(jax.jit, static_argnames="interpret")
+@functools.partial(jax.jit, static_argnames=("page_size", "interpret"))
 def decode_attention(
     projected_BMH: jax.Array,
     angles: Rotary,
@@ -123,6 +123,7 @@ def decode_attention(
     count_B: jax.Array,
     visible_B: jax.Array,
     *,
+    page_size: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, KeyValue]:
     """Rotate, append one token per row, and attend to the row's entries.
@@ -131,28 +132,30 @@ def decode_attention(
         projected_BMH: N queries, K keys and K values of each token, not rotated; query head n reads key/value head
             n // G.
         angles: float32 cosine and sine [B, H/2] of the tokens' positions.
-        cached: keys and values [P, Z, K, H] of one layer; updated in place where the caller lets go of them.
+        cached: keys and values [P, Z * K * H] of one layer; updated in place where the caller lets go of them.
         table_YM: int32 pages of every group.
         group_B: int32 group of each row.
         start_B: int32 entries held before.
         count_B: int32: 1 where the token is appended, 0 where the row only reads.
         visible_B: int32 entries to attend to, the appended one included; 0 gives zeros.
+        page_size: Z.
         interpret: run the kernel's program on the CPU, to test it.
 
     Returns:
         Output [B, N, H] in the queries' dtype, and the cache.
     """
     rows, projected, width = projected_BMH.shape
-    pages, size, kv_heads, _ = cached[0].shape
+    entries = cached[0].shape[0] * page_size
+    kv_heads = cached[0].size // (entries * width)
     groups = (projected - 2 * kv_heads) // kv_heads
     whole = lambda *shape: pl.BlockSpec((None, *shape), lambda b, _: (b, *(0,) * len(shape)))  # noqa: E731
     table = pl.BlockSpec(table_YM.shape, lambda _, k: (0, 0))
-    pool = pl.BlockSpec((pages * size, None, width), lambda _, k: (0, k, 0))
+    pool = pl.BlockSpec((entries, None, width), lambda _, k: (0, k, 0))
     out = pl.BlockSpec((None, None, groups, width), lambda b, k: (b, k, 0, 0))
     angle, scalar = whole(width // 2), whole()
-    flat = tuple(x.reshape(pages * size, kv_heads, width) for x in cached)
+    flat = tuple(x.reshape(entries, kv_heads, width) for x in cached)
     call = pl.pallas_call(
-        functools.partial(_kernel, page_size=size, kv_heads=kv_heads, entries=_ENTRIES),
+        functools.partial(_kernel, page_size=page_size, kv_heads=kv_heads, entries=_ENTRIES),
         grid=(rows, kv_heads),
         in_specs=[table, scalar, scalar, scalar, scalar, whole(projected, width), angle, angle, pool, pool],
         out_specs=[out, pool, pool],

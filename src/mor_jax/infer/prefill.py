@@ -93,10 +93,12 @@ def _edge_store(
     visible_BT = jnp.where(valid_BT, positions_BT + 1, 0)
     if cache.edge is None:
         none_B = jnp.zeros_like(count_B)
-        return cache, PagedStore(jnp.zeros((count_B.shape[0], 1), jnp.int32), none_B, none_B, visible_BT)
+        return cache, PagedStore(
+            jnp.zeros((count_B.shape[0], 1), jnp.int32), none_B, none_B, visible_BT, cache.block.page_size
+        )
     group_B = jnp.zeros_like(sequence_B)
     edge, start_B = reserve(cache.edge, sequence_B, group_B, count_B, positions_BT.shape[1])
-    store = PagedStore(edge.table_SGM.at[sequence_B, 0].get(mode="clip"), start_B, count_B, visible_BT)
+    store = PagedStore(edge.table_SGM.at[sequence_B, 0].get(mode="clip"), start_B, count_B, visible_BT, edge.page_size)
     return dataclasses.replace(cache, edge=edge), store
 
 
@@ -132,6 +134,7 @@ def _pass(
             start_B=start_B + first,
             count_B=jnp.clip(count_B - first, 0, piece) if writes else jnp.zeros_like(count_B),
             visible_BT=jnp.where(valid_BC, visible_BC, 0),
+            page_size=block.page_size,
             writes=writes,
         )
         context = decode_context(model, position_BC, store)

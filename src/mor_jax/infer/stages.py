@@ -156,6 +156,7 @@ def _store(
         start_B=start_X,
         count_B=count_X,
         visible_BT=visible_X[:, None],
+        page_size=cache.page_size,
         backend=shape.backend,
         products=shape.products,
         table_YM=cache.table_SGM.reshape(-1, pages),

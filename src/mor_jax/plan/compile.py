@@ -106,12 +106,12 @@ def does_not_fit(message: str, topology: Topology, what: str) -> DoesNotFitError
         what: subject of the sentence, such as "the step".
     """
     forms = (
-        r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm",
-        r"\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)([GM])\)",
+        r"[Uu]sed ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm",
+        r"\(([\d.]+)([MGT])\) exceeds available HBM \(([\d.]+)([MGT])\)",
     )
     found = next((match for form in forms if (match := re.search(form, message))), None)
     if found is None:
         return DoesNotFitError(f"out of memory: {message.splitlines()[0][:200]}", None)
-    used = float(found[1]) * (GIB if found[2] == "G" else 1 << 20)
+    used = float(found[1]) * {"M": 1 << 20, "G": GIB, "T": 1 << 40}[found[2]]
     name, limit = topology.generation.name, f"{found[3]} {found[4]}iB"
     return DoesNotFitError(f"out of memory: {what} needs {used / GIB:.2f} GiB of the {limit} of a {name} chip", used)

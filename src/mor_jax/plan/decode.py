@@ -29,7 +29,7 @@ from mor_jax.plan.topology import GIB, Topology
 _USABLE = 0.9
 """Share of the memory that an estimate may fill."""
 _TILE = (8, 128)
-"""Heads and head dims of pages are filled up to multiples of these inside a TPU's program."""
+"""Heads and head dims of gathered keys are filled up to multiples of these inside a TPU's program."""
 _STAGED = 1.25
 """Sequences that hold pages over those that run."""
 
@@ -173,10 +173,10 @@ def advise_decode(config: Config, topology: Topology, options: EngineOptions) ->
     length = -(-options.max_length // options.page_size) * options.page_size
     per_sequence = length * entry * (layout.groups * layout.block_layers + layout.edge_layers)
     free = generation.hbm_bytes * _USABLE - weights
-    # the programs work on a copy of the pools, whose last two axes are filled up to whole tiles
+    # attention gathers one layer's keys and values at a time, whose last two axes are filled up to whole tiles
     sides = zip((model.num_kv_heads, model.head_dim), _TILE, strict=True)
     filled = math.prod(-(-side // tile) * tile / side for side, tile in sides)
-    running = int(free / (per_sequence * (1 + filled) * _STAGED))
+    running = int(free / (per_sequence * _STAGED + length * entry * filled))
     if running < 1:
         return f"by estimate the weights ({weights / GIB:.1f} GiB) leave no room for a sequence of {length} tokens"
     return f"by estimate --engine.max-running {running} fits with {length} tokens each"
