@@ -1,0 +1,104 @@
+"""The GPU's kernels and the engine's program, lowered for CUDA without a GPU: what the interpreter does not see."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from mor_jax import presets
+from mor_jax.infer.engine_options import EngineOptions, engine_shape
+from mor_jax.infer.stages import dispatch
+from mor_jax.infer.state import empty_control, init_state
+from mor_jax.infer.weights import prepare_weights
+from mor_jax.model.attention_gpu import flash_attention
+from mor_jax.model.fused_gpu import add_norm, skip_norm, swiglu
+from mor_jax.model.transformer import init_params
+
+# jax 0.11 and 0.12 say it, and lower them all the same
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+LAYER = ("product_norm", "decode_attention", "product_residual", "product_gated", "product_residual")
+H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """From here on the code takes this process's device for a GPU."""
+    return lambda: monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def _kernels(function, *arguments, **static):
+    """Lower for CUDA; return the names of the program's Triton kernels, those of a function called often once."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        lowered = function.trace(*arguments, **static).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    names = re.findall(r'__gpu\$xla\.gpu\.triton.*?name = "(\w+)"', text)
+    assert len(names) == text.count("__gpu$xla.gpu.triton")
+    return names
+
+
+def _array(*shape, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _with_gradients(function, *arguments):
+    def loss(*arguments):
+        return sum(jnp.sum(out.astype(jnp.float32)) for out in jax.tree.leaves(function(*arguments)))
+
+    return _kernels(jax.jit(jax.grad(loss, argnums=tuple(range(len(arguments))))), *arguments)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_and_its_gradients(documents):
+    """1,368 selected queries over 2,048 keys, and packed documents: a kernel forward, two backward."""
+    queries, keys = (2048, 2048) if documents else (1368, 2048)
+    ranges = [_array(2, queries, dtype="int32")] * (1 + documents)
+
+    def loss(arrays, ranges):
+        (query, key, value), end = arrays, ranges[-1]
+        out = flash_attention(query, key, value, ranges[0] if documents else None, end)
+        return jnp.sum(out.astype(jnp.float32))
+
+    arrays = (_array(2, queries, 15, 64), _array(2, keys, 5, 64), _array(2, keys, 5, 64))
+    kernels = _kernels(jax.jit(jax.grad(loss)), arrays, ranges)
+    assert kernels == [f"mor_attention_{name}" for name in ("forward", "grad_queries", "grad_keys")]
+
+
+def test_norms_and_activation_with_their_gradients(gpu):
+    gpu()
+    hidden, scale = _array(2, 100, 960), _array(960, dtype="float32")
+    assert _with_gradients(lambda x, delta, scale: add_norm(x, delta, scale, 1e-5), hidden, hidden, scale) == [
+        "mor_add_norm", "mor_norm_gradient",
+    ]  # fmt: skip
+    assert _with_gradients(lambda x, scale: skip_norm(x, scale, 1e-5), hidden, scale) == ["mor_norm_gradient"]
+    assert _with_gradients(swiglu, _array(2, 100, 2, 2560)) == ["mor_swiglu_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("vanilla-360m", EngineOptions(max_running=32, cuts=False)),
+        ("mor-360m-expert-r3", EngineOptions(max_running=32)),
+        ("mor-360m-token-r3", EngineOptions(max_running=32, exit_at=1, cuts=False)),
+    ],
+)
+def test_a_dispatch_of_the_engine(preset, options, gpu):
+    """A layer is five kernels, head and sampling two, and two choose who gets a slot; nothing else is one."""
+    config = presets.get(preset).config.model
+    config = dataclasses.replace(config, num_layers=5)
+
+    def weights(key):
+        bias_R = jnp.zeros(config.recursion.num_recursions)
+        return prepare_weights(config, init_params(config, key), router_bias_R=bias_R)
+
+    model = jax.eval_shape(weights, jax.random.key(0))
+    gpu()
+    shape = engine_shape(model, options)
+    assert shape.backend == shape.products == "pallas"
+    state = jax.eval_shape(lambda model: init_state(model, shape), model)
+    kernels = _kernels(dispatch, model, state, empty_control(shape.places), shape=shape)
+    assert set(kernels) == {*LAYER, "choose_places", "sample_head", "sample_combine"}
+    layers = [kernel for kernel in kernels if kernel in LAYER]
+    assert layers == list(LAYER) * (len(layers) // len(LAYER))
