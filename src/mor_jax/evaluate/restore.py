@@ -36,6 +36,8 @@ class RestoredRun:
 def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRun:
     """Restore a run that ``mor train`` wrote, whatever mesh it was trained on, or weights that ``mor convert`` wrote.
 
+    Nothing in the folder is changed, so the run may be training meanwhile.
+
     Args:
         run_folder: holds config.json, tokenizer.json and checkpoints/ (or, converted, model.safetensors).
         device: where the arrays go; None is the first local device.
@@ -56,7 +58,7 @@ def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRu
     require(folder.is_dir(), f"{run_folder} holds no checkpoints")
     local = dataclasses.replace(config, mesh=MeshConfig())
     mesh = make_mesh(local.mesh, [device])
-    checkpoints = Checkpoints(folder, keep=config.train.keep, pinned_steps=config.train.pinned_steps)
+    checkpoints = Checkpoints(folder, keep=1, read_only=True)  # the run may be training
     try:
         restored = checkpoints.restore(abstract_train_state(local, mesh))
     finally:

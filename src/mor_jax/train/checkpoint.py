@@ -108,10 +108,13 @@ class Checkpoints:
         folder: created if missing; half-written checkpoints in it are removed.
         keep: newest checkpoints kept.
         pinned_steps: steps never deleted.
+        read_only: only read: what is half-written may be the save of a run that is training just now, and what is
+            damaged is passed over but stays where it is.
     """
 
-    def __init__(self, folder: Path, *, keep: int, pinned_steps: tuple[int, ...] = ()) -> None:
+    def __init__(self, folder: Path, *, keep: int, pinned_steps: tuple[int, ...] = (), read_only: bool = False) -> None:
         self.folder = folder if is_remote(folder) else folder.absolute()
+        self._read_only = read_only
         policies = [
             ocp.checkpoint_managers.LatestN(keep),
             ocp.checkpoint_managers.CustomSteps(list(pinned_steps)),
@@ -119,8 +122,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                create=True,
-                cleanup_tmp_directories=True,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             ),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()},
@@ -148,8 +151,8 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState) -> Restored | None:
         """Restore the newest good checkpoint onto the shardings of ``abstract_state``.
 
-        A damaged one is named in a warning, the one before it is taken, and the damaged folder is set aside. What one
-        process cannot read is damaged for all, so that all continue from the same step.
+        A damaged one is named in a warning, the one before it is taken, and the damaged folder is set aside (unless
+        ``read_only``). What one process cannot read is damaged for all, so that all continue from the same step.
 
         Args:
             abstract_state: of ``abstract_train_state``.
@@ -170,7 +173,8 @@ class Checkpoints:
                 _log.warning("checkpoint %d is damaged and skipped: %s", step, str(error))
                 damaged.append(step)
                 continue
-            self._set_aside(damaged)
+            if not self._read_only:
+                self._set_aside(damaged)
             return restored
         if damaged:
             raise UserError(f"{self.folder}: all checkpoints are damaged (steps {damaged}); nothing was changed")
