@@ -9,6 +9,7 @@ import pytest
 
 from mor_jax import config_io, presets
 from mor_jax.config import Config, DataConfig, ModelConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.data.manifest import Manifest, Shard
 from mor_jax.errors import UserError
 
 FULL = Config(
@@ -71,6 +72,13 @@ def test_a_file_that_is_none_is_named(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=re.escape(str(path))):
         config_io.load(Config, path)
+
+
+def test_missing_fields_without_defaults_are_named():
+    good = {f.name: 1 for f in dataclasses.fields(Shard)} | {"file": "a", "split": "train", "sha256": "b"}
+    bad = {name: value for name, value in good.items() if name not in ("file", "split", "rows")}
+    with pytest.raises(UserError, match=re.escape("shards[1]: file, split, rows missing")):
+        config_io.from_dict(Manifest, {"shards": [good, bad]})
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -29,7 +29,8 @@ def from_dict(kind: type[T], values: object, where: str = "") -> T:
         The dataclass; fields that are absent take their defaults.
 
     Raises:
-        UserError: an unknown field (with the nearest known name), a value of the wrong type, or a broken rule.
+        UserError: an unknown field (with the nearest known name), a missing one that has no default, a value of the
+            wrong type, or a broken rule.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or kind.__name__}={values!r} is not an object")
@@ -41,7 +42,14 @@ def from_dict(kind: type[T], values: object, where: str = "") -> T:
         if name not in known:
             raise UserError(f"unknown field {path!r}{suggest(name, known)}")
         built[name] = _convert(hints[name], value, path)
+    missing = [f.name for f in dataclasses.fields(typing.cast(Any, kind)) if f.name not in built and _is_needed(f)]
+    if missing:
+        raise UserError(f"{where or kind.__name__}: {', '.join(missing)} missing")
     return kind(**built)
+
+
+def _is_needed(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -105,7 +105,7 @@ def test_data_and_devices_that_do_not_fit_the_model(mor: Mor, corpus, overrides,
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("damage", ["shard", "manifest", "tokenizer"])
+@pytest.mark.parametrize("damage", ["shard", "manifest", "empty manifest", "tokenizer"])
 def test_a_corpus_that_disagrees_with_its_manifest(mor: Mor, corpus: Path, damage, tmp_path):
     broken = tmp_path / "corpus"
     shutil.copytree(corpus, broken)
@@ -115,6 +115,9 @@ def test_a_corpus_that_disagrees_with_its_manifest(mor: Mor, corpus: Path, damag
     elif damage == "manifest":
         path = broken / "manifest.json"
         path.write_text(path.read_text().replace('"rows": ', '"rows": 1', 1))
+    elif damage == "empty manifest":
+        path = broken / "manifest.json"
+        path.write_text("{}")
     else:
         path = broken / "tokenizer.json"
         path.unlink()

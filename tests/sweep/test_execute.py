@@ -144,6 +144,13 @@ def test_sweep_files(tmp_path):
         ({"runs": [{"name": "a", "start": {"run": "b", "step": 1}}]}, "does not stand before it"),
         ({"runs": [{"name": "a", "start": {"run": "b"}}]}, "exactly one of step"),
         ({"runs": [{"name": "a", "presett": "debug"}]}, "did you mean 'preset'"),
+        ({"runs": [{"name": "a", "set": ["train.steps"]}]}, r"runs\[0\]: set=\['train.steps'\] is not an object"),
+        ({"runs": [{"name": "a", "preset": 3}]}, "preset=3 is not a text"),
+        ({"runs": [{"name": 3}]}, "name=3 is not a text"),
+        ({"runs": [{"name": "a", "start": "b"}]}, "start='b' is not an object"),
+        ({"runs": [{"name": "a", "start": {"step": 1}}]}, r"runs\[0\].start: run missing"),
+        ({"runs": [{"name": "a", "start": {"run": "b", "strategy": "best"}}]}, "strategy='best' is not one of"),
+        ({"runs": [{"name": ".."}]}, "the name '..' cannot be a folder's"),
         ({"runs": []}, "describes no runs"),
         ([], "has no list `runs`"),
     ):

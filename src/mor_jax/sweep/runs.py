@@ -112,16 +112,17 @@ def _from_json(path: Path) -> list[SweepRun]:
 
 
 def _run_from_json(where: str, entry: Any) -> SweepRun:
-    known = ("name", "preset", "set", "group", "start")
-    require(isinstance(entry, dict) and isinstance(entry.get("name"), str), f"{where} has no `name`")
-    for key in entry:
-        require(key in known, f"{where}: unknown field {key!r}{suggest(key, known)}")
+    kinds = {"name": str, "preset": str, "set": dict, "group": str, "start": dict}
+    require(isinstance(entry, dict) and "name" in entry, f"{where} has no `name`")
+    for key, value in entry.items():
+        require(key in kinds, f"{where}: unknown field {key!r}{suggest(key, kinds)}")
+        kind = {str: "a text", dict: "an object"}[kinds[key]]
+        known = isinstance(value, kinds[key]) or (key == "start" and value is None)
+        require(known, f"{where}: {key}={value!r} is not {kind}")
     config = with_overrides(presets.get(entry.get("preset", "debug")).config, entry.get("set", {}), where)
     start = entry.get("start")
-    try:
-        return SweepRun(entry["name"], config, entry.get("group", ""), None if start is None else Start(**start))
-    except TypeError as error:
-        raise UserError(f"{where}.start: {error}") from error
+    start = None if start is None else config_io.from_dict(Start, start, f"{where}.start")
+    return SweepRun(entry["name"], config, entry.get("group", ""), start)
 
 
 def with_overrides(config: Config, overrides: dict[str, Any], where: str = "set") -> Config:
@@ -155,7 +156,8 @@ def _check(path: Path, runs: Sequence[SweepRun]) -> None:
     seen: dict[str, SweepRun] = {}
     for run in runs:
         require(run.name not in seen, f"{path}: two runs are called {run.name!r}")
-        require(bool(run.name) and "/" not in run.name, f"{path}: the name {run.name!r} cannot be a folder's")
+        named = run.name not in ("", ".", "..") and "/" not in run.name
+        require(named, f"{path}: the name {run.name!r} cannot be a folder's")
         if run.start is not None:
             _check_start(path, run, run.start, seen)
         seen[run.name] = run
