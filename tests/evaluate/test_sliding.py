@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from evaluation_examples import Bytes, Rows, T, config, params
 
+from mor_jax.config import RelaxationConfig
 from mor_jax.data.packing import Row, expand_row
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
@@ -18,6 +19,8 @@ from mor_jax.evaluate.forward import trace_pass
 from mor_jax.evaluate.sliding import sliding_losses, text_stream, windows
 from mor_jax.evaluate.text import read_streams, text_summary
 from mor_jax.evaluate.validation import validation_losses
+from mor_jax.forward import forward
+from mor_jax.model.transformer import init_params
 
 DOCUMENTS = [np.random.default_rng(i).integers(0, 256, length) for i, length in enumerate((20, 33, 11))]
 STREAM = text_stream(DOCUMENTS, eos_id=256)
@@ -109,6 +112,26 @@ def test_a_cap_cuts_the_deeper_passes_and_changes_no_other_decision():
         model, capped, bias = cap_depth(cfg.model, params(cfg), None, cap)
         depths = _depths(dataclasses.replace(cfg, model=model), capped, bias)
         assert depths.tolist() == np.minimum(full, cap).tolist()
+
+
+@pytest.mark.parametrize("kind", ["expert", "none"])
+def test_a_cap_keeps_what_the_first_passes_do_not_share(kind):
+    """Norms, low-rank updates and encodings of their own: pass by pass, the states are those of the whole model."""
+    cfg = config(kind, num_recursions=3)
+    relaxation = RelaxationConfig(lora_rank=2, encoding=True)
+    recursion = dataclasses.replace(cfg.model.recursion, share_norms=False, relaxation=relaxation)
+    model = dataclasses.replace(cfg.model, recursion=recursion)
+    noise = lambda path, leaf: leaf + 0.1 * jax.random.normal(jax.random.key(len(str(path))), leaf.shape)  # noqa: E731
+    tree = jax.tree.map_with_path(noise, init_params(model, jax.random.key(0)))
+    capped, kept, _ = cap_depth(model, tree, None, 2)
+    tokens_BT, mode = STREAM.tokens[None, :T], "threshold" if kind == "expert" else "topk"
+    whole, short = (
+        forward(m, p, tokens_BT, mode=mode, return_hidden=True, execution="scan").hidden
+        for m, p in ((model, tree), (capped, kept))
+    )
+    assert whole is not None and short is not None and len(short.recursions) == 2
+    for wanted, found in zip(whole.recursions[:2], short.recursions, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_token_choice_takes_the_best_depth_that_is_allowed():

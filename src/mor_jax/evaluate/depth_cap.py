@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
+from mor_jax.model.transformer import logical_axes
 
 
 def cap_depth(
@@ -53,8 +54,7 @@ def cap_depth(
         capacities=model.capacities[:max_depth] if routing.kind == "expert" else routing.capacities,
         boundaries=routing.boundaries and routing.boundaries[:max_depth],
     )
-    kept: dict[str, Any] = dict(params)
-    for name in ("router", "aux_router", "block_norms"):
-        if name in kept:
-            kept[name] = jax.tree.map(lambda leaf_RX: leaf_RX[:max_depth], kept[name])
+    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    cut = lambda axes, leaf: leaf[:max_depth] if axes and axes[0] == "recursions" else leaf  # noqa: E731
+    kept: dict[str, Any] = jax.tree.map(cut, logical_axes(model), dict(params), is_leaf=is_axes)
     return dataclasses.replace(model, recursion=capped, routing=routing), kept, router_bias_R
