@@ -132,3 +132,12 @@ def test_mistakes_are_named(evalsets, tmp_path):
     (tmp_path / "copa.jsonl.gz").write_text("{}")
     with pytest.raises(UserError, match="truncated or not gzipped"):
         local_task("copa", tmp_path)
+    for lines, words in (
+        ([{"query": "q", "choices": ["a", "b"]}], r"copa.jsonl.gz, document 1: gold missing"),
+        ([{"query": "q", "choices": ["a"], "gold": 0}, [1]], r"copa.jsonl.gz, document 2: not a JSON object"),
+        ([], r"copa.jsonl.gz holds no documents"),
+    ):
+        with gzip.open(tmp_path / "copa.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(UserError, match=words):
+            local_task("copa", tmp_path)

@@ -8,7 +8,7 @@ result names its file and number of rows. Fields: ``query``, ``choices`` and ``g
 import gzip
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ Doc = Mapping[str, Any]
 PAPER_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu")
 """The paper's few-shot and zero-shot set (table 3), by the names that lm-eval uses."""
 _LETTERS = "ABCDEFGHIJ"
+_CHOICE_FIELDS = ("query", "choices", "gold")
 
 
 def _question(doc: Doc) -> str:
@@ -56,6 +57,8 @@ class LocalTask:
     """Name of the gzipped JSON lines."""
     definition: Mapping[str, Any] = field(repr=False)
     """Of lm-eval's ``TaskConfig``, without name and data."""
+    fields: tuple[str, ...] = _CHOICE_FIELDS
+    """That every line must have."""
 
 
 TASKS: Mapping[str, LocalTask] = {
@@ -71,6 +74,7 @@ TASKS: Mapping[str, LocalTask] = {
                 {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
             ],
         },
+        ("context", "continuation"),
     ),
     "hellaswag": LocalTask("hellaswag_val.jsonl.gz", _multiple_choice(lambda doc: doc["query"], normed=True)),
     "piqa": LocalTask("piqa_valid.jsonl.gz", _multiple_choice(_question, normed=True)),
@@ -84,15 +88,17 @@ TASKS: Mapping[str, LocalTask] = {
             "doc_to_target": lambda doc: doc["continuation"],
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         },
+        ("context_options", "continuation", "gold"),
     ),
     "arc_easy": LocalTask("arc_easy_test.jsonl.gz", _multiple_choice(_question, normed=True)),
     "arc_challenge": LocalTask("arc_challenge_test.jsonl.gz", _multiple_choice(_question, normed=True)),
     "mmlu": LocalTask(
         "mmlu_test_sample.jsonl.gz",
         _multiple_choice(_lettered, normed=False, doc_to_choice=lambda doc: list(_LETTERS[: len(doc["choices"])])),
+        (*_CHOICE_FIELDS, "subject"),
     ),
     "copa": LocalTask("copa.jsonl.gz", _multiple_choice(lambda doc: doc["query"], normed=False)),
-    "boolq": LocalTask("boolq_val.jsonl.gz", _multiple_choice(_yes_no, normed=False)),
+    "boolq": LocalTask("boolq_val.jsonl.gz", _multiple_choice(_yes_no, normed=False), (*_CHOICE_FIELDS, "passage")),
     "wikitext": LocalTask(
         "wikitext2_raw_test.jsonl.gz",
         {
@@ -101,6 +107,7 @@ TASKS: Mapping[str, LocalTask] = {
             "doc_to_target": lambda doc: doc["text"],
             "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
         },
+        ("text",),
     ),
 }
 """Local tasks by the names that lm-eval uses."""
@@ -119,7 +126,7 @@ def local_task(name: str, folder: Path) -> dict[str, Any]:
     dataset: Any = importlib.import_module("datasets").Dataset  # comes with lm-eval
     require(name in TASKS, f"--tasks {name!r} is not one of {', '.join(TASKS)}{suggest(name, TASKS)}")
     task = TASKS[name]
-    documents = read_set(folder / task.file)
+    documents = read_set(folder / task.file, task.fields)
     return {
         "task": name,
         "custom_dataset": lambda **_: {"test": dataset.from_list(documents)},
@@ -130,15 +137,25 @@ def local_task(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def read_set(path: Path) -> list[dict[str, Any]]:
+def read_set(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """Read a gzipped JSON-lines file.
 
+    Args:
+        path: the file.
+        fields: that every line must have.
+
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing, damaged or empty, or a line is no object with these fields.
     """
     require(path.is_file(), f"{path} is missing: --evalsets names the folder with the evaluation sets")
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+            documents = [json.loads(line) for line in file if line.strip()]
     except (EOFError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is truncated or not gzipped JSON lines ({error})") from error
+    require(len(documents) > 0, f"{path} holds no documents")
+    for number, document in enumerate(documents, start=1):
+        require(isinstance(document, dict), f"{path}, document {number}: not a JSON object")
+        missing = [name for name in fields if name not in document]
+        require(not missing, f"{path}, document {number}: {', '.join(missing)} missing")
+    return documents
