@@ -45,6 +45,11 @@ def _refused(outcome: Outcome, *words: str) -> None:
         (("eval", "nowhere"), ("nowhere is not a run folder",)),
         (("eval", "nowhere", "--stride", "4"), ("--stride needs --text",)),
         (("eval", "nowhere", "--evalsets", "x"), ("--evalsets needs --tasks",)),
+        (("eval", "nowhere", "--limit", "3"), ("--limit needs --tasks",)),
+        (("eval", "nowhere", "--batch-size", "3"), ("--batch-size needs --tasks",)),
+        (("eval", "nowhere", "--text", "a.txt", "--rows", "3"), ("--rows is for the held-out loss",)),
+        (("eval", "nowhere", "--rows", "0"), ("--rows 0 must be positive",)),
+        (("eval", "nowhere", "--calibrate", "-1"), ("--calibrate -1 must not be negative",)),
         (("sweep", "absent.py"), ("absent.py is not a sweep file",)),
         (("generate", "nowhere", "--mesh.tensor", "0"), ("mesh.tensor=0 must be positive",)),
         (

@@ -16,6 +16,8 @@ from mor_jax.evaluate.restore import restore_run
 from mor_jax.evaluate.validation import summary
 from mor_jax.paths import to_path
 
+_BATCH_SIZE = 32
+
 
 @dataclass(frozen=True)
 class EvalArguments:
@@ -37,8 +39,8 @@ class EvalArguments:
     """With --tasks: documents per task."""
     num_fewshot: int | None = None
     """With --tasks: examples before every document."""
-    batch_size: int = 32
-    """With --tasks: rows at a time."""
+    batch_size: int | None = None
+    """With --tasks: rows at a time; None is 32."""
     calibrate: int = 0
     """Rows of training text on which the boundaries of expert-choice are calibrated first, for the held-out loss."""
     max_depth: int | None = None
@@ -50,10 +52,7 @@ class EvalArguments:
 def run(arguments: Sequence[str]) -> int:
     """Measure and print."""
     options = parse(EvalArguments, arguments, "eval", "Measure a run on held-out text, on any text, or on tasks.")
-    require(not (options.text and options.tasks), "--text and --tasks exclude each other")
-    require(options.stride is None or bool(options.text), "--stride needs --text")
-    require(not options.calibrate or not (options.text or options.tasks), "--calibrate is for the held-out loss")
-    require(options.evalsets is None or options.tasks is not None, "--evalsets needs --tasks")
+    _check(options)
     enable_compilation_cache()
     if options.tasks is not None:
         _tasks(options)
@@ -62,6 +61,27 @@ def run(arguments: Sequence[str]) -> int:
     else:
         _held_out(options)
     return 0
+
+
+def _check(options: EvalArguments) -> None:
+    """Refuse flags that would do nothing, and values out of range, before anything is read."""
+    tasks, text = options.tasks is not None, bool(options.text)
+    held_out = not (tasks or text)
+    require(not (tasks and text), "--text and --tasks exclude each other")
+    for flag, value, applies, rule in (
+        ("--rows", options.rows, held_out, "is for the held-out loss"),
+        ("--calibrate", options.calibrate or None, held_out, "is for the held-out loss"),
+        ("--stride", options.stride, text, "needs --text"),
+        ("--evalsets", options.evalsets, tasks, "needs --tasks"),
+        ("--limit", options.limit, tasks, "needs --tasks"),
+        ("--num-fewshot", options.num_fewshot, tasks, "needs --tasks"),
+        ("--batch-size", options.batch_size, tasks, "needs --tasks"),
+    ):
+        require(value is None or applies, f"{flag} {rule}")
+    for flag, value in (("--rows", options.rows), ("--limit", options.limit), ("--batch-size", options.batch_size)):
+        require(value is None or value > 0, f"{flag} {value} must be positive")
+    for flag, value in (("--calibrate", options.calibrate), ("--num-fewshot", options.num_fewshot)):
+        require(value is None or value >= 0, f"{flag} {value} must not be negative")
 
 
 def _held_out(options: EvalArguments) -> None:
@@ -104,7 +124,7 @@ def _tasks(options: EvalArguments) -> None:
         model, params, bias_R = cap_depth(model, params, bias_R, options.max_depth)
     scorer = Scorer(model, restored.config.perf, params, bias_R)
     results = run_tasks(
-        MorLM(scorer, restored.tokenizer, options.batch_size),
+        MorLM(scorer, restored.tokenizer, options.batch_size or _BATCH_SIZE),
         names,
         evalsets=options.evalsets,
         limit=options.limit,
