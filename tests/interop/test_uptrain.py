@@ -11,11 +11,15 @@ from test_llama import TINY, random_params, write
 
 from mor_jax.config import Config, InitConfig, LoraTarget, ModelConfig, RecursionConfig, RelaxationConfig, RoutingConfig
 from mor_jax.errors import UserError
+from mor_jax.interop import weights
 from mor_jax.interop.uptrain import initial_weights
 from mor_jax.model.relaxation import update_of
+from mor_jax.model.router_state import ROUTER_STATE
 from mor_jax.model.sharing import share_layers, unrolled_sources
 from mor_jax.model.transformer import init_params
+from mor_jax.parallel import make_mesh
 from mor_jax.train.loop import train
+from mor_jax.train.state import init_train_state, place_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from tiny_runs import dataset_maker, read_lines, tiny_config  # pyright: ignore[reportMissingImports]
@@ -94,6 +98,18 @@ def test_a_run_starts_from_the_weights_and_resumes_without_them(tmp_path):
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
     train(longer, **options, initial_weights=initial_weights)
     assert [line["step"] for line in read_lines(folder)] == [1, 2, 3]
+
+
+def test_the_bias_of_loss_free_balancing_comes_along(tmp_path):
+    config = tiny_config(tmp_path, RoutingConfig("token", score="softmax", alpha=1.0, balancing="loss_free"))
+    params, bias_R = init_params(config.model, jax.random.key(0)), np.array([0.25, -0.25], np.float32)
+    (tmp_path / "source").mkdir()
+    weights.save(tmp_path / "source", config.model, {**params, ROUTER_STATE: {"bias": bias_R}}, None, origin="a test")
+    config = dataclasses.replace(config, init=InitConfig(source=str(tmp_path / "source")))
+    first = initial_weights(config)
+    assert first is not None and ROUTER_STATE not in first.params
+    state = place_weights(init_train_state(config, make_mesh(config.mesh, jax.devices()[:1])), first)
+    np.testing.assert_array_equal(state.router_bias_R, bias_R)
 
 
 def test_models_that_do_not_fit_are_refused_by_field(tmp_path):

@@ -106,8 +106,3 @@ def _host() -> Any:
 def _tokenizer(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     return Tokenizer.load(path) if path.is_file() else None
-
-
-def describe_params(params: Params) -> dict[str, Any]:
-    """Return the trained parameters alone."""
-    return {name: value for name, value in params.items() if name != ROUTER_STATE}

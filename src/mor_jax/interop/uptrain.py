@@ -2,14 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
 from mor_jax.interop.assemble import leaf_shapes
-from mor_jax.interop.sources import describe_params, open_model
+from mor_jax.interop.sources import open_model
+from mor_jax.model.router_state import split_router_state
 from mor_jax.model.sharing import share_layers
 from mor_jax.train.state import InitialWeights
 
@@ -33,9 +33,9 @@ def initial_weights(config: Config) -> InitialWeights | None:
     folder = Path(config.init.source)
     loaded = open_model(folder)
     _check_constants(loaded.model, config)
-    params = describe_params(loaded.params)
+    params, bias_R = split_router_state(loaded.params)
     if leaf_shapes(loaded.model) == leaf_shapes(config.model):
-        built: dict[str, Any] = params
+        built = params
     else:
         require(
             loaded.model.recursion.sharing == "none",
@@ -45,7 +45,16 @@ def initial_weights(config: Config) -> InitialWeights | None:
         key = jax.random.key(config.train.seed)
         built = share_layers(loaded.model, params, config.model, config.init.strategy, key=key, seed=config.train.seed)
     hash_ = None if loaded.tokenizer is None else loaded.tokenizer.hash
-    return InitialWeights(params=built, tokenizer_hash=hash_, origin=f"{loaded.origin} ({config.init.strategy})")
+    return InitialWeights(
+        params=built,
+        tokenizer_hash=hash_,
+        origin=f"{loaded.origin} ({config.init.strategy})",
+        router_bias_R=bias_R if _is_loss_free(config.model) else None,
+    )
+
+
+def _is_loss_free(model: ModelConfig) -> bool:
+    return model.routing.kind == "token" and model.routing.balancing == "loss_free"
 
 
 def _check_constants(model: ModelConfig, config: Config) -> None:

@@ -33,7 +33,7 @@ from mor_jax.train.preemption import StopVote
 from mor_jax.train.progress import Reporter
 from mor_jax.train.run_folder import check_run_folder, claim_run_folder, writing_to
 from mor_jax.train.signals import StopRequest
-from mor_jax.train.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_params
+from mor_jax.train.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_weights
 from mor_jax.train.step import Batch, Metrics, compile_train_step
 from mor_jax.train.watchdog import Watchdog
 
@@ -138,7 +138,7 @@ class _Run:
             self.state, self.start = init_train_state(config, self.mesh), 0
             first, self.first = self.first or self._initial_weights(), None
             if first is not None:
-                self.state = place_params(self.state, first.params)
+                self.state = place_weights(self.state, first)
                 _log.info("weights from %s", first.origin)
             return
         if restored.data_hash != self.dataset.hash:

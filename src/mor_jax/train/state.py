@@ -43,15 +43,20 @@ class InitialWeights:
     """Of the tokenizer that these weights belong to; None is unknown."""
     origin: str
     """What they are, for the log."""
+    router_bias_R: Any = None
+    """float32 [R], the bias of loss-free balancing that belongs to them; None leaves the run's own."""
 
 
-def place_params(state: TrainState, params: Params) -> TrainState:
-    """Return the state with other parameters: host arrays put on the shardings of those it has, shard by shard."""
+def place_weights(state: TrainState, first: InitialWeights) -> TrainState:
+    """Return the state with other weights: host arrays put on the shardings of those it has, shard by shard."""
 
     def place(old: jax.Array, new: Any) -> jax.Array:
         return jax.make_array_from_callback(old.shape, old.sharding, lambda index: np.asarray(new[index], old.dtype))
 
-    return dataclasses.replace(state, params=jax.tree.map(place, state.params, dict(params)))
+    params = jax.tree.map(place, state.params, dict(first.params))
+    if first.router_bias_R is None:
+        return dataclasses.replace(state, params=params)
+    return dataclasses.replace(state, params=params, router_bias_R=place(state.router_bias_R, first.router_bias_R))
 
 
 def _init(config: Config) -> TrainState:
