@@ -9,7 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_runs import TinyDataset, dataset_maker, make_batch, read_lines, saved_fingerprints, tiny_config, with_train
+from tiny_runs import (
+    NumberTokenizer,
+    TinyDataset,
+    dataset_maker,
+    make_batch,
+    read_lines,
+    saved_fingerprints,
+    tiny_config,
+    with_train,
+)
 
 from mor_jax.config import Config, RoutingConfig
 from mor_jax.errors import UserError
@@ -92,11 +101,21 @@ def test_other_data_is_refused(tmp_path):
     config = tiny_config(tmp_path, steps=2)
     run(config)
 
+    class OtherTokenizer(NumberTokenizer):
+        def save(self, path: Path) -> None:
+            path.write_text("another tokenizer")
+
     class Other(TinyDataset):
         hash = property(lambda self: "other", lambda self, value: None)
+        tokenizer = property(lambda self: OtherTokenizer(), lambda self, value: None)
 
+    kept = {name: (tmp_path / "tiny" / name).read_bytes() for name in ("config.json", "tokenizer.json")}
     with pytest.raises(UserError, match=r"trained on other data: .* had the hash tiny, now other"):
-        run(config, make_dataset=lambda _, *, split, batch_size, **rest: Other(config, split, batch_size))
+        run(
+            with_train(config, steps=4),
+            make_dataset=lambda _, *, split, batch_size, **rest: Other(config, split, batch_size),
+        )
+    assert {name: (tmp_path / "tiny" / name).read_bytes() for name in kept} == kept
 
 
 def test_a_refused_start_leaves_nothing_behind(tmp_path):

@@ -115,14 +115,14 @@ class _Run:
         starts_anew = not (folder / "checkpoints").is_dir()
         self.first = self._initial_weights() if starts_anew else None
         watchdog.reached("restoring or initialising the state")
-        primary = is_primary()
-        if primary:  # not before configuration, mesh and data have been found usable
-            claim_run_folder(config)
-            self.dataset.tokenizer.save(folder / "tokenizer.json")
         self.checkpoints = Checkpoints(
             folder / "checkpoints", keep=config.train.keep, pinned_steps=config.train.pinned_steps
         )
         self._restore_or_init()
+        primary = is_primary()
+        if primary:  # not before mesh, data and checkpoint have been found to fit
+            claim_run_folder(config)
+            self.dataset.tokenizer.save(folder / "tokenizer.json")
         self.writers = make_writers(
             folder, restored_step=self.start, tensorboard=config.train.tensorboard, primary=primary
         )
