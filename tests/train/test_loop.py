@@ -118,6 +118,24 @@ def test_other_data_is_refused(tmp_path):
     assert {name: (tmp_path / "tiny" / name).read_bytes() for name in kept} == kept
 
 
+def test_a_folder_in_which_another_run_trains_is_refused_and_left_alone(tmp_path):
+    """Two runs would write the same checkpoints, and each would take the other's save for a half-written one."""
+    config, refusals = tiny_config(tmp_path, steps=4, save_every=2), []
+    half = tmp_path / "tiny" / "checkpoints" / "9.orbax-checkpoint-tmp"
+
+    def start_another() -> None:
+        half.mkdir(parents=True)
+        with pytest.raises(UserError, match=rf"tiny is being trained by process {os.getpid()} on \S+: wait") as error:
+            run(config)
+        refusals.append(error)
+        assert half.is_dir()
+        half.rmdir()
+
+    folder = run(config, make_dataset=stopping_dataset(config, 2, start_another))
+    assert len(refusals) == 1 and [line["step"] for line in read_lines(folder)] == [1, 2, 3, 4]
+    assert run(config) == folder  # the lock went with the run
+
+
 def test_a_refused_start_leaves_nothing_behind(tmp_path):
     def refuse(*_: Any, **__: Any) -> Any:
         raise UserError("data.source='nowhere' does not exist")

@@ -31,7 +31,7 @@ from mor_jax.train.goodput import Ledger, Throughput, describe_peak
 from mor_jax.train.metrics import make_writers
 from mor_jax.train.preemption import StopVote
 from mor_jax.train.progress import Reporter
-from mor_jax.train.run_folder import check_run_folder, claim_run_folder, writing_to
+from mor_jax.train.run_folder import RunLock, check_run_folder, claim_run_folder, writing_to
 from mor_jax.train.signals import StopRequest
 from mor_jax.train.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_weights
 from mor_jax.train.step import Batch, Metrics, compile_train_step
@@ -77,10 +77,11 @@ def train(
     """
     ledger = Ledger()
     folder = check_run_folder(config)
-    with writing_to(folder), StopRequest() as stop, Watchdog(config.train.watchdog_seconds) as watchdog:
+    seconds = config.train.watchdog_seconds
+    with writing_to(folder), RunLock(folder) as lock, StopRequest() as stop, Watchdog(seconds) as watchdog:
         with ledger.measure("init"):
             mesh = make_mesh(config.mesh, devices)
-            run = _Run(config, folder, ledger, make_dataset, mesh, watchdog, initial_weights)
+            run = _Run(config, folder, ledger, make_dataset, mesh, watchdog, lock, initial_weights)
         try:
             finished = run.train_steps(StopVote(stop, run.mesh))
             if finished and config.train.pictures:
@@ -103,6 +104,7 @@ class _Run:
         make_dataset: MakeDataset,
         mesh: Mesh,
         watchdog: Watchdog,
+        lock: RunLock,
         initial_weights: Callable[[Config], InitialWeights | None] | None,
     ) -> None:
         self.config, self.folder, self.ledger, self.mesh, self.watchdog = config, folder, ledger, mesh, watchdog
@@ -115,6 +117,7 @@ class _Run:
         starts_anew = not (folder / "checkpoints").is_dir()
         self.first = self._initial_weights() if starts_anew else None
         watchdog.reached("restoring or initialising the state")
+        lock.acquire()
         self.checkpoints = Checkpoints(
             folder / "checkpoints", keep=config.train.keep, pinned_steps=config.train.pinned_steps
         )

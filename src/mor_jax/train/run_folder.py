@@ -1,16 +1,20 @@
-"""The folder of a run: who owns it, and refusing to mix two configurations in one."""
+"""The folder of a run: who owns it, and refusing to mix two configurations, or two runs at the same time, in one."""
 
 import errno
+import fcntl
 import fnmatch
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from mor_jax import config_io
 from mor_jax.config import Config
-from mor_jax.errors import UserError
-from mor_jax.paths import to_path
+from mor_jax.distributed import gather_texts, is_primary
+from mor_jax.errors import UserError, require
+from mor_jax.paths import is_remote, to_path
 
 MAY_DIFFER = (
     "perf.*",
@@ -68,6 +72,61 @@ def claim_run_folder(config: Config) -> Path:
         config_io.save(config, part)
         part.replace(folder / "config.json")
     return folder
+
+
+class RunLock:
+    """Context that keeps a run folder for one run at a time, from ``acquire`` on until its end or the process's.
+
+    Process 0 locks ``RUN/.lock``. Buckets, and file systems without locks, are not guarded.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def acquire(self) -> None:
+        """Take the lock; creates the folder if it is missing.
+
+        Raises:
+            UserError: another run trains there, or the folder cannot be written; in all processes.
+        """
+        problem = ""
+        if is_primary() and not is_remote(self._folder):
+            try:
+                self._lock()
+            except UserError as error:
+                problem = str(error)
+        found = next((text for text in gather_texts(problem) if text), "")
+        require(not found, found)
+
+    def _lock(self) -> None:
+        with writing_to(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            raise UserError(
+                f"{self._folder} is being trained by {holder}: wait for its end, or choose another --train.name"
+            ) from error
+        except OSError:  # no locks there
+            return
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
 
 
 def _check_same(old: Config, new: Config, folder: Path) -> None:
