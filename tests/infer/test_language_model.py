@@ -103,6 +103,9 @@ def test_a_stop_string_ends_a_completion_and_frees_its_place(model):
     stop = whole.text[4]
     (cut,) = model.generate("stop here", max_tokens=12, temperature=1.0, seed=1, stop=[stop])
     assert cut.finish == "stop" and cut.text == whole.text[: whole.text.index(stop)]
+    several = whole.text[4:7]  # one string to end at, not three characters
+    (cut,) = model.generate("stop here", max_tokens=12, temperature=1.0, seed=1, stop=several)
+    assert cut.text == whole.text[: whole.text.index(several)]
     assert not any(engine.busy for engine in model._engines.values())
 
 
@@ -121,7 +124,15 @@ def test_impossible_wishes_are_refused(model):
         ({"max_depth": 0}, "max_depth=0 must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
-            model.generate("text", **{"max_tokens": 4, **arguments})
+            model.stream("text", **{"max_tokens": 4, **arguments})  # at once: nothing asks for a token
+
+
+def test_streams_that_were_opened_together_do_not_mix(model):
+    wanted = [c.tokens for c in (model.generate("one", max_tokens=5) + model.generate("two", max_tokens=5))]
+    first, second = (model.stream(prompt, max_tokens=5) for prompt in ("one", "two"))
+    begun = next(first).token
+    assert [piece.token for piece in second] == wanted[1]
+    assert [begun, *(piece.token for piece in first)] == wanted[0]
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         max_depth: int | None = None,
         max_length: int | None = None,
     ) -> Iterator[Piece]:
@@ -139,12 +139,12 @@ class LanguageModel:
             top_k: draw among so many of the most likely tokens; 0 is all.
             top_p: draw among the most likely tokens that together have this probability.
             seed: of the draws; prompt i uses seed + i.
-            stop: strings that end a completion.
+            stop: a string or several that end a completion.
             max_depth: passes over the shared block that a token may take at most.
-            max_length: tokens of prompt and completion; None is the model's context, or more if max_tokens needs it.
+            max_length: tokens of prompt and completion; None is the model's context.
 
         Raises:
-            UserError: arguments out of range, or a prompt that is too long.
+            UserError: arguments out of range, or a prompt that is too long; at once, not with the first token.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         require(len(prompts) > 0, "there is no prompt")
@@ -170,11 +170,12 @@ class LanguageModel:
         ]
         for request in requests:
             engine.check(request)
-        yield from self._stream(engine, requests, prompts, stop)
+        return self._stream(options, requests, prompts, [stop] if isinstance(stop, str) else stop)
 
     def _stream(
-        self, engine: AnyEngine, requests: Sequence[Request], prompts: Sequence[str], stop: Sequence[str]
+        self, options: EngineOptions, requests: Sequence[Request], prompts: Sequence[str], stop: Sequence[str]
     ) -> Iterator[Piece]:
+        engine = self.engine(options)  # only now: another stream may have begun in between
         numbers = {engine.submit(request): index for index, request in enumerate(requests)}
         completions = [Completion(prompt) for prompt in prompts]
         texts = [GrowingText(self.tokenizer, stop) for _ in prompts]
