@@ -1,7 +1,21 @@
 """The one exception that means "the user's input is wrong": the CLI prints it and exits with code 2."""
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+UNUSABLE_PATH = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+"""Errors of the operating system about a path that the user gave; any other is a fault of the program."""
 
 
 class UserError(ValueError):

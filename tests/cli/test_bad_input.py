@@ -51,6 +51,7 @@ def _refused(outcome: Outcome, *words: str) -> None:
         (("eval", "nowhere", "--rows", "0"), ("--rows 0 must be positive",)),
         (("eval", "nowhere", "--calibrate", "-1"), ("--calibrate -1 must not be negative",)),
         (("sweep", "absent.py"), ("absent.py is not a sweep file",)),
+        (("presets", "360n"), ("no preset's name contains '360n'",)),
         (("generate", "nowhere", "--mesh.tensor", "0"), ("mesh.tensor=0 must be positive",)),
         (
             ("generate", "nowhere", "--prompt", "a", "--mesh.data", "3", "--mesh.tensor", "3"),
@@ -152,6 +153,15 @@ def test_a_folder_that_cannot_be_written(mor: Mor, corpus, tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     _refused(_train(mor, corpus, tmp_path / "runs"), "cannot be written", "Permission denied")
+
+
+@pytest.mark.parametrize("flags", [("--out", "file/x"), ("--results", "file/x.json", "--out", "sweep")])
+def test_a_sweep_that_cannot_be_written(mor: Mor, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "sweep.json").write_text('{"runs": [{"name": "a"}]}')
+    _refused(mor("sweep", "sweep.json", *flags), "file", "cannot be used")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "sweep.json"]
 
 
 def test_a_half_written_checkpoint_is_passed_over(trained: Trained, mor: Mor, tmp_path):

@@ -5,10 +5,11 @@ A mistake of the user ends in one line on stderr and exit code 2, a diverged run
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
-from mor_jax.errors import UserError, suggest
+from mor_jax.errors import UNUSABLE_PATH, UserError, suggest
 
 COMMANDS = {
     "train": "train, or continue, a run",
@@ -56,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"mor_jax.cli.{name}").run(rest)
     except UserError as error:
         print(f"mor {name}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in UNUSABLE_PATH or error.filename is None:
+            raise
+        print(f"mor {name}: {error.filename} cannot be used: {os.strerror(error.errno)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"mor {name}: interrupted", file=sys.stderr)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mor_jax import presets
 from mor_jax.cli.options import parse
+from mor_jax.errors import require, suggest
 from mor_jax.model.flops import count_parameters, paper_flops_per_token, train_flops_per_token
 
 _WIDTH = 160
@@ -68,6 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     """Print the table."""
     options = parse(PresetsArguments, arguments, "presets", "List the named configurations.")
     found = rows(options.filter)
+    require(bool(found), f"no preset's name contains {options.filter!r}{suggest(options.filter, presets.names())}")
     if options.json:
         print(json.dumps([asdict(row) for row in found], indent=2))
         return 0

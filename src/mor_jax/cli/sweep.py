@@ -59,8 +59,10 @@ def run(arguments: Sequence[str]) -> int:
     measure = measurer(options.text, depth_curve=options.depth_curve, calibration_rows=options.calibrate)
     out = options.out or Path("runs") / options.file.resolve().parent.name
     sweep = SweepOptions(out, _share(options.share), options.limit_seconds)
+    report = options.results or out / "results.json"
+    report.parent.mkdir(parents=True, exist_ok=True)  # better refused before the runs than after them
     results = run_sweep(runs, sweep, measure=measure)
-    write_json(options.results or out / "results.json", results)
+    write_json(report, results)
     table = markdown_table(results)
     groups = group_table(results)
     table += f"\n{groups}" if groups else ""

@@ -1,6 +1,5 @@
 """The folder of a run: who owns it, and refusing to mix two configurations, or two runs at the same time, in one."""
 
-import errno
 import fcntl
 import fnmatch
 import os
@@ -13,7 +12,7 @@ from typing import IO
 from mor_jax import config_io
 from mor_jax.config import Config
 from mor_jax.distributed import gather_texts, is_primary
-from mor_jax.errors import UserError, require
+from mor_jax.errors import UNUSABLE_PATH, UserError, require
 from mor_jax.paths import is_remote, to_path
 
 MAY_DIFFER = (
@@ -35,7 +34,6 @@ MAY_DIFFER = (
 )
 """Fields that a resumed run may change; `train.steps` may grow."""
 
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 _CANNOT_WRITE_WORDS = ("No space left on device", "Read-only file system", "Disk quota exceeded", "Permission denied")
 
 
@@ -154,7 +152,7 @@ def writing_to(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in UNUSABLE_PATH:
             raise
         raise UserError(f"{error.filename or folder} cannot be written: {os.strerror(error.errno)}") from error
     except Exception as error:  # TensorStore reports a full disk as ValueError
