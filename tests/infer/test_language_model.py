@@ -13,7 +13,7 @@ from mor_jax.cli import generate
 from mor_jax.config import Config
 from mor_jax.data.tokenizer import Tokenizer, train_bpe
 from mor_jax.errors import UserError
-from mor_jax.infer.language_model import LanguageModel
+from mor_jax.infer.language_model import LanguageModel, Speed
 from mor_jax.infer.text import GrowingText
 from mor_jax.parallel import make_mesh
 from mor_jax.train.checkpoint import Checkpoints
@@ -127,6 +127,17 @@ def test_impossible_wishes_are_refused(model):
             model.stream("text", **{"max_tokens": 4, **arguments})  # at once: nothing asks for a token
 
 
+def test_speed_leaves_out_what_came_with_the_first_dispatch():
+    speed = Speed(begin=10.0)
+    for seen in (12.0, 12.0, 12.0, 13.0, 14.0):
+        speed.count(seen)
+    assert speed.summary() == "5 tokens: 3 after 2.00 s, then 1.0 tokens/s"
+    at_once = Speed(begin=10.0)
+    at_once.count(11.5)
+    at_once.count(11.5)
+    assert at_once.summary() == "2 tokens: 2 after 1.50 s"
+
+
 def test_streams_that_were_opened_together_do_not_mix(model):
     wanted = [c.tokens for c in (model.generate("one", max_tokens=5) + model.generate("two", max_tokens=5))]
     first, second = (model.stream(prompt, max_tokens=5) for prompt in ("one", "two"))
@@ -157,7 +168,7 @@ def test_a_run_generates_from_python_and_from_the_command_line(run, capsys, monk
         "prompt": "once", "text": completion.text, "tokens": completion.tokens, "depths": completion.depths,
         "log_probabilities": pytest.approx(completion.log_probabilities), "finish": "length",
     }  # fmt: skip
-    assert "5 tokens: first after" in captured.err
+    assert "5 tokens: 5 after" in captured.err
     assert generate.run([str(run), "--prompt", "once", "--max-tokens", "5", "--show-depth"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("once" + completion.text) and shown.rstrip().endswith(f"|{completion.depths[-1]}")

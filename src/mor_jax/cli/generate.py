@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     if live:
         print(prompts[0], end="", flush=True)
     for piece in stream:
-        speed.count()
+        speed.count(piece.time)
         completions[piece.prompt] = piece.completion
         if live:
             print(piece.text, end="", flush=True)

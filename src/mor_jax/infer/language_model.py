@@ -50,6 +50,8 @@ class Piece:
     depth: int
     completion: Completion
     """All of the prompt's completion so far."""
+    time: float
+    """``time.perf_counter`` when the host saw the token; those of a dispatch come together."""
 
 
 class LanguageModel:
@@ -197,7 +199,7 @@ class LanguageModel:
                     completion.finish = "length"
                 if text.stopped and not token.finished:
                     engine.cancel(token.request)
-                yield Piece(index, piece, token.token, token.depth, completion)
+                yield Piece(index, piece, token.token, token.depth, completion, token.time)
         finally:  # the reader may have left
             for number in numbers:
                 engine.cancel(number)
@@ -232,23 +234,24 @@ def load(
 
 @dataclass
 class Speed:
-    """Tokens per second of a stream, the first token's time apart."""
+    """Tokens per second of a stream; what comes with the first dispatch, which is waited for longest, apart."""
 
     begin: float = field(default_factory=time.perf_counter)
     first: float | None = None
     last: float = 0.0
     tokens: int = 0
+    with_first: int = 0
 
-    def count(self) -> None:
-        """Count one token now."""
-        self.last = time.perf_counter()
-        self.first = self.last if self.first is None else self.first
-        self.tokens += 1
+    def count(self, seen: float) -> None:
+        """Count a token that came at a time of ``time.perf_counter``."""
+        self.first = seen if self.first is None else self.first
+        self.last, self.tokens = seen, self.tokens + 1
+        self.with_first += seen == self.first
 
     def summary(self) -> str:
-        """Say it in one line; the first token's time includes compilation."""
+        """Say it in one line; the first tokens' time includes compilation."""
         if self.first is None:
             return "no tokens"
-        whole = max(self.last - self.first, 1e-9)
-        rate = f", then {(self.tokens - 1) / whole:.1f} tokens/s" if self.tokens > 1 else ""
-        return f"{self.tokens} tokens: first after {self.first - self.begin:.2f} s{rate}"
+        later = self.tokens - self.with_first
+        rate = f", then {later / (self.last - self.first):.1f} tokens/s" if later else ""
+        return f"{self.tokens} tokens: {self.with_first} after {self.first - self.begin:.2f} s{rate}"
