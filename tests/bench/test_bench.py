@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -81,7 +82,6 @@ def test_packed_rows_restart_positions_where_the_document_changes():
 def test_packed_documents_attend_to_themselves_alone():
     config = presets.get("debug").config
     assert config.model.attend_across_documents
-    assert measured_config(config, Settings(rows=2, devices=2)).train.batch_size == 4
     assert measured_config(config, Settings()).model == config.model
     assert not measured_config(config, Settings(packed=True)).model.attend_across_documents
 
@@ -128,6 +128,24 @@ def test_ratios_are_to_the_first_case_that_finished():
     assert ratio["step_seconds_over_train_flops"] == pytest.approx(0.625)
     text = table({"cases": cases, "ratios": [ratio]})
     assert "failed: out of memory" in text and "0.625" in text
+
+
+def test_rows_are_those_of_each_device(monkeypatch):
+    devices, two = 2, jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda: two)
+    config = Config(model=MODEL, train=TrainConfig(batch_size=2, steps=100))
+    config = measured_config(config, Settings(rows=3))
+    result = measure(Request("tiny", config, steps=1, warmup=0, packed=False, devices=0, profile=""))
+    assert result["devices"] == devices and result["config"]["train"]["batch_size"] == 3 * devices
+    assert result["tokens_per_second"] == pytest.approx(3 * devices * 32 / result["step_seconds"])
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(UserError, match="steps=0 must be positive"):
+        Settings(steps=0)
+    request = Request("tiny", Config(model=MODEL), steps=1, warmup=0, packed=False, devices=9, profile="")
+    with pytest.raises(UserError, match="devices=9, but there are 8"):
+        measure(request)
 
 
 def test_measuring_runs_the_train_step_and_accounts_for_its_time(tmp_path):

@@ -21,6 +21,7 @@ import numpy as np
 from mor_jax.bench.profile import profile_step
 from mor_jax.config import Config, ModelConfig
 from mor_jax.config_io import from_dict, to_dict
+from mor_jax.errors import require
 from mor_jax.model.capacity import routed_tokens, token_seats
 from mor_jax.model.flops import count_parameters, train_flops
 from mor_jax.parallel import make_mesh, shard_batch
@@ -38,6 +39,7 @@ class Request:
 
     name: str
     config: Config
+    """Its batch is that of one device."""
     steps: int
     warmup: int
     packed: bool
@@ -75,9 +77,16 @@ def tokens_per_recursion(model: ModelConfig) -> list[int]:
 
 
 def measure(request: Request) -> dict[str, Any]:
-    """Compile, warm up, time, and describe one case; everything in SI units, per step of the whole batch."""
-    config = request.config
+    """Compile, warm up, time, and describe one case; everything in SI units, per step of the whole batch.
+
+    Raises:
+        UserError: there are not so many devices.
+    """
     devices = jax.devices()[: request.devices or None]
+    require(request.devices in (0, len(devices)), f"devices={request.devices}, but there are {len(devices)}")
+    train = request.config.train
+    train = dataclasses.replace(train, batch_size=train.batch_size * len(devices))
+    config = dataclasses.replace(request.config, train=train)
     mesh = make_mesh(config.mesh, devices)
     config = dataclasses.replace(config, perf=resolve_perf(config, mesh))
     start = time.perf_counter()

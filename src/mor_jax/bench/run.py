@@ -14,6 +14,7 @@ from typing import Any
 from mor_jax.bench.cases import Case
 from mor_jax.config import Config
 from mor_jax.config_io import to_dict
+from mor_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Settings:
     """Folder for traces; None takes none."""
     cache: Path | None = None
     """Folder of compiled programs shared by the cases; compile times then mean little."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "steps", "timeout"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        for name in ("warmup", "devices"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 
 
 def run_cases(
@@ -69,9 +76,8 @@ def run_cases(
 
 
 def measured_config(config: Config, settings: Settings) -> Config:
-    """The configuration with the settings' rows; packed documents do not see each other."""
-    rows = settings.rows * max(1, settings.devices)
-    train = dataclasses.replace(config.train, accumulation=1, batch_size=rows)
+    """The configuration with one device's rows as its batch; packed documents do not see each other."""
+    train = dataclasses.replace(config.train, accumulation=1, batch_size=settings.rows)
     attend_across = config.model.attend_across_documents and not settings.packed
     model = dataclasses.replace(config.model, attend_across_documents=attend_across)
     return dataclasses.replace(config, model=model, train=train)
