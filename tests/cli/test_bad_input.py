@@ -40,6 +40,8 @@ def _refused(outcome: Outcome, *words: str) -> None:
             ("train", "debug", "--model.num-layers", "3"),
             ("num_layers=3 is too few for sharing='middle_cycle' with num_recursions=2: at least 4",),
         ),
+        (("train", "debug", "--data.seed", "-1"), ("data.seed=-1 is outside 0..2^32-1",)),
+        (("train", "debug", "--train.seed", "4294967296"), ("train.seed=4294967296 is outside",)),
         (("prepare", "--out", "x"), ("no input given",)),
         (("prepare", "nowhere.txt", "--out", "x"), ("nowhere.txt: no such file",)),
         (("eval", "nowhere"), ("nowhere is not a run folder",)),

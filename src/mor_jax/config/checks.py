@@ -21,3 +21,8 @@ def require_not_negative(**values: float) -> None:
     """Refuse values below 0."""
     for name, value in values.items():
         require(value >= 0, f"{name}={value} must not be negative")
+
+
+def require_seed(name: str, value: int) -> None:
+    """Refuse what is no seed of every generator in use: unsigned, 32 bits."""
+    require(0 <= value < 2**32, f"{name}={value} is outside 0..2^32-1")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mor_jax.config.checks import require_choice, require_not_negative, require_positive
+from mor_jax.config.checks import require_choice, require_not_negative, require_positive, require_seed
 from mor_jax.config.execution import MeshConfig, PerfConfig
 from mor_jax.config.model import ModelConfig
 from mor_jax.errors import UserError, require
@@ -36,6 +36,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(bool(self.source), "data.source='' must name a source")
         require_not_negative(workers=self.workers)
+        require_seed("data.seed", self.seed)
         count = len(self.source.split(","))
         require(
             self.weights is None or len(self.weights) == count,
@@ -127,6 +128,7 @@ class TrainConfig:
         )
         require_not_negative(eval_every=self.eval_every, save_every=self.save_every, logit_z_loss=self.logit_z_loss)
         require_not_negative(watchdog_seconds=self.watchdog_seconds)
+        require_seed("train.seed", self.seed)
         require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size={self.batch_size} is not divisible by train.accumulation={self.accumulation}",
