@@ -157,12 +157,20 @@ def test_a_folder_that_cannot_be_written(mor: Mor, corpus, tmp_path, monkeypatch
     _refused(_train(mor, corpus, tmp_path / "runs"), "cannot be written", "Permission denied")
 
 
-@pytest.mark.parametrize("flags", [("--out", "file/x"), ("--results", "file/x.json", "--out", "sweep")])
-def test_a_sweep_that_cannot_be_written(mor: Mor, flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--out", "file/x"), ("file", "cannot be used")),
+        (("--results", "file/x.json", "--out", "sweep"), ("file", "cannot be used")),
+        (("--text", "file", "absent.txt"), ("--text absent.txt: no such file",)),
+        (("--calibrate", "-1"), ("calibration rows -1 must not be negative",)),
+    ],
+)
+def test_a_sweep_is_refused_before_its_first_run(mor: Mor, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "sweep.json").write_text('{"runs": [{"name": "a"}]}')
-    _refused(mor("sweep", "sweep.json", *flags), "file", "cannot be used")
+    _refused(mor("sweep", "sweep.json", *flags), *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "sweep.json"]
 
 

@@ -159,3 +159,8 @@ def test_sweep_files(tmp_path):
             load_sweep(path)
     with pytest.raises(UserError, match="not a sweep file"):
         load_sweep(tmp_path / "absent.py")
+    path = tmp_path / "sweep.py"
+    for found in ("3", "['a']"):
+        path.write_text(f"def runs(scale):\n    return {found}\n")
+        with pytest.raises(UserError, match=r"runs\(\) gave .*, which is no list of SweepRun"):
+            load_sweep(path)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mor_jax.errors import require
 from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.evaluate.inspect import calibrated, held_out
 from mor_jax.evaluate.restore import RestoredRun, restore_run
@@ -20,7 +21,13 @@ def measurer(texts: Sequence[Path], *, depth_curve: bool, calibration_rows: int 
         texts: files for ``text_losses``, windows without overlap.
         depth_curve: whether to cap the depth at 1, ..., N_r.
         calibration_rows: rows of training text to calibrate the boundaries of expert-choice on; 0 is not to.
+
+    Raises:
+        UserError: a text that is not there, or a negative number of rows.
     """
+    require(calibration_rows >= 0, f"calibration rows {calibration_rows} must not be negative")
+    for text in texts:
+        require(text.is_file(), f"--text {text}: no such file")
     if not texts and not depth_curve and not calibration_rows:
         return None
 

@@ -152,6 +152,8 @@ def with_overrides(config: Config, overrides: dict[str, Any], where: str = "set"
 
 
 def _check(path: Path, runs: Sequence[SweepRun]) -> None:
+    are_runs = isinstance(runs, list | tuple) and all(isinstance(run, SweepRun) for run in runs)
+    require(are_runs, f"{path}: runs() gave {runs!r:.80}, which is no list of SweepRun")
     require(len(runs) > 0, f"{path} describes no runs")
     seen: dict[str, SweepRun] = {}
     for run in runs:
