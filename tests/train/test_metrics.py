@@ -38,9 +38,10 @@ def test_resuming_drops_later_and_cut_off_lines(tmp_path):
 
 def test_a_foreign_metrics_file_is_named_with_its_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nhello\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a JSON object with a step"):
-        read_metrics(path)
+    for line in (b"hello", b'{"loss": 1.0}', b"3", b"\xff\xfe{}", b"\0\0"):
+        path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+        with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a JSON object with a step"):
+            read_metrics(path)
 
 
 def test_tensorboard_gets_scalars_and_the_entries_of_lists(tmp_path):
