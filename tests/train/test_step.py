@@ -11,6 +11,7 @@ import pytest
 from tiny_runs import make_batch, tiny_config, with_train
 
 from mor_jax.config import Config, PerfConfig, RoutingConfig
+from mor_jax.errors import UserError
 from mor_jax.parallel import make_mesh, shard_batch
 from mor_jax.train.state import TrainState, init_train_state
 from mor_jax.train.step import compile_train_step, count_targets, loss_fn, train_step
@@ -112,3 +113,11 @@ def test_the_logit_z_loss_is_reported_and_added():
     _, metrics = _run(config)
     assert metrics["logit_z"] > 10  # near log(64) squared
     np.testing.assert_allclose(metrics["total_loss"], metrics["loss"] + 0.01 * metrics["logit_z"], rtol=1e-6)
+
+
+def test_options_that_the_compiler_refuses_are_named():
+    config = tiny_config(routing=RoutingConfig())
+    perf = dataclasses.replace(config.perf, compiler_options=("xla_nope=1",))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with pytest.raises(UserError, match=r"perf.compiler_options=\('xla_nope=1',\): .*No such compile option"):
+        compile_train_step(dataclasses.replace(config, perf=perf), mesh)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mor_jax.array_types import Params
 from mor_jax.axes import constrain
 from mor_jax.config import Config
+from mor_jax.errors import UserError
 from mor_jax.model.parameters import head_matrix
 from mor_jax.model.trace import RoutingLosses, RoutingStatistics
 from mor_jax.model.transformer import apply_trunk, logical_axes
@@ -213,6 +214,9 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
 
     Returns:
         The executable: (state, batch) -> (state, metrics).
+
+    Raises:
+        UserError: the mesh does not divide the batch or the model, or the compiler refuses ``perf.compiler_options``.
     """
     config = dataclasses.replace(config, perf=resolve_perf(config, mesh))
     state = abstract_train_state(config, mesh)
@@ -225,5 +229,13 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
         donate_argnums=0,
         out_shardings=(state_shardings, replicated(mesh)),
     )
+    options = compiler_options(config.perf)
     with jax.set_mesh(mesh):  # what `constrain` and `shard_map` refer to
-        return step.lower(state, batch).compile(compiler_options=compiler_options(config.perf))
+        lowered = step.lower(state, batch)
+        try:
+            return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            refused = options and "INVALID_ARGUMENT" in str(error) and "option" in str(error)
+            if not refused:
+                raise
+            raise UserError(f"perf.compiler_options={config.perf.compiler_options}: {error}") from error
