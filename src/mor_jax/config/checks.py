@@ -1,5 +1,6 @@
 """Checks of configuration fields: one message with the field, its value and the rule."""
 
+import math
 from typing import get_args
 
 from mor_jax.errors import require
@@ -12,14 +13,16 @@ def require_choice(name: str, value: object, choices: object) -> None:
 
 
 def require_positive(**values: float) -> None:
-    """Refuse values of 0 and below."""
+    """Refuse values of 0 and below, NaN and infinity."""
     for name, value in values.items():
+        require(math.isfinite(value), f"{name}={value} is not a finite number")
         require(value > 0, f"{name}={value} must be positive")
 
 
 def require_not_negative(**values: float) -> None:
-    """Refuse values below 0."""
+    """Refuse values below 0, NaN and infinity."""
     for name, value in values.items():
+        require(math.isfinite(value), f"{name}={value} is not a finite number")
         require(value >= 0, f"{name}={value} must not be negative")
 
 
