@@ -17,13 +17,13 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 2307e12 / 2,  # half a chip
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
-"""Dense bfloat16 FLOP/s per device, as the makers state them, by ``jax.Device.device_kind``."""
+"""Dense bfloat16 FLOP/s per device as JAX counts devices, as the makers state them, by ``jax.Device.device_kind``."""
 
 
 class Ledger:
