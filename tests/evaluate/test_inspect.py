@@ -54,6 +54,15 @@ def test_a_sharded_run_is_restored_on_one_device(run, state):
         assert len(now.devices()) == 1
 
 
+def test_a_run_of_another_device_is_measured_here(run):
+    """Kernels that were asked for by name, and that this device lacks."""
+    perf = dataclasses.replace(CONFIG.perf, attention_backend="splash", fusion="triton")
+    config_io.save(dataclasses.replace(CONFIG, perf=perf), run / "config.json")
+    restored = restore_run(run)
+    losses = validation_losses(restored.config, restored.params, None, Rows(batch(0)), 2)
+    assert losses["validation_tokens"] > 0
+
+
 def test_any_text_can_be_inspected(run):
     written = inspect.inspect_run(run, text=TEXT)
     assert [path.relative_to(run).as_posix() for path in written] == [

@@ -34,7 +34,7 @@ class RestoredRun:
 
 
 def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRun:
-    """Restore a run that ``mor train`` wrote, whatever mesh it was trained on, or weights that ``mor convert`` wrote.
+    """Restore a run that ``mor train`` wrote, whatever it was trained on, or weights that ``mor convert`` wrote.
 
     Nothing in the folder is changed, so the run may be training meanwhile.
 
@@ -56,7 +56,9 @@ def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRu
     tokenizer = _load_tokenizer(run_folder, config.model)
     folder = run_folder / "checkpoints"
     require(folder.is_dir(), f"{run_folder} holds no checkpoints")
-    local = dataclasses.replace(config, mesh=MeshConfig())
+    # the kernels that it was trained with need not run here
+    perf = dataclasses.replace(config.perf, attention_backend="auto", fusion="auto")
+    local = dataclasses.replace(config, mesh=MeshConfig(), perf=perf)
     mesh = make_mesh(local.mesh, [device])
     checkpoints = Checkpoints(folder, keep=1, read_only=True)  # the run may be training
     try:
