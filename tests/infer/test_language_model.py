@@ -1,5 +1,6 @@
 """Loading a run and generating text: streaming, stop strings, and the console command."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from decode_examples import make_params, model_config
 import mor_jax
 from mor_jax import config_io
 from mor_jax.cli import generate
-from mor_jax.config import Config
+from mor_jax.config import Config, RoutingConfig
 from mor_jax.data.tokenizer import Tokenizer, train_bpe
 from mor_jax.errors import UserError
 from mor_jax.infer.language_model import LanguageModel, Speed
@@ -172,6 +173,20 @@ def test_a_run_generates_from_python_and_from_the_command_line(run, capsys, monk
     assert generate.run([str(run), "--prompt", "once", "--max-tokens", "5", "--show-depth"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("once" + completion.text) and shown.rstrip().endswith(f"|{completion.depths[-1]}")
+
+
+def test_boundaries_decide_the_depths_of_the_command_line(run, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "enable_compilation_cache", lambda: None)
+    recursions = MODEL.recursion.num_recursions
+    for boundary, depth in ((-1e9, recursions), (1e9, 1)):
+        boundaries = ["--boundaries", *[str(boundary)] * recursions]
+        assert generate.run([str(run), "--prompt", "once", "--max-tokens", "3", "--json", *boundaries]) == 0
+        assert json.loads(capsys.readouterr().out)["depths"] == [depth] * 3
+    with pytest.raises(UserError, match=r"boundaries=\(0.0,\) has 1 entries for num_recursions"):
+        generate.run([str(run), "--prompt", "once", "--boundaries", "0"])
+    plain = dataclasses.replace(MODEL, routing=RoutingConfig())
+    with pytest.raises(UserError, match=r"boundaries=\(0.0, 1.0\) belong to expert-choice, not routing.kind='none'"):
+        LanguageModel(plain, make_params(plain), Tokenizer.bytes_level(), boundaries=(0.0, 1.0))
 
 
 def test_devices_that_do_not_divide_the_model_are_refused(run):

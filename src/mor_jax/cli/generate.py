@@ -43,6 +43,8 @@ class GenerateArguments:
     """Passes over the shared block that a token may take at most."""
     max_length: int | None = None
     """Tokens of prompt and completion; None is the model's context."""
+    boundaries: tuple[float, ...] | None = None
+    """Expert-choice: raw-score boundary of every recursion, as `mor eval --calibrate` prints; None is the model's."""
     show_depth: bool = False
     """Also print each token with the passes behind it."""
     json: bool = False
@@ -55,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(GenerateArguments, arguments, "generate", "Continue texts with a trained model.")
     prompts = _prompts(options)
     enable_compilation_cache()
-    model, speed = load(options.checkpoint, mesh=options.mesh), Speed()
+    model, speed = load(options.checkpoint, boundaries=options.boundaries, mesh=options.mesh), Speed()
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "max_depth", "max_length")
     stream = model.stream(prompts, **{name: getattr(options, name) for name in names})
     completions = [Completion(prompt) for prompt in prompts]

@@ -41,6 +41,8 @@ class ServeArguments:
     """Pages of the first and last layers' caches; None likewise."""
     backend: DecodeBackend = "auto"
     """Decode attention."""
+    boundaries: tuple[float, ...] | None = None
+    """Expert-choice: raw-score boundary of every recursion, as `mor eval --calibrate` prints; None is the model's."""
     mesh: EngineMesh = field(default_factory=EngineMesh)
 
 
@@ -58,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _load(options: ServeArguments) -> tuple[LanguageModel, str, EngineOptions]:
-    model = load(options.checkpoint, mesh=options.mesh)
+    model = load(options.checkpoint, boundaries=options.boundaries, mesh=options.mesh)
     sizes = {f.name for f in dataclasses.fields(EngineOptions)} & {f.name for f in dataclasses.fields(options)}
     chosen = {name: getattr(options, name) for name in sizes}
     chosen["max_length"] = model.config.context_length if options.max_length is None else options.max_length

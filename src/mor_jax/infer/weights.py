@@ -130,10 +130,12 @@ def prepare_weights(
         The model, in ``config.dtype`` but for norms and routers.
 
     Raises:
-        UserError: what ``decoding_refusal`` says, a wrong number of boundaries, or a mesh that does not divide the
-            model.
+        UserError: what ``decoding_refusal`` says, a wrong number of boundaries or a model without, or a mesh that does
+            not divide the model.
     """
     if boundaries is not None:
+        kind = config.routing.kind
+        require(kind == "expert", f"boundaries={tuple(boundaries)} belong to expert-choice, not routing.kind={kind!r}")
         routing = dataclasses.replace(config.routing, boundaries=tuple(float(b) for b in boundaries))
         config = dataclasses.replace(config, routing=routing)
     refusal = decoding_refusal(config)
