@@ -67,6 +67,7 @@ def test_every_run_is_done_once_and_reported_in_order(tmp_path):
     assert [result["nll"] for result in results] == [3.0, 3.0, 4.0]  # the causal loss
     assert results[1]["extra"] == "expert-s0" and results[1]["topk_nll"] == pytest.approx(2.9)
     assert results[0]["train_flops"] > 0 and results[0]["machine"]["versions"]["jax"]
+    assert str(tmp_path.parent) not in json.dumps(results[0]["config"])  # results are shared, folders are not
     again = run_sweep(RUNS, SweepOptions(tmp_path), train=trainer)
     assert again == results and len(trainer.names) == 3
 

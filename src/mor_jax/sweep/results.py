@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from mor_jax import config_io
-from mor_jax.config import ModelConfig
+from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import UserError
 from mor_jax.model.flops import (
     count_parameters,
@@ -94,8 +94,14 @@ def _described(run: SweepRun, state: str) -> dict[str, Any]:
         "steps": run.config.train.steps,
         "paper_flops_per_token": paper_flops_per_token(run.config.model),
         "start": None if run.start is None else dataclasses.asdict(run.start),
-        "config": config_io.to_dict(run.config),
+        "config": _portable(run.config),
     }
+
+
+def _portable(config: Config) -> dict[str, Any]:
+    """The configuration with the folder of the runs by its name alone: where it lay says only whose machine it was."""
+    train = dataclasses.replace(config.train, runs=Path(config.train.runs).name)
+    return config_io.to_dict(dataclasses.replace(config, train=train))
 
 
 def reaching_shares(model: ModelConfig, tokens_per_depth: Sequence[float] | None) -> tuple[float, ...]:
