@@ -211,6 +211,8 @@ def test_a_run_without_checkpoints_or_with_a_foreign_tokenizer(trained: Trained,
     shutil.copy(trained.folder / "tokenizer.json", run)
     shutil.rmtree(run / "checkpoints")
     _refused(mor("inspect", run), "holds no checkpoints")
+    (run / "config.json").write_text('{"model_type": "llama"}')
+    _refused(mor("eval", run), "holds no checkpoints (a model of another kind: `mor convert` it first)")
 
 
 def test_text_to_inspect(trained: Trained, mor: Mor, tmp_path):

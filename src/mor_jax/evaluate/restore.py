@@ -52,10 +52,10 @@ def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRu
     device = device or jax.local_devices()[0]
     if weights.is_weights_folder(run_folder):
         return _restore_weights(run_folder, device)
+    folder = run_folder / "checkpoints"
+    require(folder.is_dir(), f"{run_folder} holds no checkpoints (a model of another kind: `mor convert` it first)")
     config = config_io.load(Config, run_folder / "config.json")
     tokenizer = _load_tokenizer(run_folder, config.model)
-    folder = run_folder / "checkpoints"
-    require(folder.is_dir(), f"{run_folder} holds no checkpoints")
     # the kernels that it was trained with need not run here
     perf = dataclasses.replace(config.perf, attention_backend="auto", fusion="auto")
     local = dataclasses.replace(config, mesh=MeshConfig(), perf=perf)

@@ -29,6 +29,8 @@ _SIZES = {
     "rms_norm_eps": "norm_epsilon",
     "max_position_embeddings": "context_length",
 }
+_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "initializer_range")
+_REAL = ("rms_norm_eps", "rope_theta", "initializer_range")
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _THETA = 10_000.0
 
@@ -44,12 +46,14 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
         A vanilla model with dtype float32.
 
     Raises:
-        UserError: another architecture, missing sizes (all named), or rotary scaling, which is not supported.
+        UserError: another architecture, missing sizes (all named), one that is no positive number, or rotary scaling,
+            which is not supported.
     """
     kind = values.get("model_type")
     require(kind == "llama", f"{where}: model_type={kind!r} is not 'llama'")
     missing = [name for name in _SIZES if name not in values]
     require(not missing, f"{where}: {', '.join(missing)} missing")
+    _check_numbers(values, where)
     for name, value in _FIXED.items():
         found = values.get(name, value)
         require(found == value, f"{where}: {name}={found!r}: only {value!r} is supported")
@@ -65,6 +69,13 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         dtype="float32",
     )
+
+
+def _check_numbers(values: Mapping[str, Any], where: str) -> None:
+    for name in (*_SIZES, *(name for name in _OPTIONAL if values.get(name) is not None)):
+        value, whole = values[name], name not in _REAL
+        known = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value > 0
+        require(known, f"{where}: {name}={value!r} is not a positive {'integer' if whole else 'number'}")
 
 
 def _rotary(values: Mapping[str, Any]) -> tuple[float, str | None]:
