@@ -93,6 +93,16 @@ def test_a_half_written_checkpoint_is_removed_and_the_one_before_it_used(state, 
     assert not half.exists()
 
 
+def test_a_reader_follows_a_run_that_replaces_its_checkpoints(state, tmp_path):
+    _save(tmp_path, state, 1)
+    reader = Checkpoints(tmp_path, keep=1, read_only=True)
+    assert reader.steps() == [1]
+    _save(tmp_path, state, 2, keep=1)  # deletes step 1
+    restored = reader.restore(abstract_train_state(CONFIG, _mesh()))
+    reader.close()
+    assert restored is not None and int(restored.state.step) == 2
+
+
 def test_changed_bits_are_named_and_the_step_before_is_used(state, tmp_path, caplog):
     """The arrays of one save under the description of another: what a flipped bit in an array looks like."""
     _save(tmp_path, state, 1, 2)

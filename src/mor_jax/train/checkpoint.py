@@ -166,7 +166,8 @@ class Checkpoints:
         """
         self._check_shared()
         damaged: list[int] = []
-        for step in reversed(self.steps()):
+        found = self.steps()
+        for step in reversed(found):
             try:
                 restored = self._restore_step(step, abstract_state)
             except DamagedCheckpointError as error:
@@ -176,9 +177,16 @@ class Checkpoints:
             if not self._read_only:
                 self._set_aside(damaged)
             return restored
+        if self._read_only and self._moved_on(found):
+            return self.restore(abstract_state)
         if damaged:
             raise UserError(f"{self.folder}: all checkpoints are damaged (steps {damaged}); nothing was changed")
         return None
+
+    def _moved_on(self, found: list[int]) -> bool:
+        """Whether a run that trains meanwhile has replaced the checkpoints that were found."""
+        self._manager.reload()
+        return self.steps() != found
 
     def _restore_step(self, step: int, abstract_state: TrainState) -> Restored:
         _log.info("restoring checkpoint %d", step)
