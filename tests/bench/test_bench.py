@@ -140,6 +140,12 @@ def test_rows_are_those_of_each_device(monkeypatch):
     assert result["tokens_per_second"] == pytest.approx(3 * devices * 32 / result["step_seconds"])
 
 
+def test_a_case_beside_itself_is_related_to_the_first_alone():
+    cases = [_result("a", 2.0, 10.0, 4), _result("a", 2.5, 10.0, 4)]
+    first, second = table({"cases": cases, "ratios": ratios(cases)}).splitlines()[1:]
+    assert "1.250" in second and "1.250" not in first
+
+
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(UserError, match="steps=0 must be positive"):
         Settings(steps=0)

@@ -159,12 +159,12 @@ def table(record: dict[str, Any]) -> str:
     """The run as text, one line per case."""
     header = ("case", "k", "ms", "+-", "tokens/s", "MFU", "GiB", "plan GiB", "compile s", "time x", "FLOPs x", "t/F")
     rows: list[tuple[str, ...]] = [header]
-    by_name = {ratio["name"]: ratio for ratio in record["ratios"]}
+    later = iter([{}, *record["ratios"]])  # of the finished cases, in order; the first is what others are related to
     for result in record["cases"]:
         if "error" in result:
             rows.append((result["name"], "failed: " + result["error"].splitlines()[-1][:160], *[""] * 10))
             continue
-        ratio = by_name.get(result["name"], {})
+        ratio = next(later)
         plan = (result["program_bytes"] or {}).get("total")
         rows.append(
             (
