@@ -168,25 +168,28 @@ def memory_bytes(device: Device) -> int | None:
     return _MEMORY_BYTES.get(device.device_kind)
 
 
-def activation_bytes(model: ModelConfig, rows: float, remat: Remat) -> float:
-    """Estimate the bytes that the backward pass keeps of the layers of ``rows`` rows, in 2-byte values.
+def kept_values(model: ModelConfig, remat: Remat) -> int:
+    """Values per token and layer application that the forward pass keeps for the backward pass, by estimate.
 
-    Counted per token and layer application. `none`: two norms' inputs and outputs (4 D), queries before and after
-    rotation and the attention's output (3 N H), keys and values (4 K H), gate, up and their product (3 F), and 2 D for
-    what XLA keeps in float32. `names`: the named tensors and the layer's input. `dots`: every product's result.
-    `full`: the layer's input.
+    `none`: two norms' inputs and outputs (4 D), queries before and after rotation and the attention's output (3 N H),
+    keys and values (4 K H), gate, up and their product (3 F), and 2 D for what XLA keeps in float32. `names`: the named
+    tensors and the layer's input. `dots`: every product's result. `full`: the layer's input. `auto` counts as `none`.
     """
     d, f = model.d_model, model.d_ff
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    values = {
+    return {
         "none": 6 * d + 3 * heads + 4 * kv + 3 * f,
         "dots": 3 * d + 2 * heads + 2 * kv + 2 * f,
         "names": d + 2 * heads + 2 * kv + 2 * f,
         "full": d,
-    }[remat]
+    }["none" if remat == "auto" else remat]
+
+
+def activation_bytes(model: ModelConfig, rows: float, remat: Remat) -> float:
+    """Estimate the bytes that the backward pass keeps of the layers of ``rows`` rows, in the compute dtype."""
     width = 2 if model.dtype == "bfloat16" else 4
     passes = layer_passes(model, model.context_length)
-    return width * values * rows * sum(p.layers * p.computed for p in passes)
+    return width * kept_values(model, remat) * rows * sum(p.layers * p.computed for p in passes)
 
 
 def state_bytes(config: Config, shards: int) -> int:

@@ -12,9 +12,10 @@ from mor_jax.cli.plan import PlanFlags
 from mor_jax.config import Config, MeshConfig
 from mor_jax.errors import UserError
 from mor_jax.model.flops import count_parameters, train_flops_per_token
+from mor_jax.perf import kept_values
 from mor_jax.plan import compile as compile_module
 from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
-from mor_jax.plan.memory import estimate_bytes, kept_values, tokens_per_device
+from mor_jax.plan.memory import estimate_bytes, tokens_per_device
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.roofline import estimate_received, memory_traffic, roofline, step_flops
 from mor_jax.plan.search import advise, candidates
@@ -104,7 +105,7 @@ def test_estimates_follow_the_mesh():
     assert estimate_received(config, whole)[0] < estimate_received(config, split)[0]
     two_slices = {**split, "slice": 2, "data": 2}
     assert estimate_received(config, split)[1] == 0 < estimate_received(config, two_slices)[1]
-    order = [kept_values(config, remat) for remat in ("full", "names", "dots", "none")]
+    order = [kept_values(config.model, remat) for remat in ("full", "names", "dots", "none")]
     assert order == sorted(order)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from mor_jax.config import Config, ModelConfig, Remat
+from mor_jax.config import Config, ModelConfig
 from mor_jax.model.flops import count_parameters, layer_passes
-from mor_jax.perf import block_parameters, loss_chunk
+from mor_jax.perf import block_parameters, kept_values, loss_chunk
 from mor_jax.train.state import TrainState
 
 _FLOAT32 = 4
@@ -89,23 +89,6 @@ def tokens_per_device(config: Config, sizes: Mapping[str, int]) -> int:
     return config.train.batch_size // config.train.accumulation * config.model.context_length // shards
 
 
-def kept_values(config: Config, remat: Remat) -> int:
-    """Values per token and layer application that the forward pass keeps for the backward pass.
-
-    `full` keeps the layer's input; `names` and `dots` also queries, keys, values, the attention's output and the
-    feed-forward's gate and up (`dots`: the other products too); `none` also what lies between.
-    """
-    model = config.model
-    d, f = model.d_model, model.d_ff
-    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    return {
-        "full": d,
-        "names": d + 2 * heads + 2 * kv + 2 * f,
-        "dots": 3 * d + 2 * heads + 2 * kv + 2 * f,
-        "none": 5 * d + 3 * heads + 3 * kv + 3 * f,
-    }["none" if remat == "auto" else remat]
-
-
 def estimate_bytes(config: Config, sizes: Mapping[str, int]) -> float:
     """Estimate the memory of one device without compiling; good to about a quarter, for pruning and for advice.
 
@@ -121,9 +104,9 @@ def estimate_bytes(config: Config, sizes: Mapping[str, int]) -> float:
     gradients = state / 3 * (2 if config.train.accumulation > 1 else 1)
     head = model.vocab_size * model.d_model / tensor * (_FLOAT32 + width)
     applied = sum(p.layers * p.computed for p in layer_passes(model, model.context_length, config.perf.execution))
-    kept = applied * rows * kept_values(config, config.perf.remat) * width
+    kept = applied * rows * kept_values(model, config.perf.remat) * width
     once = model.recursion.repeats_block and config.perf.whole_block is not False and sizes["fsdp"] > 1
     whole = block_parameters(model) * width / tensor if once else 0
-    one_layer = tokens * kept_values(config, "none") * width * 2  # made again, and its gradients
+    one_layer = tokens * kept_values(model, "none") * width * 2  # made again, and its gradients
     logits = tokens / model.context_length * loss_chunk(config.perf) * model.vocab_size / tensor * (_FLOAT32 + width)
     return state + gradients + head + kept / (tensor if config.perf.remat != "full" else 1) + one_layer + logits + whole
