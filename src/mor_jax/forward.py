@@ -17,6 +17,7 @@ from mor_jax.model.parameters import head_matrix
 from mor_jax.model.router_state import split_router_state
 from mor_jax.model.trace import RoutingTrace, Stages
 from mor_jax.model.transformer import Mode, apply_trunk
+from mor_jax.train.loss import target_mask
 
 Rows = Int[ArrayLike, "B T"]
 
@@ -150,11 +151,7 @@ def _with_selected(
 def _targets(config: ModelConfig, labels_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     """Labels shifted by one: int32 [B, T-1], -100 where nothing is predicted."""
     targets_BT = labels_BT[:, 1:]
-    if segment_ids_BT is None:
-        return targets_BT
-    inputs, next_ones = segment_ids_BT[:, :-1], segment_ids_BT[:, 1:]
-    counts_BT = (next_ones != 0) if config.attend_across_documents else (next_ones != 0) & (inputs == next_ones)
-    return jnp.where(counts_BT, targets_BT, IGNORED)
+    return targets_BT if segment_ids_BT is None else jnp.where(target_mask(config, segment_ids_BT), targets_BT, IGNORED)
 
 
 def _losses(
