@@ -1,10 +1,15 @@
 """Prefill and decoding give the logits of the full causal forward pass, token by token."""
 
+import inspect
+import sys
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_examples import decode_model, full_forward, model_config, tokens
 
+from mor_jax.infer import attention
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.prefill import prefill
 
@@ -82,6 +87,36 @@ def _check_lengths(config, depth_BT, cache):
 )
 def test_decoding_is_the_causal_forward_pass(routing, sharing, kv):
     _check(model_config(routing, sharing, kv))
+
+
+@pytest.mark.parametrize(
+    ("routing", "kv"), [("expert", "recursion"), pytest.param("expert-aux", "shared", marks=pytest.mark.slow)]
+)
+def test_what_attends_block_by_block_gives_the_same(routing, kv, monkeypatch):
+    seen, by_blocks = [], attention.attend_by_blocks
+    # 6 pages of 4 entries, 4 at a time: the last block begins inside the one before
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    monkeypatch.setattr(attention, "attend_by_blocks", lambda *args: seen.append(args[-1]) or by_blocks(*args))
+    anew = jax.jit(inspect.unwrap(prefill), static_argnames=("piece", "return_logits", "return_scores"))
+    monkeypatch.setattr(sys.modules[__name__], "prefill", anew)
+    _check(model_config(routing, "cycle", kv, num_layers=3))
+    assert set(seen) == {4}
+
+
+def test_blocks_of_pages_add_up_to_plain_attention():
+    rng, size, pages = np.random.default_rng(0), 4, 7
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    table_BM = jnp.asarray(rng.permutation(3 * pages).reshape(3, pages), jnp.int32)
+    cached, query_BTNH = (draw(3 * pages, size * 2 * 8), draw(3 * pages, size * 2 * 8)), draw(3, 5, 6, 8)
+    # the second row ends in the first block, the third is full; two queries see nothing
+    visible_BT = jnp.array([[0, 1, 7, 8, 9], [3, 4, 5, 6, 7], [28, 27, 26, 25, 0]])
+    arguments = (query_BTNH, cached, table_BM, visible_BT)
+    want = attention._gather_and_attend(*arguments, page_size=size)
+    seen = np.asarray(visible_BT) > 0
+    for step in (1, 3):
+        got = jax.jit(attention.attend_by_blocks, static_argnums=(4, 5))(*arguments, size, step)
+        np.testing.assert_allclose(got[seen], want[seen], atol=1e-5, rtol=0)
+        assert not np.any(got[~seen])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from engine_examples import OPTIONS, make_requests, serve
 
 from mor_jax.config import MeshConfig
 from mor_jax.errors import UserError
+from mor_jax.infer import attention
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import engine_shape
@@ -59,9 +60,9 @@ def _check_equal(got, want):
         )
 
 
-def _check_model(config, shards=SHARDS):
+def _check_model(config, shards=SHARDS, options=OPTIONS):
     """Serve by one device and by several; return the engine of several."""
-    one, several = (Engine(model, OPTIONS) for model in _models(config, shards))
+    one, several = (Engine(model, options) for model in _models(config, shards))
     several.warm_up()
     before, requests = compilations(), _requests()
     got = serve(several, requests)
@@ -85,6 +86,13 @@ def test_every_kind_of_model_gives_what_one_device_gives(name):
 def test_four_devices_unshared_norms_and_an_untied_head_give_what_one_device_gives():
     sizes = {"num_heads": 8, "num_kv_heads": 4, "share_norms": False, "tie_embeddings": False}
     _check_traffic(_check_model(_config("expert", **sizes), shards=4))
+
+
+@pytest.mark.slow
+def test_what_attends_block_by_block_gives_what_one_device_gives():
+    options = dataclasses.replace(OPTIONS, max_length=2 * attention._BLOCK)
+    engine = _check_model(_config("expert", num_layers=5), options=options)
+    _check_prompt_traffic(engine)
 
 
 def test_weights_and_pools_are_split_and_stay_so(engine):
@@ -130,6 +138,10 @@ def _check_traffic(engine):
     assert summed == want
     # the branch of requests that cut the vocabulary needs all of it
     assert gathered == [((exits, model.config.vocab_size // shards), steps)]
+    _check_prompt_traffic(engine)
+
+
+def _check_prompt_traffic(engine):
     rows, chunk = OPTIONS.prefill_rows, OPTIONS.prefill_chunk
     arrays = (np.zeros(rows, np.int32), np.zeros((rows, chunk), np.int32), *np.zeros((3, rows), np.int32))
     for item in _traffic(engine, prefill, engine._state.cache, *arrays):

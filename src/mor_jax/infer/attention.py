@@ -1,6 +1,6 @@
 """Attention over a paged cache: the plain path that runs everywhere, and the choice of a kernel.
 
-Letters: B rows, T tokens of a row, M pages per group, Z entries per page, N K H heads.
+Letters: B rows, T tokens of a row, M pages per group, Z entries per page, X entries of a block, N K H heads, G = N/K.
 """
 
 import functools
@@ -22,6 +22,9 @@ from mor_jax.model.layer_context import KeyValue
 from mor_jax.model.layers import Rotary, apply_rotary
 
 logger = logging.getLogger(__name__)
+_BLOCK = 2048
+"""Entries that a chunk of a prompt attends to at a time; groups that may hold more are read block by block. Many, as
+on a GPU the host decides about every round of the loop."""
 DecodeBackend = Literal["auto", "xla", "pallas"]
 _HEADS, _KV_HEADS = (None, None, "heads", None), (None, None, "kv_heads", None)
 _POOLS = (POOL_AXES, POOL_AXES)
@@ -136,7 +139,60 @@ class PagedStore:
 def _gather_and_attend(
     query_BTNH: jax.Array, cached: KeyValue, table_BM: jax.Array, visible_BT: jax.Array, *, page_size: int
 ) -> jax.Array:
+    if query_BTNH.shape[1] > 1 and table_BM.shape[1] * page_size > _BLOCK:
+        return attend_by_blocks(query_BTNH, cached, table_BM, visible_BT, page_size, max(1, _BLOCK // page_size))
     (rows, pages), head_dim = table_BM.shape, query_BTNH.shape[-1]
     keys, values = (pool[table_BM].reshape(rows, pages * page_size, -1, head_dim) for pool in cached)
     mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < visible_BT[:, :, None]
     return jax.nn.dot_product_attention(query_BTNH, keys, values, mask=mask_BTX[:, None], implementation="xla")
+
+
+def attend_by_blocks(
+    query_BTNH: jax.Array, cached: KeyValue, table_BM: jax.Array, visible_BT: jax.Array, page_size: int, pages: int
+) -> jax.Array:
+    """Attend to some pages at a time, up to the last one that any query sees.
+
+    A dense copy of a group and its scores would grow with the longest sequence that the engine allows, and a chunk at
+    the beginning of a prompt would take as long as one at its end.
+
+    Args:
+        query_BTNH: rotated.
+        cached: keys and values [P, Z * K * H] of one layer.
+        table_BM: int32 pages of each row's group.
+        visible_BT: int32 leading entries that each query sees; one that sees none returns zeros.
+        page_size: Z.
+        pages: to read at a time.
+
+    Returns:
+        Output [B, T, N, H] in the queries' dtype; sums are float32.
+    """
+    rows, length, heads, width = query_BTNH.shape
+    size, kv_heads = page_size, cached[0].shape[1] // (page_size * width)
+    query_BTKGH = query_BTNH.reshape(rows, length, kv_heads, heads // kv_heads, width)
+    # a last block that is not whole begins earlier: entries that were read already are masked
+    last_page, most = table_BM.shape[1] - pages, jnp.max(visible_BT)
+
+    def read(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        nth, top_BKGT, total_BKGT, sum_BKGTH = state
+        first = jnp.minimum(nth * pages, last_page)
+        page_BM = jax.lax.dynamic_slice_in_dim(table_BM, first, pages, axis=1)
+        keys_BXKH, values_BXKH = (pool[page_BM].reshape(rows, pages * size, kv_heads, width) for pool in cached)
+        entry_X = first * size + jnp.arange(pages * size)
+        fresh_X = entry_X >= nth * pages * size
+        mask_BTX = fresh_X[None, None, :] & (entry_X[None, None, :] < visible_BT[:, :, None])
+        score_BKGTX = jnp.einsum("BTKGH,BXKH->BKGTX", query_BTKGH, keys_BXKH, preferred_element_type=jnp.float32)
+        score_BKGTX = jnp.where(mask_BTX[:, None, None], score_BKGTX * width**-0.5, -jnp.inf)
+        new_top_BKGT = jnp.maximum(top_BKGT, jnp.max(score_BKGTX, axis=-1))
+        weight_BKGTX, kept_BKGT = jnp.exp(score_BKGTX - new_top_BKGT[..., None]), jnp.exp(top_BKGT - new_top_BKGT)
+        fresh_BKGTH = jnp.einsum(
+            "BKGTX,BXKH->BKGTH", weight_BKGTX.astype(values_BXKH.dtype), values_BXKH, preferred_element_type=jnp.float32
+        )
+        total_BKGT = total_BKGT * kept_BKGT + jnp.sum(weight_BKGTX, axis=-1)
+        return nth + 1, new_top_BKGT, total_BKGT, sum_BKGTH * kept_BKGT[..., None] + fresh_BKGTH
+
+    shape = (rows, kv_heads, heads // kv_heads, length)
+    # a finite start: a query that sees nothing has no maximum
+    state = (jnp.zeros((), jnp.int32), jnp.full(shape, -1e30), jnp.zeros(shape), jnp.zeros((*shape, width)))
+    state = jax.lax.while_loop(lambda state: state[0] * pages * size < most, read, state)
+    out_BKGTH = state[3] / jnp.maximum(state[2], 1e-30)[..., None]
+    return jnp.moveaxis(out_BKGTH, 3, 1).reshape(query_BTNH.shape).astype(query_BTNH.dtype)
