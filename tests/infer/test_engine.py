@@ -72,6 +72,30 @@ def test_nothing_stays_behind(engine):
     assert engine._promised == [0, 0]
 
 
+def test_prompts_alone_are_read_without_dispatches(config, engine):
+    test_nothing_stays_behind(engine)
+    engine.reset_statistics()
+    request = Request(make_requests(1)[0].prompt[:1] * 22, 2)
+    number = engine.submit(request)
+    for nth in range(5):  # 21 tokens in chunks of 5
+        assert engine.step() == [] and engine.statistics.prefills == nth + 1
+    assert engine.statistics.dispatches == 0
+    tokens = list(engine.run())
+    assert [token.request for token in tokens] == [number] * 2 and engine.statistics.dispatches > 0
+    assert _check_greedy(config, [request], [tokens]) == 0
+    # pages of what has ended are given back before others take them, and a prompt beside a running request still waits
+    # for no one
+    first = engine.submit(Request((3,), 20))
+    engine.step()
+    before = engine.statistics.dispatches
+    engine.submit(request)
+    engine.step()
+    assert engine.statistics.dispatches == before + 1
+    engine.cancel(first)
+    assert {token.request for token in engine.run()} == {first + 1}
+    test_nothing_stays_behind(engine)
+
+
 def test_draws_depend_on_the_seed_alone(engine):
     fields = [Sampling(1.5, seed=7), Sampling(1.5, top_k=5, seed=7), Sampling(1.0, top_p=0.5, seed=9)]
     requests = [dataclasses.replace(r, sampling=fields[i % 3]) for i, r in enumerate(make_requests(12, seed=1))]
@@ -170,8 +194,9 @@ def _nothing(x_E1D):
 
 def test_an_engine_without_cuts_refuses_them(config):
     engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, cuts=False))
-    with pytest.raises(UserError, match=r"top_k=3, .* need an engine with cuts=True"):
-        engine.submit(Request((1,), 1, Sampling(1.0, top_k=3)))
+    for cut in (Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.5)):
+        with pytest.raises(UserError, match=r"top_(k=3|p=0\.5) needs an engine with cuts=True"):
+            engine.submit(Request((1,), 1, cut))
 
 
 @pytest.mark.slow

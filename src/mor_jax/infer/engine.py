@@ -74,6 +74,9 @@ class Engine:
         self._admissions = 0
         self._cancelled: set[int] = set()
         self._flight: deque[tuple[list[int], jax.Array, jax.Array]] = deque()
+        self._chunks: deque[jax.Array] = deque(maxlen=2)
+        self._settled = True
+        """Whether the device has given back the pages of all that it decoded."""
         self._pages = [pool.free_P.shape[0] for pool in self._state.cache.pools]
         self._promised = [0] * len(self._pages)
 
@@ -132,10 +135,9 @@ class Engine:
         require(
             request.max_depth is None or request.max_depth >= 1, f"max_depth={request.max_depth} must be at least 1"
         )
-        require(
-            self.shape.cuts or (request.sampling.top_k == 0 and request.sampling.top_p == 1),
-            f"top_k={request.sampling.top_k}, top_p={request.sampling.top_p} need an engine with cuts=True",
-        )
+        top_k, top_p = request.sampling.top_k, request.sampling.top_p
+        cut = f"top_k={top_k}" if top_k else f"top_p={top_p}"
+        require(self.shape.cuts or (top_k == 0 and top_p == 1), f"{cut} needs an engine with cuts=True")
         needed = self._needed(request)
         require(
             all(n <= pages for n, pages in zip(needed, self._pages, strict=True)),
@@ -149,15 +151,26 @@ class Engine:
             self._cancelled.add(number)
 
     def step(self) -> list[Token]:
-        """Launch one dispatch and the prompts that fit beside it, and return the tokens of the dispatch before."""
+        """Launch one dispatch and the prompts that fit beside it, and return the tokens of the dispatch before.
+
+        While there is nobody to decode for, prompts are read without dispatches between their chunks.
+        """
         control = self._control()
+        decodes = any(place is not None and place.admitted for place in self._places)
+        if decodes or control.cancel.any() or not self._settled:
+            self._dispatch(control)
+        else:  # not too far ahead of the device: a request that comes now waits for what has been launched
+            jax.block_until_ready(list(self._chunks)[:1])
+        self._settled = not decodes
+        self._read_prompts()
+        return self._collect(keep=1)
+
+    def _dispatch(self, control: Control) -> None:
         with on_mesh(self.model.mesh):
             self._state, emitted, counters = dispatch(self.model, self._state, control, shape=self.shape)
         numbers = [-1 if place is None else place.number for place in self._places]
         self._flight.append((numbers, emitted, counters))
         self.statistics.dispatches += 1
-        self._read_prompts()
-        return self._collect(keep=1)
 
     def drain(self) -> list[Token]:
         """Return the tokens of dispatches that are still on their way."""
@@ -174,6 +187,7 @@ class Engine:
         for _ in range(2):  # the second time around, all arrays are what compiled programs returned
             if prompts:
                 self._read_prompts(warm_up=True)
+            self._settled = False
             self.step()
         self.drain()
         jax.block_until_ready(self._state)
@@ -280,7 +294,8 @@ class Engine:
             place.read += len(part)
             self.statistics.prompt_tokens += len(part)
         with on_mesh(self.model.mesh):
-            cache, _ = prefill(self.model, self._state.cache, place_B, tokens_BT, *sizes)
+            cache, output = prefill(self.model, self._state.cache, place_B, tokens_BT, *sizes)
+        self._chunks.append(output.depth_BT)
         self._state = dataclasses.replace(self._state, cache=cache)
         self.statistics.prefills += 1
 
