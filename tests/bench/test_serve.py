@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,9 +17,12 @@ from mor_jax.bench.serve_setup import (
     options_for,
     parse_model,
 )
+from mor_jax.cli.bench_serve import line
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import UserError
+from mor_jax.infer.replicas import EngineMesh
 from mor_jax.infer.weights import DecodeModel
+from mor_jax.model.transformer import init_params
 
 VANILLA = ModelConfig(64, 6, 16, 2, 1, 8, 24, 64)
 MOR = dataclasses.replace(
@@ -77,6 +81,38 @@ def test_a_tiny_run_reports_what_it_measured(monkeypatch):
     budget = first["bytes_of_parameters_and_reserved_keys_and_values"]
     assert memory["bytes_of_parameters_and_reserved_keys_and_values"] <= budget
     assert sum(slots["tokens_per_depth"].values()) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_figures_of_a_mesh_are_those_of_all_its_devices(monkeypatch):
+    models = {name: dataclasses.replace(model, num_kv_heads=2) for name, model in (("vanilla", VANILLA), ("mor", MOR))}
+    monkeypatch.setattr(serve, "parse_model", models.get)
+    settings = dataclasses.replace(
+        SETTINGS, batches=(4,), requests=24, matches=("memory",), calibration_rows=4, mesh=EngineMesh(data=2, tensor=2)
+    )
+    record = json.loads(json.dumps(serve.bench_serve(["vanilla", "mor"], settings)))
+    assert record["devices"] == 4 and record["settings"]["mesh"] == {"data": 2, "tensor": 2}
+    tokens = sum(r.max_tokens for r in make_requests(VANILLA, settings))
+    first, memory = record["results"]
+    for result in (first, memory):
+        assert result["tokens"] == tokens and result["compilations_after_warm_up"] == 0
+        assert result["copies"] == 2 and result["in_flight"] == 2 * result["options"]["max_running"]
+        assert result["peak_kv_bytes"]["used"] > 0 and 0 < result["block_slot_use"] <= 1
+        assert f", {result['in_flight']} in flight, {2 * result['options']['block_slots']} block slots" in line(
+            {"router": "", **result}
+        )
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(init_params(models["vanilla"], jax.random.key(0))))
+    assert first["in_flight"] == 8 and first["parameter_bytes"] == pytest.approx(2 * weights / 2, rel=0.1)  # bfloat16
+    budget = first["bytes_of_parameters_and_reserved_keys_and_values"]
+    assert first["parameter_bytes"] < memory["bytes_of_parameters_and_reserved_keys_and_values"] <= budget
+    assert memory["in_flight"] > first["in_flight"]
+
+
+def test_meshes_that_cannot_be_measured_are_refused():
+    with pytest.raises(UserError, match=r"profile=True tells the kernels of one device, not of mesh\.data=2 x"):
+        ServeSettings(profile=True, mesh=EngineMesh(data=2))
+    with pytest.raises(UserError, match=r"mesh\.data=9 x mesh.tensor=1 = 9 devices, but there are 8"):
+        serve.bench_serve(["vanilla-360m"], ServeSettings(mesh=EngineMesh(data=9)))
 
 
 def test_kernels_of_a_dispatch_are_added_up_by_name():

@@ -28,7 +28,7 @@ from mor_jax.bench.serve_setup import (
 )
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.compilations import compilations
-from mor_jax.infer.engine import Engine
+from mor_jax.infer.replicas import AnyEngine, make_engine
 from mor_jax.infer.request import Request, Token
 from mor_jax.infer.weights import DecodeModel
 
@@ -48,10 +48,20 @@ def measure_bandwidth(size: int = 2**30) -> float:
     return 2 * size / float(np.median(times))
 
 
-def bench_model(model: DecodeModel, settings: ServeSettings, scenario: Scenario, bandwidth: float) -> dict[str, Any]:
-    """Measure one model in one scenario."""
+def bench_model(
+    models: Sequence[DecodeModel], settings: ServeSettings, scenario: Scenario, bandwidth: float
+) -> dict[str, Any]:
+    """Measure one model in one scenario, on all its devices.
+
+    Args:
+        models: the same weights on the devices of every copy.
+        settings: of all models.
+        scenario: how each copy is sized.
+        bandwidth: bytes per second of one device.
+    """
+    model, copies = models[0], len(models)
     options = options_for(model, settings, scenario)
-    engine = Engine(model, options)
+    engine = make_engine(models, options)
     begin = time.perf_counter()
     engine.warm_up(prompts=settings.prompt_length > 1)
     compile_seconds, compiled = time.perf_counter() - begin, compilations()
@@ -62,18 +72,20 @@ def bench_model(model: DecodeModel, settings: ServeSettings, scenario: Scenario,
         "match": scenario.match,
         "batch": scenario.batch,
         "options": dataclasses.asdict(engine.shape),
-        "parameter_bytes": parameter_bytes(model),
+        "copies": copies,
+        "in_flight": engine.max_running,
+        "parameter_bytes": copies * parameter_bytes(model),
         "kv_bytes_per_position": bytes_per_position(model.config),
-        "bytes_of_parameters_and_reserved_keys_and_values": taken,
+        "bytes_of_parameters_and_reserved_keys_and_values": copies * taken,
         "warm_up_seconds": compile_seconds,
         "compilations_after_warm_up": compilations() - compiled,
         **measured,
-        **_bound(model, engine, measured, bandwidth),
+        **_bound(model, engine, measured, settings.mesh.devices * bandwidth),
         "profile": _profile(engine, requests) if settings.profile else None,
     }
 
 
-def _profile(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
+def _profile(engine: AnyEngine, requests: Sequence[Request]) -> dict[str, Any]:
     """Kernels of a dispatch with all places taken and caches half full."""
     for request in requests[: 2 * engine.shape.places]:
         engine.submit(request)
@@ -82,7 +94,7 @@ def _profile(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
     return profile_dispatch(engine)
 
 
-def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
+def _run(engine: AnyEngine, requests: Sequence[Request]) -> dict[str, Any]:
     begin = time.perf_counter()
     for request in requests:
         engine.submit(request)
@@ -96,7 +108,7 @@ def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
         counts[token.request] = counts.get(token.request, 0) + 1
         depths[token.depth] = depths.get(token.depth, 0) + 1
 
-    before = dataclasses.replace(engine.statistics)
+    before, steps = dataclasses.replace(engine.statistics), 0
     while engine.busy:
         for token in engine.step():
             take(token)
@@ -104,8 +116,8 @@ def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
         if engine.waiting and now.block_steps > before.block_steps:
             slots = (now.block_steps - before.block_steps) * engine.shape.block_slots
             steady.append((now.block_used - before.block_used) / slots)
-        before = dataclasses.replace(now)
-        if now.dispatches % 64 == 0:
+        before, steps = dataclasses.replace(now), steps + 1
+        if steps % 64 == 0 or steps & (steps - 1) == 0:  # also in a short run
             engine.measure()
     for token in engine.drain():
         take(token)
@@ -127,8 +139,11 @@ def _run(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
     }
 
 
-def _bound(model: DecodeModel, engine: Engine, measured: dict[str, Any], bandwidth: float) -> dict[str, Any]:
-    """Bytes that the run had to read, weights once per step and entries attended to, over the copy bandwidth."""
+def _bound(model: DecodeModel, engine: AnyEngine, measured: dict[str, Any], bandwidth: float) -> dict[str, Any]:
+    """Bytes that the run had to read, weights once per copy and step and entries attended to, over the copy bandwidth.
+
+    Each of the devices that share a copy reads its part of both, all at the same time.
+    """
     total, layout = engine.statistics, kv_layout(model.config)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     repeats = model.config.recursion.num_recursions if model.config.recursion.is_sequence else 1
@@ -163,27 +178,30 @@ def bench_serve(models: Sequence[str], settings: ServeSettings, done: Any = None
     Returns:
         JSON-ready record.
     """
+    settings.mesh.per_copy()  # too few devices are known before anything is measured
     bandwidth, device = measure_bandwidth(), jax.local_devices()[0]
     record: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "device": device.device_kind,
         "platform": device.platform,
+        "devices": settings.mesh.devices,
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
-        "copy_bytes_per_second": bandwidth,
+        "copy_bytes_per_second": bandwidth,  # of one device
         "key_value_updates": "included",
         "results": [],
     }
     firsts: dict[int, dict[str, Any]] = {}
     for name in models:
         config = parse_model(name)
-        model, note = random_model(config, settings)
+        copies, note = random_model(config, settings)
         note = {"model": name, "layers": config.unrolled_depth, "dtype": config.dtype, **note}
         for batch in settings.batches:
             first = firsts.get(batch)
-            budget = None if first is None else first["bytes_of_parameters_and_reserved_keys_and_values"]
+            bytes_taken = "bytes_of_parameters_and_reserved_keys_and_values"
+            budget = None if first is None else first[bytes_taken] / settings.mesh.data
             # with one pass a block, both ways of matching are the same
             for match in settings.matches[: 1 if first is None and kv_layout(config).passes == 1 else None]:
-                result = note | bench_model(model, settings, Scenario(match, batch, budget), bandwidth)
+                result = note | bench_model(copies, settings, Scenario(match, batch, budget), bandwidth)
                 first = firsts.setdefault(batch, result)
                 result["ratio"] = result["tokens_per_second"] / first["tokens_per_second"]
                 record["results"].append(result)

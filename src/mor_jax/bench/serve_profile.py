@@ -10,13 +10,13 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-from mor_jax.infer.engine import Engine
+from mor_jax.infer.replicas import AnyEngine
 
 Kernel = tuple[str, float, float]
 """Name, begin and duration (seconds)."""
 
 
-def profile_dispatch(engine: Engine, count: int = 40) -> dict[str, Any]:
+def profile_dispatch(engine: AnyEngine, count: int = 40) -> dict[str, Any]:
     """Trace the engine's next dispatch, which should be a busy one; its tokens are handed out by later steps.
 
     Kernels of command buffers are told apart by their names alone. The tracing itself lengthens the gaps.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -16,11 +16,13 @@ from mor_jax.infer.attention import DecodeBackend
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.calibrate import calibrate_boundaries
 from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.replicas import EngineMesh
 from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
 from mor_jax.infer.weights import DecodeModel, prepare_weights
 from mor_jax.model.flops import kv_bytes_per_token
 from mor_jax.model.transformer import init_params
+from mor_jax.parallel import on_mesh
 
 Match = Literal["slots", "memory"]
 
@@ -30,7 +32,7 @@ class ServeSettings:
     """What every model is measured with."""
 
     batches: tuple[int, ...] = (32,)
-    """Sequences in flight of the first model, and its block slots: one scenario each."""
+    """Sequences in flight of the first model, and its block slots, on every copy (mesh.data): one scenario each."""
     matches: tuple[Match, ...] = ("slots",)
     """How the others are matched with it, one scenario each.
 
@@ -64,6 +66,7 @@ class ServeSettings:
     """Rows of 256 random tokens that routers are calibrated on (scores of a random model hardly differ in a row)."""
     seed: int = 0
     """Of weights, prompts and lengths."""
+    mesh: EngineMesh = field(default_factory=EngineMesh)
 
     def __post_init__(self) -> None:
         for match in self.matches:
@@ -71,6 +74,11 @@ class ServeSettings:
         require(min(self.batches, default=0) > 0, f"batches={self.batches} must be positive")
         for name in ("requests", "mean_length", "prompt_length", "reserve", "steps", "page_size"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        require(
+            not self.profile or self.mesh.devices == 1,
+            f"profile=True tells the kernels of one device, not of mesh.data={self.mesh.data} x "
+            f"mesh.tensor={self.mesh.tensor}",
+        )
 
 
 def parse_model(text: str) -> ModelConfig:
@@ -88,29 +96,32 @@ def parse_model(text: str) -> ModelConfig:
     return dataclasses.replace(model, num_layers=int(layers))
 
 
-def random_model(config: ModelConfig, settings: ServeSettings) -> tuple[DecodeModel, dict[str, Any]]:
-    """Make a model with random weights, its router calibrated, and say so."""
+def random_model(config: ModelConfig, settings: ServeSettings) -> tuple[tuple[DecodeModel, ...], dict[str, Any]]:
+    """Make a model with random weights, its router calibrated, on the devices of every copy, and say so."""
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(settings.seed))
-    model = prepare_weights(config, params)
+    meshes = settings.mesh.per_copy()
     note: dict[str, Any] = {"weights": "random (initialisation)"}
+    boundaries = None
     if config.routing.kind == "expert":
         rng, shape = np.random.default_rng(settings.seed), (settings.calibration_rows, 256)
         tokens_BT = rng.integers(0, config.vocab_size, shape).astype(np.int32)
-        found = calibrate_boundaries(model, tokens_BT)
-        model = prepare_weights(config, params, boundaries=found.boundaries)
+        with on_mesh(meshes[0]):
+            found = calibrate_boundaries(prepare_weights(config, params, mesh=meshes[0]), tokens_BT)
+        boundaries = found.boundaries
         note["router"] = "untrained: boundaries calibrated to the training capacities on random tokens"
-        note |= {"boundaries": found.boundaries, "calibrated_shares": found.shares}
-    return jax.block_until_ready(model), note
+        note |= {"boundaries": boundaries, "calibrated_shares": found.shares}
+    models = tuple(prepare_weights(config, params, boundaries=boundaries, mesh=mesh) for mesh in meshes)
+    return jax.block_until_ready(models), note
 
 
 def parameter_bytes(model: DecodeModel) -> int:
-    """Bytes of the weights."""
+    """Bytes of the weights of one copy."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """How one model's engine is sized."""
+    """How one model's engine is sized; every copy of it alike."""
 
     match: Match
     batch: int

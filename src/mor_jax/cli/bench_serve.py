@@ -53,6 +53,6 @@ def line(result: dict[str, Any]) -> str:
     shape = result["options"]
     name = f"{result['model']} ({result['match']} {result['batch']})"
     speed = f"{result['tokens_per_second']:,.0f} tokens/s ({result['ratio']:.2f}x)"
-    slots = f"{shape['block_slots']} block slots {result['block_slot_use']:.0%} used"
+    slots = f"{result['copies'] * shape['block_slots']} block slots {result['block_slot_use']:.0%} used"
     bound = f"{result['fraction_of_bytes_bound']:.0%} of the bytes bound"
-    return f"{name}: {speed}, {shape['max_running']} in flight, {slots}, {bound}; {result.get('router', 'no router')}"
+    return f"{name}: {speed}, {result['in_flight']} in flight, {slots}, {bound}; {result.get('router', 'no router')}"

@@ -36,6 +36,11 @@ class EngineMesh:
         for name in ("data", "tensor"):
             require(getattr(self, name) > 0, f"mesh.{name}={getattr(self, name)} must be positive")
 
+    @property
+    def devices(self) -> int:
+        """Devices of all copies."""
+        return self.data * self.tensor
+
     def per_copy(self, devices: Sequence[Device] | None = None) -> tuple[Mesh | None, ...]:
         """Return the mesh of every copy, for ``prepare_weights``.
 
@@ -45,7 +50,7 @@ class EngineMesh:
         Raises:
             UserError: there are not so many.
         """
-        devices, count = jax.local_devices() if devices is None else devices, self.data * self.tensor
+        devices, count = jax.local_devices() if devices is None else devices, self.devices
         require(
             count <= len(devices),
             f"mesh.data={self.data} x mesh.tensor={self.tensor} = {count} devices, but there are {len(devices)}",
