@@ -1,11 +1,12 @@
 """The page at /: whole, closed off from the rest of the web, and, with ``-m browser``, used in a real browser."""
 
+import dataclasses
 import re
 import shutil
 import time
 
 import pytest
-from live_server import running, tiny_model
+from live_server import ENGINE, running, tiny_model
 
 from mor_jax.infer.engine import Engine
 from mor_jax.serve.page import make_page
@@ -16,9 +17,13 @@ def test_the_page_is_whole_and_loads_nothing_from_elsewhere():
     assert page.html.count("<script>") == page.html.count("</script>") == 1
     assert "/*" not in page.html and not re.findall(r"https?://|//\w+\.|\bsrc=|@import|url\(", page.html)
     assert all(f".d{depth} {{ background: #" in page.html for depth in range(4))
-    assert '{"model": "a \\"name\\" \\u003c/script>\\u003cb>", "passes": 3}' in page.html
+    assert '{"model": "a \\"name\\" \\u003c/script>\\u003cb>", "passes": 3, "cuts": true}' in page.html
     policy = page.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
+
+
+def test_a_server_without_cuts_has_a_page_without_them():
+    assert '"cuts": false}' in make_page("tiny", passes=3, cuts=False).html
 
 
 def test_every_input_has_a_label():
@@ -113,6 +118,18 @@ def test_the_stop_button_frees_the_place(page, client, monkeypatch):
     while client.metric("mor_running_sequences"):
         time.sleep(0.1)
     assert client.metric(cancelled) == before + 1
+
+
+@pytest.mark.browser
+def test_a_page_without_cuts_asks_for_none(browser):
+    with running(tiny_model(), dataclasses.replace(ENGINE, cuts=False)) as client:
+        tab = browser.new_page()
+        tab.goto(f"http://127.0.0.1:{client.port}/")
+        _expect(tab.get_by_label("Top-p")).to_be_disabled()
+        _fill(tab, Prompt="Once", Tokens_at_most=6)
+        tab.get_by_role("button", name="Generate").click()
+        _expect(tab.get_by_role("status")).to_have_text("As many tokens as asked for", timeout=30_000)
+        tab.close()
 
 
 @pytest.mark.browser

@@ -1,12 +1,14 @@
 """A real server on the loopback: what it answers, whom it refuses, and that nothing stays behind."""
 
+import dataclasses
 import json
+import logging
 import socket
 import threading
 import time
 
 import pytest
-from live_server import NAME, running, tiny_model
+from live_server import ENGINE, NAME, running, tiny_model
 
 from mor_jax.errors import UserError
 from mor_jax.infer.compilations import compilations
@@ -321,6 +323,66 @@ def test_a_failing_engine_ends_the_server(model, monkeypatch):
         assert answer.status == 500 and answer.json["error"]["code"] == "engine_failed"
         client.thread.join(timeout=30)
         assert not client.thread.is_alive() and client.server.service.failed
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """While it is closed, steps of engines wait for it, as for a device that hangs."""
+    gate, step = threading.Event(), Engine.step
+    gate.set()
+    monkeypatch.setattr(Engine, "step", lambda engine: (gate.wait(60), step(engine))[1])
+    yield gate
+    gate.set()
+
+
+def test_an_engine_that_hangs_is_told_and_may_go_on(model, gate):
+    with running(model, stall_seconds=0.3) as client:
+        assert client.get("/health").status == 200 and client.metric("mor_seconds_since_step") < 0.3
+        gate.clear()
+        found = []
+        asking = threading.Thread(target=lambda: found.append(client.complete(prompt="x", max_tokens=5, temperature=0)))
+        asking.start()
+        _wait(lambda: client.get("/health").status == 503)
+        error = client.get("/health").json["error"]
+        assert error["code"] == "engine_stalled" and "longer than stall_seconds=0.3" in error["message"]
+        refused = client.complete(prompt="x")
+        assert refused.status == 503 and refused.json["error"]["code"] == "engine_stalled"
+        assert client.metric("mor_seconds_since_step") > 0.3
+        gate.set()
+        _wait(lambda: client.get("/health").status == 200)
+        asking.join(timeout=60)
+        assert found[0].status == 200
+        _wait(lambda: client.metric("mor_seconds_since_step") < 0.3)
+
+
+def test_an_idle_engine_does_not_hang(model):
+    with running(model, stall_seconds=0.1) as client:
+        client.complete(prompt="x", max_tokens=3, temperature=0)
+        time.sleep(0.3)
+        assert client.get("/health").status == 200 and client.metric("mor_seconds_since_step") < 0.1
+
+
+def test_an_engine_that_hangs_does_not_keep_the_server(model, gate, monkeypatch, caplog):
+    monkeypatch.setattr("mor_jax.serve.service._LAST_STEP", 0.3)
+    monkeypatch.setattr(logging.getLogger("mor_jax"), "propagate", True)
+    with running(model, stall_seconds=0.2, drain_seconds=50) as client, _connect(client) as connection:
+        gate.clear()
+        connection.sendall(_post("/v1/completions", json.dumps({"prompt": "x", "max_tokens": 9}).encode()))
+        _wait(lambda: client.get("/health").status == 503)
+        client.drain()
+        assert _rest(connection).startswith(b"HTTP/1.1 503")
+        client.thread.join(timeout=30)
+        assert not client.thread.is_alive() and client.server.service.stuck
+        assert "the engine is left behind in a step" in caplog.text
+
+
+def test_an_engine_without_cuts_refuses_them(model):
+    with running(model, dataclasses.replace(ENGINE, cuts=False)) as client:
+        assert client.complete(prompt="x", max_tokens=3).status == 200
+        for name, value in (("top_k", 3), ("top_p", 0.5)):
+            answer = client.complete(prompt="x", **{name: value})
+            assert answer.status == 400 and answer.json["error"]["param"] == name
+            assert answer.json["error"]["message"] == f"{name}={value} needs an engine with cuts=True"
 
 
 def test_a_port_in_use_is_told(client):

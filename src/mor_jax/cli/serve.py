@@ -31,6 +31,12 @@ class ServeArguments:
     """Sequences decoded at the same time, on every copy of the engine (mesh.data)."""
     max_length: int | None = None
     """Tokens of prompt and completion; None is the model's context."""
+    block_slots: int | None = None
+    """Tokens that one pass over the block computes; None is two thirds of max_running (all for one pass)."""
+    exit_slots: int | None = None
+    """Tokens that leave and enter together; None is what block_slots leave of max_running (all for one pass)."""
+    exit_at: int | None = None
+    """Tokens that make an exit step due; None is exit_slots, 1 runs one in every step."""
     steps: int = 16
     """Block passes between two looks of the host: fewer answer sooner, more waste less."""
     prefill_chunk: int = 128
@@ -41,6 +47,11 @@ class ServeArguments:
     """Pages of the first and last layers' caches; None likewise."""
     backend: DecodeBackend = "auto"
     """Decode attention."""
+    products: DecodeBackend = "auto"
+    """Matrix products of decoded tokens, and sampling."""
+    cuts: bool = True
+    """Whether requests may cut the vocabulary (top_k, top_p); without, they are refused and decoding is a little
+    faster."""
     boundaries: tuple[float, ...] | None = None
     """Expert-choice: raw-score boundary of every recursion, as `mor eval --calibrate` prints; None is the model's."""
     mesh: EngineMesh = field(default_factory=EngineMesh)

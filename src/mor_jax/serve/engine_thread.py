@@ -5,6 +5,7 @@ It turns tokens into text while the device runs the next dispatch, so that neith
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -32,16 +33,28 @@ class EngineThread:
         self._engine, self._deliver, self._failed = engine, deliver, failed
         self._wishes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sequences: dict[int, PromptSequence] = {}
+        self._began: float | None = None
+        """``time.monotonic`` when it began what it does now; None while it waits for a wish."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End after the step that runs, and wait for that."""
+    def stop(self, seconds: float) -> bool:
+        """End after the step that runs, and wait for that, but not longer.
+
+        Returns:
+            Whether it has ended. A thread that waits for a device cannot be made to.
+        """
         self._wishes.put(None)
-        self._thread.join()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def seconds_at_work(self) -> float:
+        """Time since the last step or wish was done; 0 while there is nothing to do. Any thread may ask."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def submit(self, sequence: PromptSequence) -> None:
         """Queue a sequence; the engine must have accepted its request (``Engine.check``)."""
@@ -64,15 +77,21 @@ class EngineThread:
                     self._step()
         except BaseException as error:
             self._failed(error)
+        finally:
+            self._began = None
 
     def _take_wishes(self) -> bool:
         """Do all that is wished for, waiting for a wish if there is nothing else to do; False is the end."""
         wait = not self._engine.busy
         while True:
+            if wait:
+                self._began = None
             try:
                 wish = self._wishes.get(block=wait)
             except queue.Empty:
                 return True
+            finally:
+                self._began = time.monotonic()
             if wish is None:
                 return False
             wish()

@@ -72,6 +72,9 @@ class Metrics:
         self.requests = Counter("mor_requests", "HTTP requests.", ["path", "status"], registry=where)
         self.open_requests = Gauge("mor_open_requests", "Completion requests not yet answered.", registry=where)
         self.draining = Gauge("mor_draining", "1 while no new requests are taken.", registry=where)
+        self.step_time = Gauge(
+            "mor_seconds_since_step", "Since the engine finished a step; 0 while it has nothing to do.", registry=where
+        )
         self.accepted = Counter("mor_accepted_completions", "Completions begun or queued.", registry=where)
         self.completions = Counter(
             "mor_completions", "Completions by how they ended: stop, length, cancelled.", ["finish"], registry=where

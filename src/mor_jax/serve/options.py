@@ -32,12 +32,15 @@ class ServeOptions:
     """Time in which a client must take what waits for it; then the connection is cut and its request cancelled."""
     drain_seconds: float = 30.0
     """Time after SIGTERM in which accepted requests may finish."""
+    stall_seconds: float = 120.0
+    """Time for one step of the engine; while one takes longer, /health and new completions get status 503."""
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 2**16, f"port={self.port} is outside 0..65535")
         for name in ("max_prompts", "max_request_bytes", "max_connections", "request_seconds", "read_seconds"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        require(self.write_seconds > 0, f"write_seconds={self.write_seconds} must be positive")
+        for name in ("write_seconds", "stall_seconds"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         for name in ("max_queue", "drain_seconds"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
 

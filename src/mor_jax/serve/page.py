@@ -18,12 +18,13 @@ class Page:
     headers: dict[str, str]
 
 
-def make_page(model: str, passes: int) -> Page:
+def make_page(model: str, passes: int, cuts: bool = True) -> Page:
     """Fill the page in.
 
     Args:
         model: name of the model.
         passes: over the shared block that a token takes at most.
+        cuts: whether requests may cut the vocabulary.
 
     Returns:
         The page; its headers allow the browser nothing but the page's own script and style, and this server.
@@ -33,7 +34,7 @@ def make_page(model: str, passes: int) -> Page:
         f".d{depth} {{ background: {background}; color: {foreground}; }}"
         for depth, (background, foreground) in enumerate(depth_colours(passes))
     ]
-    settings = json.dumps({"model": model, "passes": passes}).replace("<", "\\u003c")
+    settings = json.dumps({"model": model, "passes": passes, "cuts": cuts}).replace("<", "\\u003c")
     html = html.replace("/* DEPTH COLOURS */", "\n".join(rules)).replace("{} /* SETTINGS */", settings)
     policy = [
         "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'",

@@ -61,7 +61,7 @@ class Server(uvicorn.Server):
         engine = model.new_engine(engine_options)
         engine.warm_up()
         self.service = Service(engine, model.tokenizer, options, Metrics(name), self._stop)
-        page = make_page(name, kv_layout(model.config).passes)
+        page = make_page(name, kv_layout(model.config).passes, engine_options.cuts)
         self._options, self._draining = options, None
         self._loop: asyncio.AbstractEventLoop | None = None
         config = uvicorn.Config(
@@ -119,7 +119,7 @@ def serve(load: Callable[[], tuple[LanguageModel, str, EngineOptions]], options:
         options: address and limits.
 
     Returns:
-        The process's exit code: 0, or 1 if the engine has failed.
+        The process's exit code: 0, or 1 if the engine has failed. If it hangs, the process ends here, with 1.
 
     Raises:
         UserError: the address cannot be had, or what ``load`` raises.
@@ -128,4 +128,7 @@ def serve(load: Callable[[], tuple[LanguageModel, str, EngineOptions]], options:
         model, name, engine_options = load()
         server = Server(model, name, engine_options, options)
         server.run(sockets=[listener])
+    if server.service.stuck:  # what else runs at an interpreter's end waits for the device too
+        logging.shutdown()
+        os._exit(1)
     return 1 if server.service.failed else 0

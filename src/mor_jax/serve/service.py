@@ -18,6 +18,8 @@ from mor_jax.serve.options import ServeOptions
 
 log = logging.getLogger(__name__)
 _LONGEST_RETRY, _READING_SECONDS = 60, 0.25
+_LAST_STEP = 10.0
+"""Seconds for the engine's thread to end."""
 
 
 class Service:
@@ -43,7 +45,7 @@ class Service:
         self.engine_options, self.check = engine.options, engine.check  # neither touches what the thread changes
         self.count_connections: Callable[[], int] = lambda: 0
         """Set by who knows."""
-        self.draining = self.failed = self._hurried = False
+        self.draining = self.failed = self.stuck = self._hurried = self._was_stalled = False
         self._tokenizer, self._on_failure = tokenizer, on_failure
         self._running, self._most_open = engine.max_running, engine.places + options.max_queue
         self._jobs: set[Job] = set()
@@ -51,6 +53,7 @@ class Service:
         self._mean_seconds = 1.0
         self._read_at = 0.0
         self._thread = EngineThread(engine, self._deliver_from_thread, self._fail_from_thread)
+        metrics.step_time.set_function(self._thread.seconds_at_work)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
@@ -59,8 +62,11 @@ class Service:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the engine's thread."""
-        await asyncio.to_thread(self._thread.stop)
+        """End the engine's thread; sets ``stuck`` if it does not end."""
+        self.stuck = not await asyncio.to_thread(self._thread.stop, _LAST_STEP)
+        if self.stuck:
+            seconds = self._thread.seconds_at_work()
+            log.warning("the engine is left behind in a step that has taken %.0f s: does its device hang?", seconds)
 
     def check_open(self) -> None:
         """Raise ``ApiError`` (503) unless requests are taken."""
@@ -68,6 +74,18 @@ class Service:
             raise ApiError(503, "the engine has failed; the server ends", code="engine_failed")
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=1)
+        stalled, seconds = self._is_stalled, self._thread.seconds_at_work()
+        if stalled != self._was_stalled:
+            self._was_stalled = stalled
+            log.warning("the engine %s", f"has been at one step for {seconds:.0f} s" if stalled else "goes on")
+        if stalled:
+            limit = f"stall_seconds={self.options.stall_seconds:g}"
+            message = f"the engine has been at one step for {seconds:.0f} s, longer than {limit}"
+            raise ApiError(503, message, code="engine_stalled", retry_after=_LONGEST_RETRY)
+
+    @property
+    def _is_stalled(self) -> bool:
+        return self._thread.seconds_at_work() > self.options.stall_seconds
 
     def check_room(self) -> None:
         """Raise ``ApiError`` (503) if too many clients are connected."""
@@ -143,7 +161,7 @@ class Service:
         self.metrics.draining.set(1)
         limit = time.monotonic() + self.options.drain_seconds
         log.info("draining: %d requests may finish within %g s", len(self._jobs), self.options.drain_seconds)
-        while self._jobs and time.monotonic() < limit and not (self.failed or self._hurried):
+        while self._jobs and time.monotonic() < limit and not (self.failed or self._hurried or self._is_stalled):
             await asyncio.sleep(0.05)
         if self._jobs:
             log.warning("%d requests have not finished and are cancelled", len(self._jobs))
