@@ -10,6 +10,7 @@ key/value head (padded for the tensor cores), X entries of a read.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,12 +21,19 @@ from jax.experimental.pallas import triton as plgpu
 from mor_jax.model.layer_context import KeyValue
 from mor_jax.model.layers import Rotary
 
-_ENTRIES = 128
-"""Cache entries that a program reads at a time."""
-_WARPS = 4
-_STAGES = 2
-"""Reads in flight. Of eight choices on an H100 the fastest at 82 rows, and within 3% of it at 32
-(experiments/serving/results/attention.json)."""
+
+@dataclass(frozen=True)
+class Reads:
+    """How a program reads its row's cache. Of eight choices on an H100 the default was the fastest at 82 rows, and
+    within 3% of it at 32 (experiments/serving/results/attention.json)."""
+
+    entries: int = 128
+    """Cache entries at a time, a power of 2 from 16."""
+    warps: int = 4
+    stages: int = 2
+    """Reads in flight."""
+
+
 _MIN_ROWS = 16
 """Of a product on the tensor cores."""
 
@@ -112,7 +120,7 @@ def _kernel(
     plgpu.store(out_ref.at[rows_GH, columns_GH], out_GH, mask=rows_GH < groups)
 
 
-@functools.partial(jax.jit, static_argnames=("page_size", "interpret"))
+@functools.partial(jax.jit, static_argnames=("page_size", "reads", "interpret"))
 def decode_attention(
     projected_BMH: jax.Array,
     angles: Rotary,
@@ -124,6 +132,7 @@ def decode_attention(
     visible_B: jax.Array,
     *,
     page_size: int,
+    reads: Reads = Reads(),
     interpret: bool = False,
 ) -> tuple[jax.Array, KeyValue]:
     """Rotate, append one token per row, and attend to the row's entries.
@@ -139,6 +148,7 @@ def decode_attention(
         count_B: int32: 1 where the token is appended, 0 where the row only reads.
         visible_B: int32 entries to attend to, the appended one included; 0 gives zeros.
         page_size: Z.
+        reads: how programs read.
         interpret: run the kernel's program on the CPU, to test it.
 
     Returns:
@@ -153,9 +163,10 @@ def decode_attention(
     pool = pl.BlockSpec((entries, None, width), lambda _, k: (0, k, 0))
     out = pl.BlockSpec((None, None, groups, width), lambda b, k: (b, k, 0, 0))
     angle, scalar = whole(width // 2), whole()
+    params = plgpu.CompilerParams(num_warps=reads.warps, num_stages=reads.stages)
     flat = tuple(x.reshape(entries, kv_heads, width) for x in cached)
     call = pl.pallas_call(
-        functools.partial(_kernel, page_size=page_size, kv_heads=kv_heads, entries=_ENTRIES),
+        functools.partial(_kernel, page_size=page_size, kv_heads=kv_heads, entries=reads.entries),
         grid=(rows, kv_heads),
         in_specs=[table, scalar, scalar, scalar, scalar, whole(projected, width), angle, angle, pool, pool],
         out_specs=[out, pool, pool],
@@ -164,7 +175,7 @@ def decode_attention(
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat),
         ],
         input_output_aliases={8: 1, 9: 2},
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        compiler_params=None if interpret else params,
         interpret=interpret,
         name="decode_attention",
     )

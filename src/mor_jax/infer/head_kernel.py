@@ -16,16 +16,36 @@ from jax.experimental.pallas import triton as plgpu
 
 from mor_jax.infer.sampling import SamplingRows, gumbel, noise_keys
 
-_TILE = 128
-"""Vocabulary entries of a program."""
-_DEPTH = 64
-"""Terms of the sum that it reads at a time."""
+
+@dataclass(frozen=True)
+class HeadTile:
+    """How the head is cut into programs."""
+
+    entries: int = 128
+    """Vocabulary entries of a program, a power of 2 from 16."""
+    depth: int = 64
+    """Terms of the sum that it reads at a time, likewise."""
+    warps: int = 4
+    stages: int = 4
+    """Reads in flight, over shared memory."""
+
+
+def head_tile_for(rows: int, size: int = 2) -> HeadTile:
+    """Choose a tile: on an H100 it stood in every measured run, but no other has been tried.
+
+    Args:
+        rows: E.
+        size: bytes of a value.
+    """
+    # float32 takes twice the shared memory
+    return HeadTile(warps=4 if rows <= 32 else 8, stages=2 if size == 4 else 4 if rows <= 32 else 3)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Static facts of one call."""
 
+    tile: HeadTile
     rows: int
     height: int
     """Rows of a program."""
@@ -37,14 +57,15 @@ class _Plan:
 
 def _logits(plan: _Plan, x_ref: Any, scale_ref: Any, head_ref: Any, row0: Any, first: Any) -> jax.Array:
     """float32 [E, N] of this program's rows and tile."""
-    inside_E = jnp.broadcast_to((row0 + jnp.arange(plan.height) < plan.rows)[:, None], (plan.height, _DEPTH))
-    inside_N = jnp.broadcast_to((first + jnp.arange(_TILE) < plan.vocabulary)[:, None], (_TILE, _DEPTH))
+    height, width, depth = plan.height, plan.tile.entries, plan.tile.depth
+    inside_E = jnp.broadcast_to((row0 + jnp.arange(height) < plan.rows)[:, None], (height, depth))
+    inside_N = jnp.broadcast_to((first + jnp.arange(width) < plan.vocabulary)[:, None], (width, depth))
 
     def step(index: Any, carry: Any) -> Any:
         total_EN, squares_E = carry
-        columns = pl.ds(index * _DEPTH, _DEPTH)
-        inside_D = (index * _DEPTH + jnp.arange(_DEPTH) < plan.depth)[None, :]
-        rows, entries = x_ref.at[pl.ds(row0, plan.height), columns], head_ref.at[pl.ds(first, _TILE), columns]
+        columns = pl.ds(index * depth, depth)
+        inside_D = (index * depth + jnp.arange(depth) < plan.depth)[None, :]
+        rows, entries = x_ref.at[pl.ds(row0, height), columns], head_ref.at[pl.ds(first, width), columns]
         x_ED = plgpu.load(rows, mask=inside_E & inside_D, other=0)
         head_ND = plgpu.load(entries, mask=inside_N & inside_D, other=0)
         scale_1D = plgpu.load(scale_ref.at[pl.ds(0, 1), columns], mask=inside_D, other=0)
@@ -56,8 +77,8 @@ def _logits(plan: _Plan, x_ref: Any, scale_ref: Any, head_ref: Any, row0: Any, f
         )
         return total_EN, squares_E + jnp.sum(x32_ED * x32_ED, axis=1)
 
-    carry = jnp.zeros((plan.height, _TILE), jnp.float32), jnp.zeros((plan.height,), jnp.float32)
-    total_EN, squares_E = jax.lax.fori_loop(0, pl.cdiv(plan.depth, _DEPTH), step, carry)
+    carry = jnp.zeros((height, width), jnp.float32), jnp.zeros((height,), jnp.float32)
+    total_EN, squares_E = jax.lax.fori_loop(0, pl.cdiv(plan.depth, depth), step, carry)
     return total_EN * jax.lax.rsqrt(squares_E / plan.depth + plan.epsilon)[:, None]
 
 
@@ -72,9 +93,9 @@ def _kernel(
     *,
     plan: _Plan,
 ) -> None:
-    tile, row0 = pl.program_id(0), pl.program_id(1) * plan.height
-    logits_EN = _logits(plan, x_ref, scale_ref, head_ref, row0, tile * _TILE)
-    entry_1N = (tile * _TILE + jnp.arange(_TILE))[None, :]
+    tile, row0, width = pl.program_id(0), pl.program_id(1) * plan.height, plan.tile.entries
+    logits_EN = _logits(plan, x_ref, scale_ref, head_ref, row0, tile * width)
+    entry_1N = (tile * width + jnp.arange(width))[None, :]
     logits_EN = jnp.where(entry_1N < plan.vocabulary, logits_EN, -jnp.inf)
     inside_E = row0 + jnp.arange(plan.height) < plan.rows
     row = lambda ref, at=row0: plgpu.load(ref.at[pl.ds(at, plan.height)], mask=inside_E, other=0)  # noqa: E731
@@ -83,13 +104,13 @@ def _kernel(
     draws_E1 = (temperature_E > 0)[:, None]
     noised_EN = jnp.where(draws_E1, logits_EN / jnp.maximum(temperature_E, 1e-4)[:, None] + noise_EN, logits_EN)
     best_E, nth_E = jnp.max(noised_EN, axis=1), jnp.argmax(noised_EN, axis=1)
-    chosen_EN = jnp.arange(_TILE)[None, :] == nth_E[:, None]
+    chosen_EN = jnp.arange(width)[None, :] == nth_E[:, None]
     logit_E = jnp.max(jnp.where(chosen_EN, logits_EN, -jnp.inf), axis=1)
     top_E = jnp.max(logits_EN, axis=1)
     total_E = jnp.sum(jnp.exp(logits_EN - top_E[:, None]), axis=1)
     for field, value_E in enumerate((best_E, logit_E, top_E, total_E)):
         plgpu.store(found_ref.at[pl.ds(field * plan.rows + row0, plan.height), tile], value_E, mask=inside_E)
-    plgpu.store(token_ref.at[pl.ds(row0, plan.height), tile], tile * _TILE + nth_E.astype(jnp.int32), mask=inside_E)
+    plgpu.store(token_ref.at[pl.ds(row0, plan.height), tile], tile * width + nth_E.astype(jnp.int32), mask=inside_E)
 
 
 def _combine_kernel(found_ref: Any, tokens_ref: Any, token_ref: Any, log_probability_ref: Any, *, size: Any) -> None:
@@ -118,6 +139,7 @@ def sample_head(
     position_E: jax.Array,
     *,
     epsilon: float,
+    tile: HeadTile | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Choose a token per row as ``sampling.sample`` does of the logits, without cuts of the vocabulary.
@@ -129,6 +151,7 @@ def sample_head(
         rows: how; top-k and top-p are ignored.
         position_E: int32 position of the token that the logits follow.
         epsilon: of the norm.
+        tile: how to cut; None is ``head_tile_for``.
         interpret: run the kernel's program on the CPU, to test it.
 
     Returns:
@@ -138,10 +161,10 @@ def sample_head(
     vocabulary = head_VD.shape[0]
     height = next((h for h in (16, 32, 64) if count <= h), 128)
     precision = jax.lax.Precision.HIGHEST if x_ED.dtype == jnp.float32 else None
-    plan = _Plan(count, height, depth, vocabulary, epsilon, precision)
-    tiles = pl.cdiv(vocabulary, _TILE)
-    stages = 2 if x_ED.dtype == jnp.float32 else 4 if height <= 32 else 3
-    params = plgpu.CompilerParams(num_warps=4 if height <= 32 else 8, num_stages=stages)
+    tile = tile or head_tile_for(count, x_ED.dtype.itemsize)
+    plan = _Plan(tile, count, height, depth, vocabulary, epsilon, precision)
+    tiles = pl.cdiv(vocabulary, tile.entries)
+    params = plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
     found_YX, tokens_EX = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid=(tiles, pl.cdiv(count, height)),
