@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,21 @@ def profile_dispatch(engine: AnyEngine, count: int = 40) -> dict[str, Any]:
         count: kernels to list.
     """
     engine.drain()
+
+    def run() -> None:
+        engine.step()
+        engine.drain()
+
+    return summarize(trace_kernels(run), engine.shape.steps, count)
+
+
+def trace_kernels(run: Callable[[], None]) -> list[Kernel]:
+    """Trace what a function runs; it waits for the device itself."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            engine.step()
-            engine.drain()
+            run()
         newest = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        kernels = device_kernels(ProfileData.from_file(str(newest)))
-    return summarize(kernels, engine.shape.steps, count)
+        return device_kernels(ProfileData.from_file(str(newest)))
 
 
 def device_kernels(trace: Any) -> list[Kernel]:
