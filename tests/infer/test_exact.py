@@ -94,13 +94,14 @@ def test_decoding_is_the_causal_forward_pass(routing, sharing, kv):
 )
 def test_what_attends_block_by_block_gives_the_same(routing, kv, monkeypatch):
     seen, by_blocks = [], attention.attend_by_blocks
-    # 6 pages of 4 entries, 4 at a time: the last block begins inside the one before
+    # 6 pages of 4 entries, 4 at a time: the last block begins inside the one before; of single tokens 2
     monkeypatch.setattr(attention, "_BLOCK", 16)
+    monkeypatch.setattr(attention, "TOKEN_BLOCK", 8)
     monkeypatch.setattr(attention, "attend_by_blocks", lambda *args: seen.append(args[-1]) or by_blocks(*args))
     anew = jax.jit(inspect.unwrap(prefill), static_argnames=("piece", "return_logits", "return_scores"))
     monkeypatch.setattr(sys.modules[__name__], "prefill", anew)
     _check(model_config(routing, "cycle", kv, num_layers=3))
-    assert set(seen) == {4}
+    assert set(seen) == {4, 2}
 
 
 def test_blocks_of_pages_add_up_to_plain_attention():

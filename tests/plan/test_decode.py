@@ -113,8 +113,8 @@ def test_out_of_memory_names_what_fits(monkeypatch):
     advice = advise_decode(config, _topology(), EngineOptions(max_running=10**6))
     running, layout = int(advice.split("--engine.max-running ")[1].split()[0]), kv_layout(config.model)
     pages = 2048 * 2 * 5 * 64 * 2 * (layout.groups * layout.block_layers + layout.edge_layers) * running
-    # one layer's gathered keys: the compiler of a TPU fills heads up to 8 and head dims to 128
-    gathered = 2048 * 2 * 5 * 64 * 2 * 8 / 5 * 128 / 64 * running
+    # 512 entries of one layer are gathered: the compiler of a TPU fills heads up to 8 and head dims to 128
+    gathered = 512 * 2 * 5 * 64 * 2 * 8 / 5 * 128 / 64 * running
     assert 0.8 * CHIP.hbm_bytes < 1.25 * pages + gathered < 0.9 * CHIP.hbm_bytes
     huge = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=2**25))
     assert "no room for a sequence" in advise_decode(huge, _topology(), OPTIONS)

@@ -18,13 +18,14 @@ from mor_jax.infer.cache import POOL_AXES, append
 from mor_jax.infer.decode_kernel import decode_attention
 from mor_jax.infer.product_kernel import MAX_ROWS
 from mor_jax.model.attention import split_last_heads
+from mor_jax.model.attention_tpu import target_platform
 from mor_jax.model.layer_context import KeyValue
 from mor_jax.model.layers import Rotary, apply_rotary
 
 logger = logging.getLogger(__name__)
-_BLOCK = 2048
-"""Entries that a chunk of a prompt attends to at a time; groups that may hold more are read block by block. Many, as
-on a GPU the host decides about every round of the loop."""
+_BLOCK, TOKEN_BLOCK = 2048, 512
+"""Entries that a chunk of a prompt, and single tokens, attend to at a time; groups that may hold more are read block by
+block. Many, as on a GPU the host decides about every round of the loop; so single tokens read all there."""
 DecodeBackend = Literal["auto", "xla", "pallas"]
 _HEADS, _KV_HEADS = (None, None, "heads", None), (None, None, "kv_heads", None)
 _POOLS = (POOL_AXES, POOL_AXES)
@@ -139,8 +140,10 @@ class PagedStore:
 def _gather_and_attend(
     query_BTNH: jax.Array, cached: KeyValue, table_BM: jax.Array, visible_BT: jax.Array, *, page_size: int
 ) -> jax.Array:
-    if query_BTNH.shape[1] > 1 and table_BM.shape[1] * page_size > _BLOCK:
-        return attend_by_blocks(query_BTNH, cached, table_BM, visible_BT, page_size, max(1, _BLOCK // page_size))
+    single = query_BTNH.shape[1] == 1
+    block = TOKEN_BLOCK if single else _BLOCK
+    if table_BM.shape[1] * page_size > block and not (single and target_platform() == "gpu"):
+        return attend_by_blocks(query_BTNH, cached, table_BM, visible_BT, page_size, max(1, block // page_size))
     (rows, pages), head_dim = table_BM.shape, query_BTNH.shape[-1]
     keys, values = (pool[table_BM].reshape(rows, pages * page_size, -1, head_dim) for pool in cached)
     mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < visible_BT[:, :, None]

@@ -16,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
+from mor_jax.infer.attention import TOKEN_BLOCK
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.engine_options import EngineOptions, engine_shape
 from mor_jax.infer.prefill import prefill
@@ -173,10 +174,10 @@ def advise_decode(config: Config, topology: Topology, options: EngineOptions) ->
     length = -(-options.max_length // options.page_size) * options.page_size
     per_sequence = length * entry * (layout.groups * layout.block_layers + layout.edge_layers)
     free = generation.hbm_bytes * _USABLE - weights
-    # attention gathers one layer's keys and values at a time, whose last two axes are filled up to whole tiles
+    # attention gathers a block of one layer's entries at a time, whose heads and head dims are filled up to whole tiles
     sides = zip((model.num_kv_heads, model.head_dim), _TILE, strict=True)
     filled = math.prod(-(-side // tile) * tile / side for side, tile in sides)
-    running = int(free / (per_sequence * _STAGED + length * entry * filled))
+    running = int(free / (per_sequence * _STAGED + min(length, TOKEN_BLOCK) * entry * filled))
     if running < 1:
         return f"by estimate the weights ({weights / GIB:.1f} GiB) leave no room for a sequence of {length} tokens"
     return f"by estimate --engine.max-running {running} fits with {length} tokens each"
