@@ -3,6 +3,9 @@
 from mor_jax.sweep.recipes import expert, seeded, token
 from mor_jax.sweep.runs import SweepRun
 
+SEEDS = {"expert-recipe": (0, 1, 2)}
+"""Recipes with more seeds than one: the spread that differences between the others are judged by."""
+
 
 def runs(scale: str) -> list[SweepRun]:
     """Return N_r = 3 models at equal tokens; the paper's recipe first."""
@@ -22,4 +25,5 @@ def runs(scale: str) -> list[SweepRun]:
         "token-loss-0.01": token(scale, 3, balancing_coefficient=0.01),
         "token-loss-free": token(scale, 3, balancing="loss_free"),
     }
-    return [run for name, config in models.items() for run in seeded(name, config)]
+    made = [run for name, config in models.items() for run in seeded(name, config, SEEDS.get(name, (0,)))]
+    return sorted(made, key=lambda run: run.config.train.seed)  # every recipe before the second seed of one
