@@ -10,24 +10,26 @@ Result = Mapping[str, Any]
 
 
 def runs_table(results: Sequence[Result]) -> str:
-    """Return one row per group: costs and losses, means over seeds with the standard deviation."""
+    """Return one row per group: costs and losses, means over seeds with their spread; then what is missing."""
     lines = [
         "| model | parameters | tokens | training FLOPs | serving FLOPs/token "
         "| causal | bits/byte | topk | gap | seeds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    missing: dict[str, list[str]] = {}
     for row in group_summary(results):
         one = next((r for r in results if r["group"] == row["group"] and r["state"] == "done"), None)
         if one is None:
             states = sorted({r["state"] for r in results if r["group"] == row["group"]})
-            parameters = next(r["parameters"] for r in results if r["group"] == row["group"])
-            lines.append(f"| {row['group']} | {parameters / 1e6:.1f}M | {', '.join(states)} |" + " |" * 7)
+            missing.setdefault(", ".join(states), []).append(row["group"])
             continue
         losses = [_mean(row, name, form) for name, form in _LOSSES]
         costs = [f"{one['parameters'] / 1e6:.1f}M", f"{one['tokens'] / 1e6:.1f}M", f"{one['train_flops']:.3g}"]
         cells = [row["group"], *costs, f"{one['serving_flops_per_token'] / 1e6:.1f}M", *losses, str(row["seeds"])]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    parts = ["\n".join(lines)] if len(lines) > 2 else []
+    parts += [f"{state.capitalize()}: {', '.join(groups)}." for state, groups in missing.items()]
+    return "\n\n".join(parts) + "\n"
 
 
 _LOSSES = (("nll", "{:.4f}"), ("bits_per_byte", "{:.4f}"), ("topk_nll", "{:.4f}"), ("gap", "{:+.4f}"))
@@ -41,21 +43,63 @@ def _mean(row: Result, name: str, form: str) -> str:
 
 
 def router_table(results: Sequence[Result]) -> str:
-    """Return what the router of every finished run did: gap, boundary, dead positions, depths."""
+    """Return what the router of every finished run did: losses, gap, boundary, dead positions, depths."""
     lines = [
-        "| run | gap | gap, calibrated | boundary decides as topk, by recursion | dead positions | tokens by depth |",
-        "|---|---|---|---|---|---|",
+        "| run | topk | causal | gap | gap, calibrated | boundary decides as topk, by recursion | dead positions "
+        "| tokens by depth |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        if result["state"] == "done" and "tokens_per_depth" in result:
+        if result["state"] == "done" and "topk_nll" in result:
+            losses = [_optional(result.get(name), form) for name, form in _ROUTED]
+            fixed = _optional(result.get("calibrated", {}).get("gap"), "{:+.4f}")
             accuracy = ", ".join(f"{share:.3f}" for share in result.get("threshold_accuracy", []))
-            depths = ", ".join(f"{share:.2f}" for share in result["tokens_per_depth"])
-            gap = "" if result.get("gap") is None else f"{result['gap']:+.4f}"
-            fixed = f"{result['calibrated']['gap']:+.4f}" if "calibrated" in result else ""
-            lines.append(
-                f"| {result['name']} | {gap} | {fixed} | {accuracy} | {result['dead_token_ratio']:.3f} | {depths} |"
-            )
+            dead = _optional(result.get("dead_token_ratio"), "{:.3f}")
+            depths = ", ".join(f"{share:.2f}" for share in result.get("tokens_per_depth", []))
+            cells = [result["name"], *losses, fixed, accuracy, dead, depths]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+_ROUTED = (("topk_nll", "{:.4f}"), ("nll", "{:.4f}"), ("gap", "{:+.4f}"))
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+_LEAST_COMPARED = 2
+
+
+def gap_summary(results: Sequence[Result]) -> str:
+    """Say how wide the gap is over the expert-choice runs, as trained and with calibrated boundaries."""
+    done = [r for r in results if r["state"] == "done" and r["config"]["model"]["routing"]["kind"] == "expert"]
+    trained = {r["name"]: r["gap"] for r in done if r.get("gap") is not None}
+    fixed = {r["name"]: r["calibrated"]["gap"] for r in done if "calibrated" in r}
+    both = trained.keys() & fixed.keys()
+    if len(both) < _LEAST_COMPARED:
+        return ""
+    least, most = min(trained, key=lambda name: trained[name]), max(trained, key=lambda name: trained[name])
+    widest = max(fixed, key=lambda name: abs(fixed[name]))
+    narrower = sum(abs(fixed[name]) < abs(trained[name]) for name in both)
+    return (
+        f"Expert-choice, boundary as trained: the gap is {trained[least]:+.4f} ({least}) to {trained[most]:+.4f} "
+        f"({most}). Boundaries calibrated after training leave at most {abs(fixed[widest]):.4f} ({widest}), and are "
+        f"nearer to top-k in {narrower} of {len(both)} runs.\n"
+    )
+
+
+def depth_table(results: Sequence[Result]) -> str:
+    """Return the causal loss of every run that was measured with a cap on the passes; empty if none was."""
+    measured = [result for result in results if result["state"] == "done" and "depth_curve" in result]
+    if not measured:
+        return ""
+    most = max(len(result["depth_curve"]) for result in measured)
+    lines = ["| run | " + " | ".join(str(cap + 1) for cap in range(most)) + " |", "|---|" + "---|" * most]
+    for result in measured:
+        cells = [f"{point['nll']:.4f}" for point in result["depth_curve"]]
+        lines.append(f"| {result['name']} | {' | '.join([*cells, *[''] * (most - len(cells))])} |")
+    return "\n".join(lines) + "\n"
 
 
 def machines(results: Sequence[Result]) -> str:

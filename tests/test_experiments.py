@@ -34,6 +34,7 @@ CLAIMS = _module("claims").CLAIMS
 RANKED = _module("ranked")
 TABLES = _module("report_tables")
 FIGURES = _module("report_figures")
+CLAIM_TABLES = _module("report_claims")
 REPORT = _module("report")
 
 
@@ -61,25 +62,62 @@ def test_the_report_tells_agreement_from_disagreement_and_from_nothing():
     results = [_done("vanilla", 3.0, seed) for seed in (0, 1)] + [_done("vanilla", 3.002, 2)]
     results += [_done("expert-r2", 2.9 + seed / 1000, seed, topk_nll=2.8) for seed in (0, 1, 2)]
     results += [_done("expert-r3", 2.95, topk_nll=2.9), _done("recursive-r3", 2.9)]
-    lines = REPORT.claims_table({"mor_vs_baselines": results}).splitlines()
-    by_claim = {line.split(" | ")[0].strip("| "): line for line in lines}
+    table = CLAIM_TABLES.claims_table({"mor_vs_baselines": results})
+    by_claim = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
     assert "| -0.0997 ± 0.0009 | -0.2007 | 3 | yes |" in by_claim["MoR, N_r=2 against vanilla, equal FLOPs"]
     assert "| -0.0500 | -0.1000 | 1 | **no** |" in by_claim["MoR, N_r=3 against vanilla, equal FLOPs"]
     assert "| +0.0500 |" in by_claim["MoR against recursive, N_r=3, equal FLOPs"]
-    assert "| not run | not run |" in by_claim["token-choice against expert-choice, N_r=3"]
+    assert table.index("yes |") < table.index("**no** |") and "not run |" not in table
+    assert table.startswith(f"1 agree, 3 do not, 0 are undecided, {len(CLAIMS) - 4} were not run here.")
+
+
+def test_effects_within_the_spread_of_seeds_are_undecided():
     noisy = [_done("vanilla", 3.0 + 0.1 * seed, seed) for seed in (0, 1, 2)]
     noisy += [_done("expert-r2", 2.98 + 0.1 * seed, seed, topk_nll=2.9) for seed in (0, 1, 2)]
-    alone = REPORT.claims_table({"mor_vs_baselines": [*noisy, _done("expert-r3", 2.9)]}).splitlines()[3]
-    assert "| -0.1000 |" in alone and "opposite sign, within the spread of seeds" in alone
-    assert "within two standard errors" in REPORT.claims_table({"mor_vs_baselines": noisy}).splitlines()[2]
+    table = CLAIM_TABLES.claims_table({"mor_vs_baselines": [*noisy, _done("expert-r3", 2.9)]})
+    alone = next(line for line in table.splitlines() if line.startswith("| MoR, N_r=3 against vanilla, equal FLOPs"))
+    assert "| -0.1000 |" in alone and "undecided: opposite sign, within the spread of seeds" in alone
+    assert "undecided: within two standard errors" in CLAIM_TABLES.claims_table({"mor_vs_baselines": noisy})
+    elsewhere = {"mor_vs_baselines": [_done("vanilla", 3.0), _done("expert-r2", 2.95)], "recursions": noisy}
+    assert CLAIM_TABLES.claims_table(elsewhere).startswith("0 agree, 0 do not, 1 are")  # seeds of another experiment
+
+
+def test_claims_are_missing_only_if_no_scale_has_them():
+    scale = {"mor_vs_baselines": [_done(name, 3.0) for name in ("vanilla", "expert-r2")]}
+    assert "MoR, N_r=2 against vanilla, equal FLOPs" in CLAIM_TABLES.not_run([{}])
+    assert "MoR, N_r=2 against vanilla, equal FLOPs" not in CLAIM_TABLES.not_run([{}, scale])
 
 
 def test_a_table_of_runs_names_what_is_missing():
     runs = load_sweep(FOLDER / "mor_vs_baselines" / "sweep.py", "debug")
     missing = failed_result(next(r for r in runs if r.name == "token-r3-s0"), "not run", "")
     table = REPORT.runs_table([_done("vanilla", 3.0), missing])
-    assert "| token-r3 |" in table and "| not run |" in table and "| 3.0000 |" in table
+    assert "| 3.0000 |" in table and table.endswith("\n\nNot run: token-r3.\n")
     assert REPORT.machines([missing]) == "not run\n" and "5 process seconds" in REPORT.machines([_done("vanilla", 3.0)])
+
+
+def test_the_gap_is_told_by_recipe_with_and_without_calibration():
+    routed = {"topk_nll": 3.0, "dead_token_ratio": 0.25, "tokens_per_depth": [0.0, 0.7, 0.3]}
+    results = [
+        _done("expert-r3", 3.2, gap=0.2, calibrated={"gap": -0.01}, threshold_accuracy=[1.0, 0.5], **routed),
+        _done("expert-r2", 3.1, gap=0.1, calibrated={"gap": 0.02}, threshold_accuracy=[1.0, 0.9], **routed),
+        _done("expert-r2", None, 1, topk_nll=2.9, calibrated={"gap": 0.03}),
+        _done("vanilla", 3.0),
+    ]
+    rows = TABLES.router_table(results).splitlines()[2:]
+    assert rows[0] == "| expert-r3-s0 | 3.0000 | 3.2000 | +0.2000 | -0.0100 | 1.000, 0.500 | 0.250 | 0.00, 0.70, 0.30 |"
+    assert rows[2] == "| expert-r2-s1 | 2.9000 |  |  | +0.0300 |  |  |  |" and len(rows) == 3
+    text = TABLES.gap_summary(results)
+    assert "+0.1000 (expert-r2-s0) to +0.2000 (expert-r3-s0)" in text
+    assert "at most 0.0300 (expert-r2-s1)" in text and "2 of 2 runs" in text
+    assert TABLES.gap_summary(results[1:]) == ""
+
+
+def test_losses_by_a_cap_on_the_passes_stand_in_columns():
+    curve = [{"max_depth": 1, "nll": 3.5}, {"max_depth": 2, "nll": 3.25}]
+    table = TABLES.depth_table([_done("expert-r2", 3.25, depth_curve=curve), _done("vanilla", 3.0)])
+    assert table == "| run | 1 | 2 |\n|---|---|---|\n| expert-r2-s0 | 3.5000 | 3.2500 |\n"
+    assert TABLES.depth_table([_done("vanilla", 3.0)]) == ""
 
 
 def test_isoflop_points_are_read_by_budget():
