@@ -5,6 +5,7 @@ python experiments/report.py
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from report_claims import claims_table, not_run
@@ -23,6 +24,12 @@ The paper's are of 360M-parameter models trained on 10 to 31 billion tokens (30 
 tens to thousands of times fewer parameters and see a few tokens for each, so the direction of an effect is what can be
 compared. None of these scales says which architecture wins after billions of tokens. What speaks for and against a
 figure stands in the folders' outcomes.
+"""
+_GAP_HEAD = """## The gap between topk and threshold
+
+Causal less look-ahead loss of one trained expert-choice model. *As trained*, the boundary of a recursion is a raw score
+of 0, which an auxiliary loss (or an auxiliary router) has to make right; *calibrated*, it is put after training where
+topk cut the scores of training text (`mor eval --calibrate`), which costs no training.
 """
 _CARE = {
     "long": """8 layers of width 256 on one GPU, past the point where MoR's lead at the start of training is gone
@@ -105,6 +112,7 @@ def report(folder: Path = HERE) -> str:
         parts += [f"### Scale `{scale}`\n", f"{_CARE[scale]}\n", claims_table(load_results(folder, scale))]
     parts.append(not_run([load_results(folder, scale) for scale in compared]))
     parts += [f"Experiments not run at any scale: {', '.join(missing)}.\n"] if missing else []
+    parts += _gaps(folder, [name for name in names if name not in missing])
     for name in names:
         if name not in missing:
             parts += _experiment(folder, name)
@@ -115,12 +123,22 @@ def report(folder: Path = HERE) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _gaps(folder: Path, names: Sequence[str]) -> list[str]:
+    """Say how wide the gap between topk and threshold is, experiment by experiment, with links to the recipes."""
+    lines = []
+    for name in names:
+        for scale in scales_of(folder, name):
+            text = gap_summary(load_results(folder, scale)[name])
+            lines += [f"- [{name}, scale `{scale}`](#{name}-scale-{scale}): {text}"] if text else []
+    return [_GAP_HEAD, "".join(lines)] if lines else []
+
+
 def _experiment(folder: Path, name: str) -> list[str]:
     """Tables of one experiment, scale by scale."""
     parts = [f"## {name}\n", f"[What, how, outcome](../experiments/{name}/README.md)\n"]
     for scale in scales_of(folder, name):
         mine = load_results(folder, scale)[name]
-        parts += [f"### {name}, scale `{scale}`\n", runs_table(mine), gap_summary(mine), router_table(mine)]
+        parts += [f"### {name}, scale `{scale}`\n", runs_table(mine), router_table(mine)]
         titled = (
             ("Causal loss by source of held-out text:", source_table(mine)),
             ("Causal loss by a cap on the passes of a token:", depth_table(mine)),

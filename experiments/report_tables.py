@@ -83,9 +83,8 @@ def gap_summary(results: Sequence[Result]) -> str:
     widest = max(fixed, key=lambda name: abs(fixed[name]))
     narrower = sum(abs(fixed[name]) < abs(trained[name]) for name in both)
     return (
-        f"Expert-choice, boundary as trained: the gap is {trained[least]:+.4f} ({least}) to {trained[most]:+.4f} "
-        f"({most}). Boundaries calibrated after training leave at most {abs(fixed[widest]):.4f} ({widest}), and are "
-        f"nearer to top-k in {narrower} of {len(both)} runs.\n"
+        f"as trained {trained[least]:+.4f} ({least}) to {trained[most]:+.4f} ({most}); calibrated, at most "
+        f"{abs(fixed[widest]):.4f} from topk ({widest}) and nearer than as trained in {narrower} of {len(both)} runs.\n"
     )
 
 

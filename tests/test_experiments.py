@@ -109,7 +109,7 @@ def test_the_gap_is_told_by_recipe_with_and_without_calibration():
     assert rows[2] == "| expert-r2-s1 | 2.9000 |  |  | +0.0300 |  |  |  |" and len(rows) == 3
     text = TABLES.gap_summary(results)
     assert "+0.1000 (expert-r2-s0) to +0.2000 (expert-r3-s0)" in text
-    assert "at most 0.0300 (expert-r2-s1)" in text and "2 of 2 runs" in text
+    assert "at most 0.0300 from topk (expert-r2-s1)" in text and "2 of 2 runs" in text
     assert TABLES.gap_summary(results[1:]) == ""
 
 
