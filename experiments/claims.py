@@ -59,6 +59,10 @@ CLAIMS = (
     Claim("routers", "MLP router against linear", "expert-mlp", "expert-recipe", 0.0149, "13"),
     Claim("routers", "auxiliary router against auxiliary loss", "expert-aux-router", "expert-recipe", 0.0226, "13"),
     Claim("routers", "random selection against the router's", "expert-random", "expert-recipe", 0.0668, "13"),
+    Claim("routers", "router z-loss against none", "expert-z-loss", "expert-recipe", 0.0157, "13"),
+    Claim(
+        "routers", "token-choice against expert-choice, equal tokens", "token-recipe", "expert-recipe", 0.0691, "13, 14"
+    ),
     Claim("routers", "MLP token router against linear", "token-mlp", "token-recipe", 0.0881, "14"),
     Claim("routers", "loss-free balancing against a loss", "token-loss-free", "token-recipe", -0.0277, "14"),
     Claim("recursions", "MoR, N_r=4 against N_r=2, equal FLOPs", "expert-r4", "expert-r2", 0.0693, "3"),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ranked import run_key
 from report_claims import claims_table, not_run
 from report_figures import DOCS, HERE, depth_figure, figures
 from report_tables import Result, depth_table, gap_summary, machines, router_table, runs_table, source_table
@@ -34,10 +35,11 @@ topk cut the scores of training text (`mor eval --calibrate`), which costs no tr
 _CARE = {
     "long": """8 layers of width 256 on one GPU, past the point where MoR's lead at the start of training is gone
 (figure "Loss over training").""",
-    "mini": """8 layers of width 64 on one CPU core, 0.3M tokens: fewer than two a parameter, the loss still falls
-steeply. What it can say: the gap between topk and threshold of a recipe, which is a difference within one trained model
-and needs no second seed; how the boundary decides; dead positions; orderings far larger than the spread of seeds. What
-it cannot: whether an effect of a hundredth of a nat, as most of the paper's are, has that sign at a useful size.""",
+    "mini": """8 layers of width 64 on one CPU core, 0.3M tokens: fewer than two a parameter, and the loss still falls
+steeply. What it can say: the gap between topk and threshold, which is a difference within one trained model and so free
+of what seeds do to the loss (they move the gap too: its own spread stands beside it); how the boundary decides; dead
+positions; orderings larger than the spread of seeds. What it cannot: whether an effect of a few hundredths of a nat, as
+most of the paper's are, has that sign at a useful size.""",
     "small": """14 layers of width 256 on one GPU. These runs measure the start of training, where MoR is ahead by ten
 and more times the paper's effects: no evidence for or against the paper.""",
 }
@@ -125,10 +127,12 @@ def report(folder: Path = HERE) -> str:
 
 def _gaps(folder: Path, names: Sequence[str]) -> list[str]:
     """Say how wide the gap between topk and threshold is, experiment by experiment, with links to the recipes."""
-    lines = []
+    lines, seen = [], set()
     for name in names:
         for scale in scales_of(folder, name):
-            text = gap_summary(load_results(folder, scale)[name])
+            keyed = {run_key(result["config"]): result for result in load_results(folder, scale)[name]}
+            text = gap_summary([result for key, result in keyed.items() if key not in seen])
+            seen |= keyed.keys()  # runs that several experiments ask for are told once
             lines += [f"- [{name}, scale `{scale}`](#{name}-scale-{scale}): {text}"] if text else []
     return [_GAP_HEAD, "".join(lines)] if lines else []
 
