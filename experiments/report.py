@@ -132,7 +132,7 @@ def _gaps(folder: Path, names: Sequence[str]) -> list[str]:
         for scale in scales_of(folder, name):
             keyed = {run_key(result["config"]): result for result in load_results(folder, scale)[name]}
             text = gap_summary([result for key, result in keyed.items() if key not in seen])
-            seen |= keyed.keys()  # runs that several experiments ask for are told once
+            seen |= keyed.keys() if text else set()  # runs that several experiments ask for are told once
             lines += [f"- [{name}, scale `{scale}`](#{name}-scale-{scale}): {text}"] if text else []
     return [_GAP_HEAD, "".join(lines)] if lines else []
 

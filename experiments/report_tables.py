@@ -69,6 +69,8 @@ def _optional(value: float | None, form: str) -> str:
 
 
 _LEAST_COMPARED = 2
+_WIDE = 0.001
+"""Gap, nats per token, from which on a run is named."""
 
 
 def gap_summary(results: Sequence[Result]) -> str:
@@ -76,16 +78,15 @@ def gap_summary(results: Sequence[Result]) -> str:
     done = [r for r in results if r["state"] == "done" and r["config"]["model"]["routing"]["kind"] == "expert"]
     trained = {r["name"]: r["gap"] for r in done if r.get("gap") is not None}
     fixed = {r["name"]: r["calibrated"]["gap"] for r in done if "calibrated" in r}
-    both = trained.keys() & fixed.keys()
-    if len(both) < _LEAST_COMPARED:
+    if len(trained.keys() & fixed.keys()) < _LEAST_COMPARED:
         return ""
-    least, most = min(trained, key=lambda name: trained[name]), max(trained, key=lambda name: trained[name])
-    widest = max(fixed, key=lambda name: abs(fixed[name]))
-    narrower = sum(abs(fixed[name]) < abs(trained[name]) for name in both)
-    return (
-        f"as trained {trained[least]:+.4f} ({least}) to {trained[most]:+.4f} ({most}); calibrated, at most "
-        f"{abs(fixed[widest]):.4f} from topk ({widest}) and nearer than as trained in {narrower} of {len(both)} runs.\n"
-    )
+    wide = [name for name in sorted(fixed, key=lambda name: -abs(trained.get(name, 0.0))) if name in trained]
+    wide = [name for name in wide if abs(trained[name]) >= _WIDE]
+    others = [abs(gap) for name, gap in fixed.items() if name not in wide]
+    parts = [f"{name} from {trained[name]:+.4f} to {fixed[name]:+.4f}" for name in wide]
+    parts += [f"the others are within {max(others):.4f}"] if others else []
+    least, most = min(trained.values()), max(trained.values())
+    return f"as trained {least:+.4f} to {most:+.4f} ({len(trained)} runs); calibrated, {', '.join(parts)}.\n"
 
 
 def depth_table(results: Sequence[Result]) -> str:
