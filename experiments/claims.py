@@ -70,4 +70,6 @@ CLAIMS = (
     Claim("kv_sharing", "shared keys and values, expert-choice", "expert-shared", "expert-recursion", 0.0058, "3"),
     Claim("uptraining", "average against stepwise", "recursive-average", "recursive-stepwise", 0.0514, "12"),
     Claim("uptraining", "upper against stepwise", "recursive-upper", "recursive-stepwise", -0.0195, "12"),
+    Claim("uptraining", "lower against stepwise", "recursive-lower", "recursive-stepwise", 0.0649, "12"),
+    Claim("uptraining", "random against stepwise", "recursive-random", "recursive-stepwise", -0.0070, "12"),
 )
