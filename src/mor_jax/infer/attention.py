@@ -170,7 +170,7 @@ def attend_by_blocks(
         Output [B, T, N, H] in the queries' dtype; sums are float32.
     """
     rows, length, heads, width = query_BTNH.shape
-    size, kv_heads = page_size, cached[0].shape[1] // (page_size * width)
+    kv_heads, size = cached[0].shape[1] // (page_size * width), pages * page_size
     query_BTKGH = query_BTNH.reshape(rows, length, kv_heads, heads // kv_heads, width)
     # a last block that is not whole begins earlier: entries that were read already are masked
     last_page, most = table_BM.shape[1] - pages, jnp.max(visible_BT)
@@ -179,9 +179,9 @@ def attend_by_blocks(
         nth, top_BKGT, total_BKGT, sum_BKGTH = state
         first = jnp.minimum(nth * pages, last_page)
         page_BM = jax.lax.dynamic_slice_in_dim(table_BM, first, pages, axis=1)
-        keys_BXKH, values_BXKH = (pool[page_BM].reshape(rows, pages * size, kv_heads, width) for pool in cached)
-        entry_X = first * size + jnp.arange(pages * size)
-        fresh_X = entry_X >= nth * pages * size
+        keys_BXKH, values_BXKH = (pool[page_BM].reshape(rows, size, kv_heads, width) for pool in cached)
+        entry_X = first * page_size + jnp.arange(size)
+        fresh_X = entry_X >= nth * size
         mask_BTX = fresh_X[None, None, :] & (entry_X[None, None, :] < visible_BT[:, :, None])
         score_BKGTX = jnp.einsum("BTKGH,BXKH->BKGTX", query_BTKGH, keys_BXKH, preferred_element_type=jnp.float32)
         score_BKGTX = jnp.where(mask_BTX[:, None, None], score_BKGTX * width**-0.5, -jnp.inf)
@@ -196,6 +196,6 @@ def attend_by_blocks(
     shape = (rows, kv_heads, heads // kv_heads, length)
     # a finite start: a query that sees nothing has no maximum
     state = (jnp.zeros((), jnp.int32), jnp.full(shape, -1e30), jnp.zeros(shape), jnp.zeros((*shape, width)))
-    state = jax.lax.while_loop(lambda state: state[0] * pages * size < most, read, state)
+    state = jax.lax.while_loop(lambda state: state[0] * size < most, read, state)
     out_BKGTH = state[3] / jnp.maximum(state[2], 1e-30)[..., None]
     return jnp.moveaxis(out_BKGTH, 3, 1).reshape(query_BTNH.shape).astype(query_BTNH.dtype)
