@@ -1,18 +1,20 @@
-"""Eight fake CPU devices, strict rank promotion, and a compilation cache shared by all tests."""
+"""Eight fake CPU devices (MOR_TEST_PLATFORM=cuda: the GPU), strict rank promotion, one compilation cache for all."""
 
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+_PLATFORM = os.environ.get("MOR_TEST_PLATFORM", "cpu")  # cuda, with -m gpu
+os.environ["JAX_PLATFORMS"] = _PLATFORM
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     # fake devices share few threads: collectives that run in different orders on different devices wait for ever
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     "--xla_backend_optimization_level=0",  # tests compile far longer than they compute
 )
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
+if _PLATFORM == "cpu":
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -9,7 +9,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from mor_jax import presets
+from mor_jax.infer.attention import prompts_backend
+from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.engine_options import EngineOptions, engine_shape
+from mor_jax.infer.prefill import prefill
 from mor_jax.infer.stages import dispatch
 from mor_jax.infer.state import empty_control, init_state
 from mor_jax.infer.weights import prepare_weights
@@ -102,3 +105,15 @@ def test_a_dispatch_of_the_engine(preset, options, gpu):
     assert set(kernels) == {*LAYER, "choose_places", "sample_head", "sample_combine"}
     layers = [kernel for kernel in kernels if kernel in LAYER]
     assert layers == list(LAYER) * (len(layers) // len(LAYER))
+
+
+def test_a_chunk_of_a_prompt(gpu):
+    """Every layer attends by the training's forward kernel; 32 bits do not."""
+    config = dataclasses.replace(presets.get("mor-360m-expert-r3").config.model, num_layers=5)
+    model = jax.eval_shape(lambda key: prepare_weights(config, init_params(config, key)), jax.random.key(0))
+    cache = jax.eval_shape(lambda: init_cache(config, CacheShape(2, 4096)))
+    rows, chunk = [_array(2, dtype="int32")] * 4, _array(2, 128, dtype="int32")
+    gpu()
+    kernels = _kernels(prefill, model, cache, rows[0], chunk, *rows[1:])
+    assert set(kernels) == {"mor_attention_forward"}
+    assert prompts_backend("bfloat16", 64) == "pallas" and prompts_backend("float32", 64) == "xla"

@@ -104,14 +104,41 @@ def test_what_attends_block_by_block_gives_the_same(routing, kv, monkeypatch):
     assert set(seen) == {4, 2}
 
 
-def test_blocks_of_pages_add_up_to_plain_attention():
+def _chunk_and_pages(dtype="float32", head_dim=8):
+    """Five queries of three rows, 6 heads on 2, over 7 pages of 4 entries."""
     rng, size, pages = np.random.default_rng(0), 4, 7
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     table_BM = jnp.asarray(rng.permutation(3 * pages).reshape(3, pages), jnp.int32)
-    cached, query_BTNH = (draw(3 * pages, size * 2 * 8), draw(3 * pages, size * 2 * 8)), draw(3, 5, 6, 8)
+    pool = (3 * pages, size * 2 * head_dim)
     # the second row ends in the first block, the third is full; two queries see nothing
     visible_BT = jnp.array([[0, 1, 7, 8, 9], [3, 4, 5, 6, 7], [28, 27, 26, 25, 0]])
-    arguments = (query_BTNH, cached, table_BM, visible_BT)
+    return (draw(3, 5, 6, head_dim), (draw(*pool), draw(*pool)), table_BM, visible_BT), size
+
+
+def _check_kernel(dtype, tolerance, *, interpret):
+    (query_BTNH, cached, table_BM, visible_BT), page_size = _chunk_and_pages(dtype, head_dim=16)
+    query32_BTNH, cached32 = jax.tree.map(lambda x: x.astype(jnp.float32), (query_BTNH, cached))
+    with jax.default_matmul_precision("highest"):
+        want = attention.attend_by_blocks(query32_BTNH, cached32, table_BM, visible_BT, page_size, 3)
+    got = attention.attend_by_kernel(query_BTNH, cached, table_BM, visible_BT, page_size, interpret=interpret)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_a_chunk_attends_by_the_kernel_as_block_by_block(dtype, tolerance):
+    _check_kernel(dtype, tolerance, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_a_chunk_attends_by_the_compiled_kernel_too():
+    _check_kernel("bfloat16", 2e-2, interpret=False)
+
+
+def test_blocks_of_pages_add_up_to_plain_attention():
+    arguments, size = _chunk_and_pages()
+    visible_BT = arguments[-1]
     want = attention._gather_and_attend(*arguments, page_size=size)
     seen = np.asarray(visible_BT) > 0
     for step in (1, 3):

@@ -5,6 +5,7 @@ Letters: B rows, T tokens of a row, M pages per group, Z entries per page, X ent
 
 import functools
 import logging
+import math
 from typing import Literal, get_args
 
 import jax
@@ -18,6 +19,8 @@ from mor_jax.infer.cache import POOL_AXES, append
 from mor_jax.infer.decode_kernel import decode_attention
 from mor_jax.infer.product_kernel import MAX_ROWS
 from mor_jax.model.attention import split_last_heads
+from mor_jax.model.attention_gpu import flash_attention
+from mor_jax.model.attention_gpu_kernels import Tiling
 from mor_jax.model.attention_tpu import target_platform
 from mor_jax.model.layer_context import KeyValue
 from mor_jax.model.layers import Rotary, apply_rotary
@@ -48,6 +51,11 @@ def _gpu() -> tuple[str, bool]:
     return f"a GPU, not device={device!r}", device == "gpu"
 
 
+def _width(head_dim: int) -> tuple[str, bool]:
+    fits = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return f"head_dim a power of 2 from 16, not {head_dim}", fits
+
+
 def _alone(shards: int) -> tuple[str, bool]:
     return f"an engine on one device, not mesh.tensor={shards}", shards == 1
 
@@ -56,15 +64,27 @@ def decode_backend(config: ModelConfig, backend: DecodeBackend = "auto", shards:
     """Choose how single tokens attend to the cache on this process's device.
 
     `pallas` is one kernel that appends and attends; it needs a GPU of its own (``shards`` is 1) and a head_dim that is
-    a power of 2 from 16. `xla` gathers the pages first and runs everywhere; prompts always use it.
+    a power of 2 from 16. `xla` gathers the pages first and runs everywhere.
 
     Raises:
         UserError: `pallas` was asked for where it cannot run.
     """
-    width = config.head_dim
-    fits = width >= 16 and width & (width - 1) == 0
-    needs = (_gpu(), _alone(shards), (f"head_dim a power of 2 from 16, not {width}", fits))
-    return _resolve("backend", backend, needs)
+    return _resolve("backend", backend, (_gpu(), _alone(shards), _width(config.head_dim)))
+
+
+def prompts_backend(dtype: str, head_dim: int) -> DecodeBackend:
+    """Choose how chunks of prompts attend to the cache where the program will run.
+
+    `pallas` gathers the pages and runs the training's flash attention, whose products round to 16 bits; `xla` reads
+    many entries block by block (``attend_by_blocks``).
+    """
+    device = target_platform()
+    needs = (
+        (f"a GPU, not device={device!r}", device == "gpu"),
+        (f"16 bits, not {dtype}", jnp.dtype(dtype).itemsize == 2),
+        _width(head_dim),
+    )
+    return _resolve("prompts", "auto", needs)
 
 
 def products_backend(rows: int, backend: DecodeBackend = "auto", shards: int = 1) -> DecodeBackend:
@@ -141,6 +161,8 @@ def _gather_and_attend(
     query_BTNH: jax.Array, cached: KeyValue, table_BM: jax.Array, visible_BT: jax.Array, *, page_size: int
 ) -> jax.Array:
     single = query_BTNH.shape[1] == 1
+    if not single and prompts_backend(query_BTNH.dtype.name, query_BTNH.shape[-1]) == "pallas":
+        return attend_by_kernel(query_BTNH, cached, table_BM, visible_BT, page_size)
     block = TOKEN_BLOCK if single else _BLOCK
     if table_BM.shape[1] * page_size > block and not (single and target_platform() == "gpu"):
         return attend_by_blocks(query_BTNH, cached, table_BM, visible_BT, page_size, max(1, block // page_size))
@@ -148,6 +170,37 @@ def _gather_and_attend(
     keys, values = (pool[table_BM].reshape(rows, pages * page_size, -1, head_dim) for pool in cached)
     mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < visible_BT[:, :, None]
     return jax.nn.dot_product_attention(query_BTNH, keys, values, mask=mask_BTX[:, None], implementation="xla")
+
+
+def attend_by_kernel(
+    query_BTNH: jax.Array,
+    cached: KeyValue,
+    table_BM: jax.Array,
+    visible_BT: jax.Array,
+    page_size: int,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Copy the pages of every row one after the other, and attend by the flash attention of training.
+
+    The copy is of all pages that a row may have; the kernel reads up to the last entry that a block of queries sees.
+
+    Args:
+        query_BTNH: rotated, of 16 bits.
+        cached: keys and values [P, Z * K * H] of one layer.
+        table_BM: int32 pages of each row's group.
+        visible_BT: int32 leading entries that each query sees; one that sees none returns zeros.
+        page_size: Z.
+        interpret: run in Pallas' interpreter, for tests.
+
+    Returns:
+        Output [B, T, N, H] in the queries' dtype; sums are float32.
+    """
+    multiple = math.lcm(Tiling().key_multiple, page_size) // page_size
+    table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % multiple)))  # or the copy would be copied
+    shape = (table_BM.shape[0], table_BM.shape[1] * page_size, -1, query_BTNH.shape[-1])
+    keys, values = (pool[table_BM].reshape(shape) for pool in cached)
+    return flash_attention(query_BTNH, keys, values, None, visible_BT, interpret=interpret)
 
 
 def attend_by_blocks(

@@ -16,6 +16,7 @@ from mor_jax.infer.cache import Cache, PagedCache, hold_cache, kv_layout, reserv
 from mor_jax.infer.layers import block_pass, decode_context, edge_layer, embed, logits
 from mor_jax.infer.walk import Walk, advance, boundary_scores, start_walk
 from mor_jax.infer.weights import DecodeModel
+from mor_jax.model.attention_tpu import target_platform
 from mor_jax.model.rows import take_rows
 
 
@@ -41,7 +42,7 @@ def prefill(
     count_B: jax.Array,
     max_depth_B: jax.Array,
     *,
-    piece: int = 64,
+    piece: int | None = None,
     return_logits: bool = False,
     return_scores: bool = False,
 ) -> tuple[Cache, PrefillOutput]:
@@ -55,7 +56,8 @@ def prefill(
         start_B: int32 tokens that the sequence has already read.
         count_B: int32 tokens to read; a row with 0 does nothing.
         max_depth_B: int32 budget of passes per token.
-        piece: tokens per row that a recursion computes at a time where it does not compute all.
+        piece: tokens per row that a recursion computes at a time; None is a quarter of T, at least 64, and on a GPU all
+            of them where a recursion is the first, which every token takes.
         return_logits: whether to compute the last layer's output and the logits; a prompt only needs its keys.
         return_scores: whether to return what expert-choice compared with its boundaries.
 
@@ -74,7 +76,8 @@ def prefill(
     for recursion in range(kv_layout(model.config).passes):
         if model.config.routing.kind == "expert" and return_scores:
             scores.append(boundary_scores(model, walk))
-        out_BTD, cache = _pass(model, cache, walk, positions_BT, sequence_B, recursion, min(piece, length))
+        size = _piece(length, recursion) if piece is None else piece
+        out_BTD, cache = _pass(model, cache, walk, positions_BT, sequence_B, recursion, min(size, length))
         walk = advance(model, walk, out_BTD)
     x_BTD, edge = edge_layer(model, edge, walk.x_BTD, context, 1)
     cache = hold_cache(dataclasses.replace(cache, edge=edge))
@@ -84,6 +87,12 @@ def prefill(
         depth_BT=depth_BT,
         score_RBT=jnp.stack(scores) if scores else None,
     )
+
+
+def _piece(length: int, recursion: int) -> int:
+    """A GPU computes many rows as fast as few; elsewhere a chunk that a prompt does not fill costs what it holds."""
+    whole = recursion == 0 and target_platform() == "gpu"
+    return length if whole else max(64, length // 4)
 
 
 def _edge_store(
