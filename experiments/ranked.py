@@ -44,6 +44,12 @@ RANKED = (
     ("closing_the_gap", "plain-alpha-1-s0"),
     ("test_time_scaling", "expert-r4-s0"),
     ("routers", "expert-mlp-s0"),
+    *(("closing_the_gap", f"plain-alpha-{alpha}-s{seed}") for seed in (1, 2) for alpha in (1, 2)),
+    ("closing_the_gap", "paper-loss-0.01-s0"),
+    ("closing_the_gap", "plain-alpha-2-loss-0.01-s0"),
+    ("capacity", "low-s0"),
+    ("capacity", "high-s0"),
+    ("capacity", "warm-up-s0"),
 )
 """(experiment, run), most important first: MoR, recursive and vanilla over seeds; then one change at a time."""
 _LEAST_RUNS = 2

@@ -206,7 +206,7 @@ def _measure(options: Arguments) -> Measure:
 
     def measure(folder: Path) -> dict[str, Any]:
         first = folder.name.startswith(("mor_vs_baselines", "test_time_scaling")) and folder.name.endswith("-s0")
-        chosen = in_full if first else by_source
+        chosen = in_full if first or folder.name.startswith("closing_the_gap") else by_source
         try:
             return chosen(folder) if chosen else {}
         except Exception as error:

@@ -5,6 +5,7 @@ Weights are random, prompts one token, as in ``mor bench serve``; every sequence
 """
 
 import dataclasses
+import importlib
 import json
 import sys
 import time
@@ -69,8 +70,7 @@ def main() -> int:
     settings = tyro.cli(Settings, description=__doc__)
     config = parse_model(settings.model)
     try:
-        import torch
-        import transformers
+        torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: this script needs torch and transformers") from error
     require(torch.cuda.is_available(), "device: torch finds no NVIDIA GPU")
