@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.config import MeshConfig
+from mor_jax.bench.measure import random_batch
+from mor_jax.config import Config, MeshConfig, ModelConfig, PerfConfig, TrainConfig
+from mor_jax.model.transformer import init_params
 from mor_jax.parallel import make_mesh
 from mor_jax.train import loss, loss_gpu
 from mor_jax.train.loss import fused_cross_entropy
 from mor_jax.train.loss_gpu import RowTile, softmax_gradient
+from mor_jax.train.step import loss_fn
 
 TILE = RowTile(columns=32, warps=4)
 GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -133,8 +136,10 @@ def test_compiled_loss_with_the_kernel_equals_the_one_without(dtype, tolerance):
     hidden_BTD, head_VD, *rest = _arguments(dtype, 250, 960, 49152)
     arguments = (hidden_BTD, head_VD / 30, *rest)
     settings = {"chunk": 96, "z_coefficient": 1e-4, "logits_dtype": dtype}
-    wanted = _value_and_gradients(arguments, **settings)
-    _compare(_value_and_gradients(arguments, fused=True, **settings), wanted, tolerance)
+    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):  # not TF32
+        wanted = _value_and_gradients(arguments, **settings)
+        found = _value_and_gradients(arguments, fused=True, **settings)
+    _compare(found, wanted, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +155,18 @@ def test_on_a_mesh_the_kernel_takes_whole_vocabularies(mesh, kernel, calls):
     assert calls == ([(10, 96)] if kernel else [])
     for got, want in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["xla", "triton"])
+def test_perf_fusion_chooses_the_kernel_in_the_train_step(fusion, calls):
+    model = ModelConfig(48, 2, 16, 2, 1, 8, 24, 21, dtype="float32")
+    perf = PerfConfig(fusion=fusion, attention_backend="xla", loss_chunk=16)
+    config = Config(model=model, train=TrainConfig(batch_size=2, steps=100), perf=perf)
+    batch = {name: jnp.asarray(x) for name, x in random_batch(model, 2, packed=False, seed=0).items()}
+    params = init_params(model, jax.random.key(0))
+    bias_R, key = jnp.zeros(1), jax.random.key(1)
+    jax.eval_shape(jax.grad(lambda params: loss_fn(config, params, bias_R, batch, key, None)[0]), params)
+    assert calls == ([(32, 48)] if fusion == "triton" else [])
 
 
 def test_a_chunk_too_large_to_address_is_left_to_xla():
