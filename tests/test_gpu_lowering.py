@@ -19,6 +19,7 @@ from mor_jax.infer.weights import prepare_weights
 from mor_jax.model.attention_gpu import flash_attention
 from mor_jax.model.fused_gpu import add_norm, skip_norm, swiglu
 from mor_jax.model.transformer import init_params
+from mor_jax.train.loss import fused_cross_entropy
 
 # jax 0.11 and 0.12 say it, and lower them all the same
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -32,11 +33,15 @@ def gpu(monkeypatch):
     return lambda: monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
+def _lowered(function, *arguments, **static):
+    """Text of the program lowered for CUDA."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        return function.trace(*arguments, **static).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def _kernels(function, *arguments, **static):
     """Lower for CUDA; return the names of the program's Triton kernels, those of a function called often once."""
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
-        lowered = function.trace(*arguments, **static).lower(lowering_platforms=("cuda",))
-    text = lowered.as_text()
+    text = _lowered(function, *arguments, **static)
     names = re.findall(r'__gpu\$xla\.gpu\.triton.*?name = "(\w+)"', text)
     assert len(names) == text.count("__gpu$xla.gpu.triton")
     return names
@@ -77,6 +82,24 @@ def test_norms_and_activation_with_their_gradients(gpu):
     ]  # fmt: skip
     assert _with_gradients(lambda x, scale: skip_norm(x, scale, 1e-5), hidden, scale) == ["mor_norm_gradient"]
     assert _with_gradients(swiglu, _array(2, 100, 2, 2560)) == ["mor_swiglu_gradient"]
+
+
+@pytest.mark.parametrize(("vocabulary", "logits_dtype"), [(49152, "bfloat16"), (50257, "bfloat16"), (1000, "float32")])
+def test_loss_with_its_gradient(vocabulary, logits_dtype, gpu):
+    """Nothing of the logits' size but products and the kernel, which writes over logits of the gradient's dtype."""
+    gpu()
+    arguments = (_array(2, 300, 960), _array(vocabulary, 960, dtype="float32"))
+    rest = (_array(2, 300, dtype="int32"), _array(2, 300, dtype="float32"))
+
+    def loss(arguments, targets, weights):
+        hidden, head = arguments
+        settings = {"chunk": 128, "z_coefficient": 1e-4, "logits_dtype": logits_dtype}
+        return fused_cross_entropy(hidden, head, targets, weights, fused=True, **settings).loss_sum
+
+    function = jax.jit(jax.value_and_grad(loss))
+    assert _kernels(function, arguments, *rest) == ["mor_cross_entropy"]
+    text = _lowered(function, arguments, *rest)
+    assert ("output_operand_aliases = [#stablehlo" in text) == (logits_dtype == "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ class PerfConfig:
     """How the loss keeps the logits of a chunk; softmax and sums are float32 in any case. `auto` is bfloat16 for a
     bfloat16 model on a GPU (as the release rounds them), float32 elsewhere."""
     fusion: Fusion = "auto"
-    """Norms, SwiGLU and the projections' gradients: as XLA fuses them, or this project's kernels (GPUs, rows whole)."""
+    """Norms, SwiGLU, the projections' gradients and the softmax of the loss: as XLA fuses them, or this project's
+    kernels (GPUs, rows whole)."""
     whole_block: bool | None = None
     """Under `fsdp`: gather the shared block's weights once per micro-batch, for all recursions, forward and backward,
     and keep them whole in the compute dtype, rather than gather them at every use; None is yes if they take at most

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from mor_jax.array_types import Array, Float, Hidden, Int
 from mor_jax.axes import on_shards
 from mor_jax.config import ModelConfig
+from mor_jax.train import loss_gpu
 from mor_jax.train.loss_shards import (
     HEAD,
     HIDDEN,
@@ -72,8 +73,8 @@ def _unchunked(x_IBCX: jax.Array, length: int) -> jax.Array:
 
 
 def _chunk_logits(hidden_BCD: jax.Array, head_VD: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Logits, accumulated in float32, kept in ``dtype``, float32 again for whoever reads them."""
-    return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=dtype).astype(jnp.float32)
+    """Logits, accumulated in float32, kept in ``dtype``."""
+    return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=dtype)
 
 
 def _is_target(targets_BC: jax.Array, vocabulary: VocabularyShard) -> jax.Array:
@@ -84,8 +85,34 @@ def _chunk_nll(
     logits_BCV: jax.Array, targets_BC: jax.Array, vocabulary: VocabularyShard
 ) -> tuple[jax.Array, jax.Array]:
     """Return (negative log-likelihood, log-sum-exp), float32 [B, C] each."""
+    logits_BCV = logits_BCV.astype(jnp.float32)
     lse_BC = vocabulary.logsumexp(logits_BCV)
     return lse_BC - vocabulary.pick(logits_BCV, targets_BC), lse_BC
+
+
+def _chunk_gradient(
+    logits_BCV: jax.Array,
+    targets_BC: jax.Array,
+    weights_BC: jax.Array,
+    vocabulary: VocabularyShard,
+    dtype: DTypeLike,
+    z_coefficient: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (weighted gradient in the logits, in ``dtype``; negative log-likelihood; log-sum-exp)."""
+    nll_BC, lse_BC = _chunk_nll(logits_BCV, targets_BC, vocabulary)
+    probability_BCV = jnp.exp(logits_BCV.astype(jnp.float32) - lse_BC[..., None])
+    scale_BC = 1.0 + 2.0 * z_coefficient * lse_BC
+    grad_BCV = probability_BCV * scale_BC[..., None] - _is_target(targets_BC, vocabulary)
+    return (grad_BCV * weights_BC[..., None]).astype(dtype), nll_BC, lse_BC
+
+
+def _chunk_gradient_kernel(
+    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, dtype: DTypeLike, z_coefficient: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What ``_chunk_gradient`` returns, in one kernel, for logits of the whole vocabulary."""
+    rows = (logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1), weights_BC.reshape(-1))
+    grad_MV, nll_M, lse_M = loss_gpu.softmax_gradient(*rows, dtype, z_coefficient)
+    return grad_MV.reshape(logits_BCV.shape), nll_M.reshape(targets_BC.shape), lse_M.reshape(targets_BC.shape)
 
 
 def fused_cross_entropy(
@@ -97,6 +124,7 @@ def fused_cross_entropy(
     chunk: int,
     z_coefficient: float = 0.0,
     logits_dtype: DTypeLike = jnp.float32,
+    fused: bool = False,
 ) -> CrossEntropy:
     """Sum the weighted cross-entropy of a batch, one chunk of positions at a time.
 
@@ -111,6 +139,8 @@ def fused_cross_entropy(
         chunk: positions per chunk, of a device's share of each row; T need not be a multiple.
         z_coefficient: weight of the squared log-sum-exp of the logits.
         logits_dtype: how the logits of a chunk lie in memory: bfloat16 rounds them, and moves half the bytes.
+        fused: when differentiated, softmax and gradient of a chunk in one kernel for GPUs (``loss_gpu``) where each
+            device holds the whole vocabulary; the value alone, and split vocabularies, are XLA's in any case.
 
     Returns:
         ``CrossEntropy`` of float32 scalars.
@@ -119,14 +149,14 @@ def fused_cross_entropy(
         Chowdhery et al., PaLM (2022), section 5, for the logit z-loss.
     """
     with jax.named_scope("head_loss"):
-        settings = (chunk, float(z_coefficient), jnp.dtype(logits_dtype))
+        settings = (chunk, float(z_coefficient), jnp.dtype(logits_dtype), fused)
         sums = _cross_entropy(settings, hidden_BTD, head_VD, targets_BT, weights_BT)
     nll_sum, z_sum, loss_sum = sums
     return CrossEntropy(nll_sum=nll_sum, z_sum=z_sum, loss_sum=loss_sum)
 
 
 def _cross_entropy_sums(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
-    chunk, z_coefficient, logits_dtype = settings
+    chunk, z_coefficient, logits_dtype, _ = settings
 
     def local(hidden_BTD, head_VD, targets_BT, weights_BT):
         head = whole_width(head_VD.astype(hidden_BTD.dtype))
@@ -147,7 +177,7 @@ def _cross_entropy_sums(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
 
 
 def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
-    chunk, z_coefficient, logits_dtype = settings
+    chunk, z_coefficient, logits_dtype, fused = settings
     dtype = hidden_BTD.dtype
 
     def local(hidden_BTD, head_VD, targets_BT, weights_BT):
@@ -158,11 +188,11 @@ def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT
             nll_sum, z_sum, grad_head_VD = carry
             hidden_BCD, targets_BC, weights_BC = inputs
             logits_BCV = _chunk_logits(hidden_BCD, head, logits_dtype)
-            nll_BC, lse_BC = _chunk_nll(logits_BCV, targets_BC, vocabulary)
-            probability_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
-            scale_BC = 1.0 + 2.0 * z_coefficient * lse_BC
-            grad_BCV = probability_BCV * scale_BC[..., None] - _is_target(targets_BC, vocabulary)
-            grad_BCV = (grad_BCV * weights_BC[..., None]).astype(dtype)
+            tokens = (logits_BCV, targets_BC, weights_BC)
+            if fused and vocabulary.is_whole and loss_gpu.takes(targets_BC.size, vocabulary.size):
+                grad_BCV, nll_BC, lse_BC = _chunk_gradient_kernel(*tokens, dtype, z_coefficient)
+            else:
+                grad_BCV, nll_BC, lse_BC = _chunk_gradient(*tokens, vocabulary, dtype, z_coefficient)
             grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head, preferred_element_type=jnp.float32).astype(dtype)
             grad_head_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
             nll_sum += jnp.sum(nll_BC * weights_BC)
@@ -183,7 +213,7 @@ def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT
 
 
 def _cross_entropy_backward(settings, residuals, cotangents):
-    _, z_coefficient, _ = settings
+    _, z_coefficient, _, _ = settings
     grad_BTD, grad_head_VD = residuals
     nll_cotangent, _, cotangent = cotangents
     if z_coefficient == 0.0:

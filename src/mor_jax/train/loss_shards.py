@@ -53,6 +53,11 @@ class VocabularyShard:
     size: int
     """V: entries of this part."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is no other part."""
+        return not _split("tensor")
+
     def sum(self, x: jax.Array) -> jax.Array:
         """Sum over the parts."""
         return jax.lax.psum(x, "tensor") if _split("tensor") else x
