@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.axes import constrain
+from mor_jax.axes import axis_size, constrain
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.model.attention_backend import attend, resolve_backend
 from mor_jax.model.layer_context import KeyValue, KeyValueStore, LayerContext
-from mor_jax.model.layers import apply_rotary, compute_weight, normal_init
+from mor_jax.model.layers import Rotary, apply_rotary, compute_weight, normal_init
 from mor_jax.model.relaxation import low_rank
+from mor_jax.model.rotary_gpu import can_rotate, rotate, split_rotate
 from mor_jax.model.rows import merge_rows
 
 JOINT_PROJECTION = "query_key_value"
@@ -60,12 +61,18 @@ class Attention(nn.Module):
         output = self.param("output", normal_init(config, "heads", "head_dim", "embed"), (heads, head_dim, width))
 
         query, key_value, output = (w.astype(x_BCD.dtype) for w in (query, key_value, output))
-        if self.perf.fusion == "triton":
-            query, key_value, output = map(compute_weight, (query, key_value, output))
-        query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query)
-        query_BCNH = apply_rotary(query_BCNH + low_rank(config, lora, "query", x_BCD), context.rotary)
+        fused = self.perf.fusion == "triton"
+        output = compute_weight(output) if fused else output
+        projects_kv = cached is None or context.update is not None or context.fresh_BS is not None
+        if fused and _joins(config, lora):
+            query_BCNH, fresh = _project_jointly(x_BCD, query, key_value if projects_kv else None, context.rotary)
+        else:
+            query, key_value = map(compute_weight, (query, key_value)) if fused else (query, key_value)
+            query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query)
+            query_BCNH = apply_rotary(query_BCNH + low_rank(config, lora, "query", x_BCD), context.rotary)
+            fresh = self._key_value(x_BCD, key_value, context.rotary, lora) if projects_kv else None
         query_BCNH = constrain(query_BCNH, "batch", "sequence", "heads", "head_dim")
-        keys, values = self._key_value(x_BCD, key_value, context, cached, lora)
+        keys, values = _mixed(fresh, cached, context)
         backend = resolve_backend(self.perf.attention_backend, config.dtype, head_dim)
         query_BCNH, keys, values = (
             checkpoint_name(a, n) for a, n in ((query_BCNH, "query"), (keys, "key"), (values, "value"))
@@ -93,20 +100,53 @@ class Attention(nn.Module):
         out_BCNH, cached = store.attend(projected_BCMH, cached, context.rotary)
         return jnp.einsum("BCNH,NHD->BCD", out_BCNH, output.astype(x_BCD.dtype)), cached
 
-    def _key_value(
-        self, x_BCD: jax.Array, key_value: jax.Array, context: LayerContext, cached: KeyValue | None, lora: Any
-    ) -> KeyValue:
-        if cached is not None and context.update is None and context.fresh_BS is None:
-            return cached
+    def _key_value(self, x_BCD: jax.Array, key_value: jax.Array, rotary: Rotary, lora: Any) -> KeyValue:
         fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value)
         fresh = fresh + low_rank(self.config, lora, "key_value", x_BCD)
-        keys, values = apply_rotary(fresh[:, :, 0], context.rotary), fresh[:, :, 1]
-        if cached is None:
-            return keys, values
-        if context.update is not None:
-            fresh_and_cached = (constrain(a, "batch", None, "kv_heads", None) for a in (keys, values, *cached))
-            keys, values, old_keys, old_values = fresh_and_cached
-            return merge_rows(keys, old_keys, context.update), merge_rows(values, old_values, context.update)
-        assert context.fresh_BS is not None
-        fresh_BS11 = context.fresh_BS[:, :, None, None]
-        return jnp.where(fresh_BS11, keys, cached[0]), jnp.where(fresh_BS11, values, cached[1])
+        return apply_rotary(fresh[:, :, 0], rotary), fresh[:, :, 1]
+
+
+def _joins(config: ModelConfig, lora: Any) -> bool:
+    """Whether queries, keys and values can be one product.
+
+    Not with low-rank updates, which come before the rotation, and not where `tensor` splits the heads: queries and
+    keys are split each by itself, so to join their weights would move them.
+    """
+    updated = lora is not None and ("query" in lora or "key_value" in lora)
+    return not updated and axis_size("tensor") == 1 and can_rotate(config.head_dim)
+
+
+def _project_jointly(
+    x_BCD: jax.Array, query_DNH: jax.Array, key_value_D2KH: jax.Array | None, rotary: Rotary
+) -> tuple[jax.Array, KeyValue | None]:
+    """Return rotated queries and, if their weight is given, rotated keys, and values: one product, one kernel.
+
+    The weights are joined at every use. Uses of a shared block join the same arrays, which XLA does once.
+    """
+    width, heads, head_dim = query_DNH.shape
+    joint_DMH = query_DNH
+    if key_value_D2KH is not None:
+        joint_DMH = jnp.concatenate([query_DNH, key_value_D2KH.reshape(width, -1, head_dim)], axis=1)
+    joint_DX = compute_weight(joint_DMH.reshape(width, -1))
+    joint_BCX = jnp.einsum("BCD,DX->BCX", x_BCD, joint_DX)
+    if key_value_D2KH is None:
+        return rotate(joint_BCX, rotary, heads), None
+    query_BCNH, keys, values = split_rotate(joint_BCX, rotary, heads, key_value_D2KH.shape[2])
+    return query_BCNH, (keys, values)
+
+
+def _mixed(fresh: KeyValue | None, cached: KeyValue | None, context: LayerContext) -> KeyValue:
+    """The keys and values to attend to: fresh ones, cached ones, or cached ones with some rows replaced."""
+    if fresh is None:
+        assert cached is not None
+        return cached
+    if cached is None:
+        return fresh
+    keys, values = fresh
+    if context.update is not None:
+        fresh_and_cached = (constrain(a, "batch", None, "kv_heads", None) for a in (keys, values, *cached))
+        keys, values, old_keys, old_values = fresh_and_cached
+        return merge_rows(keys, old_keys, context.update), merge_rows(values, old_values, context.update)
+    assert context.fresh_BS is not None
+    fresh_BS11 = context.fresh_BS[:, :, None, None]
+    return jnp.where(fresh_BS11, keys, cached[0]), jnp.where(fresh_BS11, values, cached[1])

@@ -28,7 +28,8 @@ def _interpret() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _call(kernel: Any, warps: int, name: str, **arguments: Any) -> Any:
+def call_kernel(kernel: Any, warps: int, name: str, **arguments: Any) -> Any:
+    """``pallas_call`` in one stage, compiled by Triton; in the interpreter where the process has no GPU."""
     params = {} if _interpret() else {"compiler_params": plt.CompilerParams(num_warps=warps, num_stages=1)}
     return pl.pallas_call(kernel, interpret=_interpret(), name=name, **params, **arguments)
 
@@ -72,31 +73,41 @@ def skip_norm(x_BCD: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax
     return on_shards(local, (_HIDDEN, _SCALE), (_HIDDEN, _HIDDEN))(x_BCD, scale_D)
 
 
-def _add_norm_kernel(x_ref: Any, delta_ref: Any, scale_ref: Any, total_ref: Any, normed_ref: Any, *, size: Any) -> None:
+def _norm_kernel(scale_ref: Any, *refs: Any, size: Any) -> None:
+    """``refs`` are x and its norm, or x, delta, their sum and its norm."""
     rows, width, epsilon = size
-    inside = _inside(pl.program_id(0) * _ROWS, x_ref.shape, rows, width)
+    *inputs, normed_ref = refs
+    inside = _inside(pl.program_id(0) * _ROWS, normed_ref.shape, rows, width)
     load = lambda ref: plt.load(ref, mask=inside, other=0.0).astype(jnp.float32)  # noqa: E731
-    total = (load(x_ref) + load(delta_ref)).astype(total_ref.dtype)
-    x32 = total.astype(jnp.float32)
+    x32 = load(inputs[0])
+    if len(inputs) == 3:
+        _, delta_ref, total_ref = inputs
+        total = (x32 + load(delta_ref)).astype(total_ref.dtype)
+        plt.store(total_ref, total, mask=inside)
+        x32 = total.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.sum(x32 * x32, axis=1) / width + epsilon)
     normed = x32 * inverse[:, None] * scale_ref[...][None, :]
-    plt.store(total_ref, total, mask=inside)
     plt.store(normed_ref, normed.astype(normed_ref.dtype), mask=inside)
 
 
-def _add_norm_forward(epsilon, x_MD, delta_MD, scale_D):
-    rows, width = x_MD.shape
+def _norm(name: str, epsilon: float, scale_D: jax.Array, *inputs_MD: jax.Array) -> list[jax.Array]:
+    """Return [norm of x], or of x and delta [x + delta, its norm]."""
+    rows, width = inputs_MD[0].shape
     padded = _power_of_two(width)
     block = pl.BlockSpec((_ROWS, padded), lambda i: (i, 0))
-    total, normed = _call(
-        functools.partial(_add_norm_kernel, size=(rows, width, epsilon)),
+    return call_kernel(
+        functools.partial(_norm_kernel, size=(rows, width, epsilon)),
         4,
-        "mor_add_norm",
+        name,
         grid=(pl.cdiv(rows, _ROWS),),
-        in_specs=[block, block, pl.BlockSpec((padded,), lambda _: (0,))],
-        out_specs=[block, block],
-        out_shape=[jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype)] * 2,
-    )(x_MD, delta_MD, jnp.pad(scale_D, (0, padded - width)))
+        in_specs=[pl.BlockSpec((padded,), lambda _: (0,)), *[block] * len(inputs_MD)],
+        out_specs=[block] * len(inputs_MD),
+        out_shape=[jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype) for x_MD in inputs_MD],
+    )(jnp.pad(scale_D, (0, padded - width)), *inputs_MD)
+
+
+def _add_norm_forward(epsilon, x_MD, delta_MD, scale_D):
+    total, normed = _norm("mor_add_norm", epsilon, scale_D, x_MD, delta_MD)
     return (total, normed), (total, scale_D)
 
 
@@ -128,7 +139,7 @@ def _norm_gradient(epsilon, x_MD, scale_D, skip_MD, grad_MD):
     rows, width = x_MD.shape
     padded, programs = _power_of_two(width), pl.cdiv(rows, _CHUNK)
     block = pl.BlockSpec((_CHUNK, padded), lambda i: (i, 0))
-    grad_x, grad_scale = _call(
+    grad_x, grad_scale = call_kernel(
         functools.partial(_norm_gradient_kernel, size=(rows, width, epsilon)),
         4,
         "mor_norm_gradient",
@@ -158,9 +169,7 @@ _add_norm.defvjp(_add_norm_forward, _add_norm_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _skip_norm(epsilon, x_MD, scale_D):
-    x32 = x_MD.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return x_MD, (x32 * inverse * scale_D[None, :]).astype(x_MD.dtype)
+    return x_MD, *_norm("mor_skip_norm", epsilon, scale_D, x_MD)
 
 
 def _skip_norm_forward(epsilon, x_MD, scale_D):
@@ -210,7 +219,7 @@ def _swiglu_backward(gate_up, grad):
     padding = -rows % _SWIGLU_ROWS
     if padding:
         gate_up_MXF, grad_MF = (jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (gate_up_MXF, grad_MF))
-    out_MXF = _call(
+    out_MXF = call_kernel(
         _swiglu_gradient_kernel,
         8,
         "mor_swiglu_gradient",

@@ -1,0 +1,169 @@
+"""Rotary embedding of queries and keys out of their joint projection with the values, in Pallas (Triton).
+
+One kernel reads the joint product once and writes rotated queries, rotated keys and values; one reads their three
+gradients once and writes the gradient of the joint product. So the projection is one product forward, and one for each
+of its gradients backward, with nothing to add, pad or slice around them (docs/performance.md has what XLA made of it).
+
+Letters: B rows, C tokens of a row, N query heads, K key/value heads, H head dim, X = (N + 2K) H or N H.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from mor_jax.axes import on_shards
+from mor_jax.model.fused_gpu import call_kernel
+from mor_jax.model.layers import Rotary
+
+ROWS = 32
+"""Tokens per program."""
+HEADS = 5
+"""Heads per program, about: whole groups of a key/value head, its queries and its values, at least one."""
+WARPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Heads of a joint projection: queries, then `kv_heads` keys and as many values, or queries alone (0)."""
+
+    heads: int
+    kv_heads: int
+    rows: int
+    groups_per_program: int
+    warps: int
+
+    @property
+    def groups(self) -> int:
+        """Parts that a token's heads fall into, each read by one program: a key/value head's own, or single heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def parts(self) -> list[tuple[int, int, bool]]:
+        """Per output: its heads in a group, its first head in the joint projection, whether it rotates."""
+        queries = (self.heads // self.groups, 0, True)
+        if not self.kv_heads:
+            return [queries]
+        return [queries, (1, self.heads, True), (1, self.heads + self.kv_heads, False)]
+
+    @property
+    def name(self) -> str:
+        """The forward kernel's."""
+        return "mor_split_rotate" if self.kv_heads else "mor_rotate"
+
+
+def _layout(heads: int, kv_heads: int) -> _Layout:
+    groups = kv_heads or heads
+    size = (heads + 2 * kv_heads) // groups
+    fitting = [count for count in range(1, groups + 1) if groups % count == 0 and count * size <= HEADS]
+    return _Layout(heads, kv_heads, ROWS, max(fitting, default=1), WARPS)
+
+
+def can_rotate(head_dim: int) -> bool:
+    """Whether the kernels take this head dim: Triton's blocks are powers of two."""
+    return head_dim >= 2 and head_dim & (head_dim - 1) == 0
+
+
+def split_rotate(
+    joint_BCX: jax.Array, rotary: Rotary, heads: int, kv_heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Split a joint projection; rotate queries and keys in float32, back to its dtype, as ``apply_rotary`` does.
+
+    Args:
+        joint_BCX: [B, C, (N + 2K) H]: queries, keys, values. Every device has all heads of its tokens.
+        rotary: cosine and sine, float32 [B or 1, C, 1, H/2]; they get no gradient.
+        heads: N, a multiple of K.
+        kv_heads: K.
+
+    Returns:
+        Queries [B, C, N, H], keys and values [B, C, K, H].
+    """
+    query, key, value = _on_rows(_layout(heads, kv_heads), joint_BCX, rotary)
+    return query, key, value
+
+
+def rotate(x_BCX: jax.Array, rotary: Rotary, heads: int) -> jax.Array:
+    """Rotate queries alone, [B, C, N H] to [B, C, N, H]; see ``split_rotate``."""
+    return _on_rows(_layout(heads, 0), x_BCX, rotary)[0]
+
+
+def _on_rows(layout: _Layout, joint_BCX: jax.Array, rotary: Rotary) -> tuple[jax.Array, ...]:
+    def local(joint_BCX: jax.Array, rotary: Rotary) -> tuple[jax.Array, ...]:
+        split: Any = _split
+        cos, sin = (table[:, :, 0] for table in rotary)
+        parts = split(layout, joint_BCX, cos, sin)
+        return tuple(part.reshape(*part.shape[:2], -1, 2 * cos.shape[-1]) for part in parts)
+
+    joint = ("batch", "sequence", None)
+    table = ("batch" if rotary[0].shape[0] == joint_BCX.shape[0] else None, "sequence", None, None)
+    heads = ("batch", "sequence", None, None)
+    return on_shards(local, (joint, (table, table)), (heads,) * len(layout.parts))(joint_BCX, rotary)
+
+
+def _kernel(cos_ref: Any, sin_ref: Any, *refs: Any, layout: _Layout, tokens: int, backward: bool) -> None:
+    """Copy heads of a block of tokens between the joint tensor and its parts, rotated; ``backward`` goes back."""
+    (*part_refs, joint_ref) = refs if backward else (*refs[1:], refs[0])
+    rows, half = cos_ref.shape
+    inside = pl.program_id(1) * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, half), 0) < tokens
+    cos, sin = (plt.load(ref, mask=inside, other=0.0) for ref in (cos_ref, sin_ref))
+    sin = -sin if backward else sin
+
+    def copy(source_ref: Any, start: Any, target_ref: Any, to: Any, *, rotates: bool) -> None:
+        halves = [(slice(None), pl.ds(start + offset, half)) for offset in (0, half)]
+        first, second = (plt.load(source_ref.at[block], mask=inside, other=0.0) for block in halves)
+        if rotates:
+            first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+            first, second = first * cos - second * sin, second * cos + first * sin
+        for offset, out in ((0, first), (half, second)):
+            block = (slice(None), pl.ds(to + offset, half))
+            plt.store(target_ref.at[block], out.astype(target_ref.dtype), mask=inside)
+
+    for unit in range(layout.groups_per_program):
+        group = pl.program_id(2) * layout.groups_per_program + unit
+        for part_ref, (size, first_head, rotates) in zip(part_refs, layout.parts, strict=True):
+            for index in range(size):
+                head = group * size + index
+                joint, own = (joint_ref, (first_head + head) * 2 * half), (part_ref, head * 2 * half)
+                source, target = (own, joint) if backward else (joint, own)
+                copy(*source, *target, rotates=rotates)
+
+
+def _run(layout: _Layout, inputs: Any, cos: jax.Array, sin: jax.Array, *, backward: bool) -> Any:
+    batch, tokens, _ = inputs[0].shape
+    half = cos.shape[-1]
+    widths = [size * layout.groups * 2 * half for size, *_ in layout.parts]
+    parts = [pl.BlockSpec((None, layout.rows, width), lambda b, i, _: (b, i, 0)) for width in widths]
+    joint = pl.BlockSpec((None, layout.rows, sum(widths)), lambda b, i, _: (b, i, 0))
+    shared = cos.shape[0] == 1
+    table = pl.BlockSpec((None, layout.rows, half), lambda b, i, _: (0 if shared else b, i, 0))
+    shape = lambda width: jax.ShapeDtypeStruct((batch, tokens, width), inputs[0].dtype)  # noqa: E731
+    return call_kernel(
+        functools.partial(_kernel, layout=layout, tokens=tokens, backward=backward),
+        layout.warps,
+        layout.name + "_gradient" * backward,
+        grid=(batch, pl.cdiv(tokens, layout.rows), layout.groups // layout.groups_per_program),
+        in_specs=[table, table, *(parts if backward else [joint])],
+        out_specs=[joint] if backward else parts,
+        out_shape=[shape(sum(widths))] if backward else [shape(width) for width in widths],
+    )(cos, sin, *inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _split(layout, joint_BCX, cos, sin):
+    return tuple(_run(layout, (joint_BCX,), cos, sin, backward=False))
+
+
+def _split_forward(layout, joint_BCX, cos, sin):
+    return _split(layout, joint_BCX, cos, sin), (cos, sin)
+
+
+def _split_backward(layout, residuals, grads):
+    (grad_BCX,) = _run(layout, grads, *residuals, backward=True)
+    return grad_BCX, None, None
+
+
+_split.defvjp(_split_forward, _split_backward)
