@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from mor_jax import presets
+from mor_jax.config import PerfConfig
 from mor_jax.infer.attention import prompts_backend
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.engine_options import EngineOptions, engine_shape
@@ -16,8 +17,11 @@ from mor_jax.infer.prefill import prefill
 from mor_jax.infer.stages import dispatch
 from mor_jax.infer.state import empty_control, init_state
 from mor_jax.infer.weights import prepare_weights
+from mor_jax.model.attention import Attention
 from mor_jax.model.attention_gpu import flash_attention
 from mor_jax.model.fused_gpu import add_norm, skip_norm, swiglu
+from mor_jax.model.layer_context import TokenView
+from mor_jax.model.recursion import make_context
 from mor_jax.model.transformer import init_params
 from mor_jax.train.loss import fused_cross_entropy
 
@@ -39,12 +43,15 @@ def _lowered(function, *arguments, **static):
         return function.trace(*arguments, **static).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def _kernels(function, *arguments, **static):
-    """Lower for CUDA; return the names of the program's Triton kernels, those of a function called often once."""
-    text = _lowered(function, *arguments, **static)
+def _names(text):
+    """Names of a lowered program's Triton kernels, those of a function called often once."""
     names = re.findall(r'__gpu\$xla\.gpu\.triton.*?name = "(\w+)"', text)
     assert len(names) == text.count("__gpu$xla.gpu.triton")
     return names
+
+
+def _kernels(function, *arguments, **static):
+    return _names(_lowered(function, *arguments, **static))
 
 
 def _array(*shape, dtype="bfloat16"):
@@ -55,7 +62,7 @@ def _with_gradients(function, *arguments):
     def loss(*arguments):
         return sum(jnp.sum(out.astype(jnp.float32)) for out in jax.tree.leaves(function(*arguments)))
 
-    return _kernels(jax.jit(jax.grad(loss, argnums=tuple(range(len(arguments))))), *arguments)
+    return _kernels(jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arguments))))), *arguments)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -80,7 +87,9 @@ def test_norms_and_activation_with_their_gradients(gpu):
     assert _with_gradients(lambda x, delta, scale: add_norm(x, delta, scale, 1e-5), hidden, hidden, scale) == [
         "mor_add_norm", "mor_norm_gradient",
     ]  # fmt: skip
-    assert _with_gradients(lambda x, scale: skip_norm(x, scale, 1e-5), hidden, scale) == ["mor_norm_gradient"]
+    assert _with_gradients(lambda x, scale: skip_norm(x, scale, 1e-5), hidden, scale) == [
+        "mor_skip_norm", "mor_norm_gradient",
+    ]  # fmt: skip
     assert _with_gradients(swiglu, _array(2, 100, 2, 2560)) == ["mor_swiglu_gradient"]
 
 
@@ -100,6 +109,54 @@ def test_loss_with_its_gradient(vocabulary, logits_dtype, gpu):
     assert _kernels(function, arguments, *rest) == ["mor_cross_entropy"]
     text = _lowered(function, arguments, *rest)
     assert ("output_operand_aliases = [#stablehlo" in text) == (logits_dtype == "bfloat16")
+
+
+def _attention_gradient(tokens, *, cached):
+    """The gradient of an attention layer of the 360M model by its weights and input, and abstract arguments."""
+    config = presets.get("vanilla-360m").config.model
+    layer = Attention(config, PerfConfig(attention_backend="triton", fusion="triton"))
+    rows_BC = jnp.zeros((2, tokens), jnp.int32)
+    rows_BS = jnp.zeros((2, 2048), jnp.int32)
+    own = TokenView(rows_BC, rows_BC, segments_BC=rows_BC)  # packed: plain causality would be cuDNN's
+    view = TokenView(rows_BS, rows_BS, segments_BC=rows_BS)
+
+    def loss(params, x_BCD, key_value):
+        context = make_context(config, own, keys=view if cached else None)
+        out_BCD, _ = layer.apply({"params": params}, x_BCD, context, key_value)
+        return jnp.sum(out_BCD.astype(jnp.float32))
+
+    width, heads, kv_heads, head_dim = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+    params = {
+        "query": _array(width, heads, head_dim),
+        "key_value": _array(width, 2, kv_heads, head_dim),
+        "output": _array(heads, head_dim, width),
+    }
+    key_value = (_array(2, 2048, kv_heads, head_dim),) * 2 if cached else None
+    return jax.value_and_grad(loss, argnums=(0, 1)), (params, _array(2, tokens, width), key_value)
+
+
+def _products(text):
+    """Result types of the matrix products of a lowered program, such as `2x1368x1600`, sorted."""
+    return sorted(re.findall(r"stablehlo.dot_general.*-> tensor<(.*)xbf16>", text))
+
+
+@pytest.mark.parametrize(
+    ("cached", "kernel", "columns"), [(False, "mor_split_rotate", 1600), (True, "mor_rotate", 960)]
+)
+def test_an_attention_layer_has_one_product_each_way(cached, kernel, columns, gpu):
+    """Queries, keys and values, or queries alone: one product, one kernel, and one product for every gradient."""
+    gpu()
+    gradient, arguments = _attention_gradient(1368, cached=cached)
+    text = _lowered(jax.jit(gradient), *arguments)
+    assert [name for name in _names(text) if "attention" not in name] == [kernel, f"{kernel}_gradient"]
+    tokens = "2x1368x"
+    projection = [
+        f"{tokens}{columns}",
+        f"{tokens}960",
+        f"{columns}x960",
+    ]  # forward, gradient of the input, of the weight
+    output = [f"{tokens}960", f"{tokens}15x64", "960x15x64"]
+    assert _products(text) == sorted(projection + output)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The Triton attention kernels against plain attention, values and gradients, in Pallas' interpreter."""
+"""The Triton attention kernels against plain attention, values and gradients: in the interpreter, on a GPU compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,51 @@ def test_selected_queries_over_all_keys(packed: bool):
         results.append([out, *pull(grad_out)])
     for want, got in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+def _masked_softmax(query_BTNH, key_BSKH, value_BSKH, end_BT):
+    """Attention to the keys before ``end``, written out in float32."""
+    groups = query_BTNH.shape[2] // key_BSKH.shape[2]
+    key_BSNH, value_BSNH = (jnp.repeat(x, groups, axis=2) for x in (key_BSKH, value_BSKH))
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", query_BTNH, key_BSNH) * query_BTNH.shape[-1] ** -0.5
+    visible_BTS = jnp.arange(key_BSKH.shape[1])[None, None, :] < end_BT[:, :, None]
+    share_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BNTS, -jnp.inf), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", share_BNTS, value_BSNH)
+
+
+def _check_shared_keys(queries: int, keys: int, heads: int, head_dim: int, dtype: str, tolerance: float, **options):
+    """Relative norm of the difference to float32 attention on the same inputs: output and all three gradients."""
+    *seeds, order = jax.random.split(jax.random.key(0), 5)
+    lengths, counts = (queries, keys, keys, queries), (heads, heads // 3, heads // 3, heads)
+    shapes = [(2, length, count, head_dim) for length, count in zip(lengths, counts, strict=True)]
+    *inputs, grad = (jax.random.normal(seed, shape, dtype) for seed, shape in zip(seeds, shapes, strict=True))
+    rows_BT = jnp.sort(jnp.argsort(jax.random.uniform(order, (2, keys)), axis=1)[:, :queries], axis=1)
+    end_BT = rows_BT.astype(jnp.int32) + 1
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return _masked_softmax(query, key, value, end_BT)
+
+    def fused(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return flash_attention(query, key, value, None, end_BT, **options)
+
+    results = []
+    for function, kind in ((plain, "float32"), (fused, dtype)):
+        out, pull = jax.vjp(jax.jit(function), *(x.astype(kind) for x in inputs))
+        results.append([x.astype(jnp.float32) for x in (out, *pull(grad.astype(kind)))])
+    for want, got in zip(*results, strict=True):
+        assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < tolerance
+
+
+def test_selected_queries_against_a_softmax_that_is_written_out():
+    _check_shared_keys(QUERIES, KEYS, 6, 16, "float32", 1e-5, tiling=SMALL, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_compiled_kernels_for_shared_keys():
+    """Selected queries of the 360M model over all keys, as its training with shared keys and values calls it."""
+    _check_shared_keys(1368, 2048, 15, 64, "bfloat16", 3e-3)
 
 
 def test_a_query_without_keys_returns_zero_and_gets_no_gradient():

@@ -18,6 +18,7 @@ GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 # bfloat16: the plain path rounds at the same places, but may contract products and sums differently
 TYPES = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 8e-3)])
 CONFIG = ModelConfig(d_model=24, num_heads=6, num_kv_heads=2, head_dim=16, d_ff=32, dtype="float32")
+CASES = ("fresh", "cached", "update", "mixed")
 PLAIN, FUSED = (PerfConfig(attention_backend="xla", fusion=fusion) for fusion in ("xla", "triton"))
 
 
@@ -116,15 +117,16 @@ def _layer(perf: PerfConfig, name: str, lora=None):
     return out, pull(grads)
 
 
-def _agree(results):
-    want, got = (jax.tree.leaves(result) for result in results)
+def _agree(name: str, lora=None):
+    with jax.default_matmul_precision("highest"):
+        want, got = (jax.tree.leaves(_layer(perf, name, lora)) for perf in (PLAIN, FUSED))
     for a, b in zip(want, got, strict=True):
         np.testing.assert_allclose(b, a, atol=5e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fresh", "cached", "update", "mixed"])
+@pytest.mark.parametrize("name", CASES)
 def test_the_layer_equals_the_plain_one(name):
-    _agree([_layer(perf, name) for perf in (PLAIN, FUSED)])
+    _agree(name)
 
 
 def _kernels(perf: PerfConfig, lora=None) -> str:
@@ -137,4 +139,20 @@ def test_low_rank_updates_keep_their_own_products():
     lora = {"query": {"down": down, "up": up}}
     assert "mor_split_rotate" not in _kernels(FUSED, lora)
     assert "mor_split_rotate_gradient" in _kernels(FUSED)
-    _agree([_layer(perf, "fresh", lora) for perf in (PLAIN, FUSED)])
+    _agree("fresh", lora)
+
+
+@pytest.mark.gpu
+@GPU
+@TYPES
+@pytest.mark.parametrize("kv_heads", [5, 0])
+@pytest.mark.parametrize("tokens", [2048, 1368, 37])
+def test_compiled_kernels(tokens, kv_heads, dtype, tolerance):
+    _check(4, tokens, 15, kv_heads, 64, dtype, tolerance)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("name", CASES)
+def test_the_compiled_layer_equals_the_plain_one(name):
+    _agree(name)
