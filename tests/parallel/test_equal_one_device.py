@@ -54,9 +54,10 @@ def test_every_mesh_equals_one_device(case, mesh):
     assert_equal(one_device(case), loss_and_gradients(config_of(*case, recursions=3), MESHES[mesh]))
 
 
-def test_fused_kernels_work_on_their_shards():
-    """The GPU kernels (interpreted here) under rows, width and feed-forward split three ways."""
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_fused_kernels_work_on_their_shards(tensor):
+    """The GPU kernels (interpreted here) under rows, width and feed-forward split three ways; heads joined or split."""
     config = config_of("expert")
     fused = dataclasses.replace(config, perf=dataclasses.replace(config.perf, fusion="triton"))
     one = loss_and_gradients(config, MeshConfig(data=1))
-    assert_equal(one, loss_and_gradients(fused, MeshConfig(data=2, fsdp=2, tensor=2)))
+    assert_equal(one, loss_and_gradients(fused, MeshConfig(data=2, fsdp=2, tensor=tensor)))

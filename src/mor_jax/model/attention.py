@@ -65,7 +65,7 @@ class Attention(nn.Module):
         output = compute_weight(output) if fused else output
         projects_kv = cached is None or context.update is not None or context.fresh_BS is not None
         if fused and _joins(config, lora):
-            query_BCNH, fresh = _project_jointly(x_BCD, query, key_value if projects_kv else None, context.rotary)
+            query_BCNH, fresh = project_jointly(x_BCD, query, key_value if projects_kv else None, context.rotary)
         else:
             query, key_value = map(compute_weight, (query, key_value)) if fused else (query, key_value)
             query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query)
@@ -116,7 +116,7 @@ def _joins(config: ModelConfig, lora: Any) -> bool:
     return not updated and axis_size("tensor") == 1 and can_rotate(config.head_dim)
 
 
-def _project_jointly(
+def project_jointly(
     x_BCD: jax.Array, query_DNH: jax.Array, key_value_D2KH: jax.Array | None, rotary: Rotary
 ) -> tuple[jax.Array, KeyValue | None]:
     """Return rotated queries and, if their weight is given, rotated keys, and values: one product, one kernel.

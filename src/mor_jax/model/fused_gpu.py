@@ -17,8 +17,10 @@ from mor_jax.axes import on_shards
 
 _HIDDEN = ("batch", "sequence", None)
 _SCALE = (None,)
-_ROWS = 4
+ROWS = 4
 """Rows of a norm in registers at once."""
+WARPS = 4
+"""Of a norm's programs."""
 _CHUNK = 64
 """Rows per program of the norm's gradient: each writes one partial sum of the scale's gradient."""
 _SWIGLU_ROWS = 8
@@ -77,7 +79,7 @@ def _norm_kernel(scale_ref: Any, *refs: Any, size: Any) -> None:
     """``refs`` are x and its norm, or x, delta, their sum and its norm."""
     rows, width, epsilon = size
     *inputs, normed_ref = refs
-    inside = _inside(pl.program_id(0) * _ROWS, normed_ref.shape, rows, width)
+    inside = _inside(pl.program_id(0) * ROWS, normed_ref.shape, rows, width)
     load = lambda ref: plt.load(ref, mask=inside, other=0.0).astype(jnp.float32)  # noqa: E731
     x32 = load(inputs[0])
     if len(inputs) == 3:
@@ -94,12 +96,12 @@ def _norm(name: str, epsilon: float, scale_D: jax.Array, *inputs_MD: jax.Array) 
     """Return [norm of x], or of x and delta [x + delta, its norm]."""
     rows, width = inputs_MD[0].shape
     padded = _power_of_two(width)
-    block = pl.BlockSpec((_ROWS, padded), lambda i: (i, 0))
+    block = pl.BlockSpec((ROWS, padded), lambda i: (i, 0))
     return call_kernel(
         functools.partial(_norm_kernel, size=(rows, width, epsilon)),
-        4,
+        WARPS,
         name,
-        grid=(pl.cdiv(rows, _ROWS),),
+        grid=(pl.cdiv(rows, ROWS),),
         in_specs=[pl.BlockSpec((padded,), lambda _: (0,)), *[block] * len(inputs_MD)],
         out_specs=[block] * len(inputs_MD),
         out_shape=[jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype) for x_MD in inputs_MD],
@@ -119,8 +121,8 @@ def _norm_gradient_kernel(
     first = pl.program_id(0) * _CHUNK
 
     def step(index: Any, grad_scale: Any) -> Any:
-        block = (pl.ds(index * _ROWS, _ROWS), slice(None))
-        inside = _inside(first + index * _ROWS, (_ROWS, x_ref.shape[1]), rows, width)
+        block = (pl.ds(index * ROWS, ROWS), slice(None))
+        inside = _inside(first + index * ROWS, (ROWS, x_ref.shape[1]), rows, width)
         load = lambda ref: plt.load(ref.at[block], mask=inside, other=0.0).astype(jnp.float32)  # noqa: E731
         x, grad = load(x_ref), load(grad_ref)
         inverse = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / width + epsilon)[:, None]
@@ -132,7 +134,7 @@ def _norm_gradient_kernel(
         return grad_scale + jnp.sum(grad * unit, axis=0)
 
     zero = jnp.zeros((x_ref.shape[1],), jnp.float32)
-    grad_scale_ref[...] = jax.lax.fori_loop(0, _CHUNK // _ROWS, step, zero)
+    grad_scale_ref[...] = jax.lax.fori_loop(0, _CHUNK // ROWS, step, zero)
 
 
 def _norm_gradient(epsilon, x_MD, scale_D, skip_MD, grad_MD):
@@ -141,7 +143,7 @@ def _norm_gradient(epsilon, x_MD, scale_D, skip_MD, grad_MD):
     block = pl.BlockSpec((_CHUNK, padded), lambda i: (i, 0))
     grad_x, grad_scale = call_kernel(
         functools.partial(_norm_gradient_kernel, size=(rows, width, epsilon)),
-        4,
+        WARPS,
         "mor_norm_gradient",
         grid=(programs,),
         in_specs=[block, pl.BlockSpec((padded,), lambda _: (0,)), block, block],
