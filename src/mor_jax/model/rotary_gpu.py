@@ -112,40 +112,44 @@ def _kernel(cos_ref: Any, sin_ref: Any, *refs: Any, layout: _Layout, tokens: int
     cos, sin = (plt.load(ref, mask=inside, other=0.0) for ref in (cos_ref, sin_ref))
     sin = -sin if backward else sin
 
-    def copy(source_ref: Any, start: Any, target_ref: Any, to: Any, *, rotates: bool) -> None:
-        halves = [(slice(None), pl.ds(start + offset, half)) for offset in (0, half)]
-        first, second = (plt.load(source_ref.at[block], mask=inside, other=0.0) for block in halves)
+    def load(ref: Any, start: Any) -> list[jax.Array]:
+        blocks = [(slice(None), pl.ds(start + offset, half)) for offset in (0, half)]
+        return [plt.load(ref.at[block], mask=inside, other=0.0) for block in blocks]
+
+    def store(ref: Any, start: Any, first: jax.Array, second: jax.Array, *, rotates: bool) -> None:
         if rotates:
             first, second = first.astype(jnp.float32), second.astype(jnp.float32)
             first, second = first * cos - second * sin, second * cos + first * sin
         for offset, out in ((0, first), (half, second)):
-            block = (slice(None), pl.ds(to + offset, half))
-            plt.store(target_ref.at[block], out.astype(target_ref.dtype), mask=inside)
+            plt.store(ref.at[slice(None), pl.ds(start + offset, half)], out.astype(ref.dtype), mask=inside)
 
     for unit in range(layout.groups_per_program):
-        group = pl.program_id(2) * layout.groups_per_program + unit
+        group = pl.program_id(0) * layout.groups_per_program + unit
+        moves = []
         for part_ref, (size, first_head, rotates) in zip(part_refs, layout.parts, strict=True):
-            for index in range(size):
-                head = group * size + index
-                joint, own = (joint_ref, (first_head + head) * 2 * half), (part_ref, head * 2 * half)
-                source, target = (own, joint) if backward else (joint, own)
-                copy(*source, *target, rotates=rotates)
+            for head in (group * size + index for index in range(size)):
+                own, joint = (part_ref, head * 2 * half), (joint_ref, (first_head + head) * 2 * half)
+                moves.append((own, joint, rotates) if backward else (joint, own, rotates))
+        loaded = [load(*source) for source, _, _ in moves]  # all on their way before the first store could hold them up
+        for (_, target, rotates), halves in zip(moves, loaded, strict=True):
+            store(*target, *halves, rotates=rotates)
 
 
 def _run(layout: _Layout, inputs: Any, cos: jax.Array, sin: jax.Array, *, backward: bool) -> Any:
     batch, tokens, _ = inputs[0].shape
     half = cos.shape[-1]
     widths = [size * layout.groups * 2 * half for size, *_ in layout.parts]
-    parts = [pl.BlockSpec((None, layout.rows, width), lambda b, i, _: (b, i, 0)) for width in widths]
-    joint = pl.BlockSpec((None, layout.rows, sum(widths)), lambda b, i, _: (b, i, 0))
+    parts = [pl.BlockSpec((None, layout.rows, width), lambda _, i, b: (b, i, 0)) for width in widths]
+    joint = pl.BlockSpec((None, layout.rows, sum(widths)), lambda _, i, b: (b, i, 0))
     shared = cos.shape[0] == 1
-    table = pl.BlockSpec((None, layout.rows, half), lambda b, i, _: (0 if shared else b, i, 0))
+    table = pl.BlockSpec((None, layout.rows, half), lambda _, i, b: (0 if shared else b, i, 0))
+    programs = layout.groups // layout.groups_per_program  # the fastest axis: they read the same rows of the tables
     shape = lambda width: jax.ShapeDtypeStruct((batch, tokens, width), inputs[0].dtype)  # noqa: E731
     return call_kernel(
         functools.partial(_kernel, layout=layout, tokens=tokens, backward=backward),
         layout.warps,
         layout.name + "_gradient" * backward,
-        grid=(batch, pl.cdiv(tokens, layout.rows), layout.groups // layout.groups_per_program),
+        grid=(programs, pl.cdiv(tokens, layout.rows), batch),
         in_specs=[table, table, *(parts if backward else [joint])],
         out_specs=[joint] if backward else parts,
         out_shape=[shape(sum(widths))] if backward else [shape(width) for width in widths],
