@@ -18,7 +18,5 @@ def runs(scale: str) -> list[SweepRun]:
         "paper": expert(scale, 3),
     }
     runs = [run for name, config in models.items() for run in seeded(name, at_flops_of(config, baseline))]
-    if scale == "debug":  # a smoke run needs each form once
-        return runs
     more = [(seed, name) for seed in MORE_SEEDS for name in ("plain-alpha-1", "plain-alpha-2", "paper")]
     return runs + [run for seed, name in more for run in seeded(name, at_flops_of(models[name], baseline), (seed,))]
