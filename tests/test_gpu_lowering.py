@@ -25,8 +25,6 @@ from mor_jax.model.recursion import make_context
 from mor_jax.model.transformer import init_params
 from mor_jax.train.loss import fused_cross_entropy
 
-# jax 0.11 and 0.12 say it, and lower them all the same
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 LAYER = ("product_norm", "decode_attention", "product_residual", "product_gated", "product_residual")
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 

@@ -8,8 +8,6 @@ import pytest
 from mor_jax.model.attention_gpu import flash_attention, visible_runs
 from mor_jax.model.attention_gpu_kernels import Blocks, Tiling
 
-# jax 0.11 and 0.12 say it where kernels are compiled
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 SMALL = Tiling(Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2))
 QUERIES, KEYS = 41, 70
 

@@ -10,8 +10,6 @@ import pytest
 from mor_jax.model.fused_gpu import add_norm, skip_norm, swiglu
 from mor_jax.model.layers import rms_norm
 
-# jax 0.11 and 0.12 say it where kernels are compiled
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 EPSILON = 1e-5
 
 

@@ -14,8 +14,6 @@ from mor_jax.model.recursion import make_context
 from mor_jax.model.rotary_gpu import can_rotate, rotate, split_rotate
 from mor_jax.model.rows import select_mask
 
-# jax 0.11 and 0.12 say it where kernels are compiled
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 # bfloat16: the plain path rounds at the same places, but may contract products and sums differently
 TYPES = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 8e-3)])
