@@ -150,21 +150,18 @@ def _split_rotate(shape: Shape, *, backward: bool) -> Case:
     return Case({"xla": gradient(plain), "kernel": gradient(kernel)}, arguments, least_bytes)
 
 
-def _projection(shape: Shape, tokens: int, *, only_queries: bool) -> Case:
+def _projection(shape: Shape, tokens: int) -> Case:
     """Norm (the kernel), rotated queries, rotated keys and values, with gradients of input, scale and weights."""
 
     def separate(x_BCD: Any, scale_D: Any, query: Any, key_value: Any, cos: Any, sin: Any) -> Any:
         x_BCD, normed_BCD = skip_norm(x_BCD, scale_D, _EPSILON)
         rotated = apply_rotary(jnp.einsum("BCD,DNH->BCNH", normed_BCD, query), (cos, sin))
-        if only_queries:
-            return x_BCD, rotated
         both = jnp.einsum("BCD,DXKH->BCXKH", normed_BCD, key_value)
-        return x_BCD, rotated, apply_rotary(both[:, :, 0], (cos, sin)), both[:, :, 1]
+        return x_BCD, (rotated, (apply_rotary(both[:, :, 0], (cos, sin)), both[:, :, 1]))
 
     def joint(x_BCD: Any, scale_D: Any, query: Any, key_value: Any, cos: Any, sin: Any) -> Any:
         x_BCD, normed_BCD = skip_norm(x_BCD, scale_D, _EPSILON)
-        rotated, fresh = project_jointly(normed_BCD, query, None if only_queries else key_value, (cos, sin))
-        return x_BCD, rotated, *(fresh or ())
+        return x_BCD, project_jointly(normed_BCD, query, key_value, (cos, sin))
 
     arguments = _inputs(shape, tokens)
     grads = _cotangents(separate, arguments)
@@ -176,9 +173,8 @@ CASES: dict[str, Callable[[Shape], Case]] = {
     "skip_norm": _skip_norm,
     "split_rotate": lambda shape: _split_rotate(shape, backward=False),
     "split_rotate_gradient": lambda shape: _split_rotate(shape, backward=True),
-    "projection": lambda shape: _projection(shape, shape.tokens, only_queries=False),
-    "projection_selected": lambda shape: _projection(shape, shape.selected, only_queries=False),
-    "projection_queries": lambda shape: _projection(shape, shape.selected, only_queries=True),
+    "projection": lambda shape: _projection(shape, shape.tokens),
+    "projection_selected": lambda shape: _projection(shape, shape.selected),
 }
 """The pieces, by name."""
 

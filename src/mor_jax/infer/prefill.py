@@ -6,6 +6,7 @@ does. Letters: B rows, T tokens of a chunk, C tokens computed at a time, D width
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,8 @@ def prefill(
         start_B: int32 tokens that the sequence has already read.
         count_B: int32 tokens to read; a row with 0 does nothing.
         max_depth_B: int32 budget of passes per token.
-        piece: tokens per row that a recursion computes at a time; None is a quarter of T, at least 64, and on a GPU all
-            of them where a recursion is the first, which every token takes.
+        piece: tokens per row that a recursion computes at a time; None is a quarter of T, at least 64, and on a GPU
+            what a recursion has capacity for in training and some more.
         return_logits: whether to compute the last layer's output and the logits; a prompt only needs its keys.
         return_scores: whether to return what expert-choice compared with its boundaries.
 
@@ -76,7 +77,7 @@ def prefill(
     for recursion in range(kv_layout(model.config).passes):
         if model.config.routing.kind == "expert" and return_scores:
             scores.append(boundary_scores(model, walk))
-        size = _piece(length, recursion) if piece is None else piece
+        size = _piece(model.config.capacities[recursion] * length, length) if piece is None else piece
         out_BTD, cache = _pass(model, cache, walk, positions_BT, sequence_B, recursion, min(size, length))
         walk = advance(model, walk, out_BTD)
     x_BTD, edge = edge_layer(model, edge, walk.x_BTD, context, 1)
@@ -89,10 +90,11 @@ def prefill(
     )
 
 
-def _piece(length: int, recursion: int) -> int:
+def _piece(expected: float, length: int) -> int:
     """A GPU computes many rows as fast as few; elsewhere a chunk that a prompt does not fill costs what it holds."""
-    whole = recursion == 0 and target_platform() == "gpu"
-    return length if whole else max(64, length // 4)
+    if target_platform() == "gpu":
+        return 64 * math.ceil(1.1 * expected / 64)
+    return max(64, length // 4)
 
 
 def _edge_store(

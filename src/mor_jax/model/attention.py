@@ -13,7 +13,7 @@ from mor_jax.model.attention_backend import attend, resolve_backend
 from mor_jax.model.layer_context import KeyValue, KeyValueStore, LayerContext
 from mor_jax.model.layers import Rotary, apply_rotary, compute_weight, normal_init
 from mor_jax.model.relaxation import low_rank
-from mor_jax.model.rotary_gpu import can_rotate, rotate, split_rotate
+from mor_jax.model.rotary_gpu import can_rotate, split_rotate
 from mor_jax.model.rows import merge_rows
 
 JOINT_PROJECTION = "query_key_value"
@@ -64,8 +64,8 @@ class Attention(nn.Module):
         fused = self.perf.fusion == "triton"
         output = compute_weight(output) if fused else output
         projects_kv = cached is None or context.update is not None or context.fresh_BS is not None
-        if fused and _joins(config, lora):
-            query_BCNH, fresh = project_jointly(x_BCD, query, key_value if projects_kv else None, context.rotary)
+        if fused and projects_kv and _joins(config, lora):
+            query_BCNH, fresh = project_jointly(x_BCD, query, key_value, context.rotary)
         else:
             query, key_value = map(compute_weight, (query, key_value)) if fused else (query, key_value)
             query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query)
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 def _joins(config: ModelConfig, lora: Any) -> bool:
-    """Whether queries, keys and values can be one product.
+    """Whether queries, keys and values can be one product (queries alone gained nothing from the kernel).
 
     Not with low-rank updates, which come before the rotation, and not where `tensor` splits the heads: queries and
     keys are split each by itself, so to join their weights would move them.
@@ -117,20 +117,16 @@ def _joins(config: ModelConfig, lora: Any) -> bool:
 
 
 def project_jointly(
-    x_BCD: jax.Array, query_DNH: jax.Array, key_value_D2KH: jax.Array | None, rotary: Rotary
-) -> tuple[jax.Array, KeyValue | None]:
-    """Return rotated queries and, if their weight is given, rotated keys, and values: one product, one kernel.
+    x_BCD: jax.Array, query_DNH: jax.Array, key_value_D2KH: jax.Array, rotary: Rotary
+) -> tuple[jax.Array, KeyValue]:
+    """Return rotated queries, and rotated keys and values: one product, one kernel.
 
     The weights are joined at every use. Uses of a shared block join the same arrays, which XLA does once.
     """
     width, heads, head_dim = query_DNH.shape
-    joint_DMH = query_DNH
-    if key_value_D2KH is not None:
-        joint_DMH = jnp.concatenate([query_DNH, key_value_D2KH.reshape(width, -1, head_dim)], axis=1)
+    joint_DMH = jnp.concatenate([query_DNH, key_value_D2KH.reshape(width, -1, head_dim)], axis=1)
     joint_DX = compute_weight(joint_DMH.reshape(width, -1))
     joint_BCX = jnp.einsum("BCD,DX->BCX", x_BCD, joint_DX)
-    if key_value_D2KH is None:
-        return rotate(joint_BCX, rotary, heads), None
     query_BCNH, keys, values = split_rotate(joint_BCX, rotary, heads, key_value_D2KH.shape[2])
     return query_BCNH, (keys, values)
 

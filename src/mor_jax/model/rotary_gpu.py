@@ -4,7 +4,7 @@ One kernel reads the joint product once and writes rotated queries, rotated keys
 gradients once and writes the gradient of the joint product. So the projection is one product forward, and one for each
 of its gradients backward, with nothing to add, pad or slice around them (docs/performance.md has what XLA made of it).
 
-Letters: B rows, C tokens of a row, N query heads, K key/value heads, H head dim, X = (N + 2K) H or N H.
+Letters: B rows, C tokens of a row, N query heads, K key/value heads, H head dim, X = (N + 2K) H.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ WARPS = 4
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Heads of a joint projection: queries, then `kv_heads` keys and as many values, or queries alone (0)."""
+    """Heads of a joint projection: queries, then `kv_heads` keys and as many values."""
 
     heads: int
     kv_heads: int
@@ -38,28 +38,15 @@ class _Layout:
     warps: int
 
     @property
-    def groups(self) -> int:
-        """Parts that a token's heads fall into, each read by one program: a key/value head's own, or single heads."""
-        return self.kv_heads or self.heads
-
-    @property
     def parts(self) -> list[tuple[int, int, bool]]:
         """Per output: its heads in a group, its first head in the joint projection, whether it rotates."""
-        queries = (self.heads // self.groups, 0, True)
-        if not self.kv_heads:
-            return [queries]
+        queries = (self.heads // self.kv_heads, 0, True)
         return [queries, (1, self.heads, True), (1, self.heads + self.kv_heads, False)]
-
-    @property
-    def name(self) -> str:
-        """The forward kernel's."""
-        return "mor_split_rotate" if self.kv_heads else "mor_rotate"
 
 
 def _layout(heads: int, kv_heads: int) -> _Layout:
-    groups = kv_heads or heads
-    size = (heads + 2 * kv_heads) // groups
-    fitting = [count for count in range(1, groups + 1) if groups % count == 0 and count * size <= HEADS]
+    size = (heads + 2 * kv_heads) // kv_heads
+    fitting = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0 and count * size <= HEADS]
     return _Layout(heads, kv_heads, ROWS, max(fitting, default=1), WARPS)
 
 
@@ -84,11 +71,6 @@ def split_rotate(
     """
     query, key, value = _on_rows(_layout(heads, kv_heads), joint_BCX, rotary)
     return query, key, value
-
-
-def rotate(x_BCX: jax.Array, rotary: Rotary, heads: int) -> jax.Array:
-    """Rotate queries alone, [B, C, N H] to [B, C, N, H]; see ``split_rotate``."""
-    return _on_rows(_layout(heads, 0), x_BCX, rotary)[0]
 
 
 def _on_rows(layout: _Layout, joint_BCX: jax.Array, rotary: Rotary) -> tuple[jax.Array, ...]:
@@ -138,17 +120,17 @@ def _kernel(cos_ref: Any, sin_ref: Any, *refs: Any, layout: _Layout, tokens: int
 def _run(layout: _Layout, inputs: Any, cos: jax.Array, sin: jax.Array, *, backward: bool) -> Any:
     batch, tokens, _ = inputs[0].shape
     half = cos.shape[-1]
-    widths = [size * layout.groups * 2 * half for size, *_ in layout.parts]
+    widths = [size * layout.kv_heads * 2 * half for size, *_ in layout.parts]
     parts = [pl.BlockSpec((None, layout.rows, width), lambda _, i, b: (b, i, 0)) for width in widths]
     joint = pl.BlockSpec((None, layout.rows, sum(widths)), lambda _, i, b: (b, i, 0))
     shared = cos.shape[0] == 1
     table = pl.BlockSpec((None, layout.rows, half), lambda _, i, b: (0 if shared else b, i, 0))
-    programs = layout.groups // layout.groups_per_program  # the fastest axis: they read the same rows of the tables
+    programs = layout.kv_heads // layout.groups_per_program  # the fastest axis: they read the same rows of the tables
     shape = lambda width: jax.ShapeDtypeStruct((batch, tokens, width), inputs[0].dtype)  # noqa: E731
     return call_kernel(
         functools.partial(_kernel, layout=layout, tokens=tokens, backward=backward),
         layout.warps,
-        layout.name + "_gradient" * backward,
+        "mor_split_rotate" + "_gradient" * backward,
         grid=(programs, pl.cdiv(tokens, layout.rows), batch),
         in_specs=[table, table, *(parts if backward else [joint])],
         out_specs=[joint] if backward else parts,
