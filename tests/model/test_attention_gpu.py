@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mor_jax.model import attention_gpu
 from mor_jax.model.attention_gpu import flash_attention, visible_runs
 from mor_jax.model.attention_gpu_kernels import Blocks, Tiling
 
@@ -46,6 +47,13 @@ def test_selected_queries_over_all_keys(packed: bool):
         results.append([out, *pull(grad_out)])
     for want, got in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+def test_blocks_of_keys_skip_documents_that_follow():
+    """Three documents of 32 rows: also the last block of the 73 queries, which is not whole, is for its own alone."""
+    row_BT = jnp.arange(73, dtype=jnp.int32)[None]
+    blocks_BJ2 = attention_gpu._query_blocks(row_BT // 32 * 32, row_BT + 1, Blocks(16, 32, 4, 2), 96)
+    assert blocks_BJ2.tolist() == [[[0, 2], [2, 4], [4, 5]]]
 
 
 def _masked_softmax(query_BTNH, key_BSKH, value_BSKH, end_BT):

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from mor_jax.model.attention_gpu_kernels import (
+    NEVER,
     Blocks,
     Tiling,
     forward_kernel,
@@ -57,13 +58,13 @@ def flash_attention(
     return _attention(tiling, interpret, query_BTNH, key_BSKH, value_BSKH, start_BT, end_BT)
 
 
-def _pad(x_BT: jax.Array, multiple: int) -> jax.Array:
-    """Zeros behind axis 1: queries without keys, keys without queries."""
+def _pad(x_BT: jax.Array, multiple: int, value: int = 0) -> jax.Array:
+    """Lengthen axis 1 by a constant: queries without keys, keys without queries."""
     if x_BT.shape[1] % multiple == 0:
         return x_BT
     widths = [(0, 0)] * x_BT.ndim
     widths[1] = (0, -x_BT.shape[1] % multiple)
-    return jnp.pad(x_BT, widths)
+    return jnp.pad(x_BT, widths, constant_values=value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -91,7 +92,7 @@ _attention.defvjp(_forward, _backward)
 def _query_blocks(start: Any, end: jax.Array, blocks: Blocks, length: int) -> jax.Array:
     """int32 [B, J, 2]: first and one past the last block of queries that a block of keys is visible to."""
     end = _pad(end, blocks.queries)
-    start = None if start is None else _pad(start, blocks.queries)
+    start = None if start is None else _pad(start, blocks.queries, NEVER)
     batch, queries = end.shape
     tiles = queries // blocks.queries
     lowest = blocks.keys * jnp.arange(length // blocks.keys, dtype=jnp.int32)[None, :, None]

@@ -12,6 +12,8 @@ from jax.experimental.pallas import triton as plt
 
 _LOG2_E = math.log2(math.e)
 _MASKED = -1e30
+NEVER = 2**30
+"""First key of queries that do not exist: 0 would make their block read all keys from the first."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,12 @@ def _rows(ref: Any, index: Any, size: int) -> tuple[Any, ...]:
     return (pl.ds(index * size, size), *(slice(None),) * (len(ref.shape) - 1))
 
 
-def _load(ref: Any, inside: Any) -> jax.Array:
-    """Load a block whose rows beyond the array's end read as 0; ``inside`` is bool per row, or None for all."""
+def _load(ref: Any, inside: Any, other: int = 0) -> jax.Array:
+    """Load a block whose rows beyond the array's end read as ``other``; ``inside`` is bool per row, None for all."""
     if inside is None:
         return plt.load(ref)
     mask = jax.lax.broadcast_in_dim(inside, ref.shape, (0,))
-    return plt.load(ref, mask=mask, other=0)
+    return plt.load(ref, mask=mask, other=other)
 
 
 def _store(ref: Any, value: jax.Array, inside: Any) -> None:
@@ -101,7 +103,7 @@ def forward_kernel(*refs: Any, blocks: Blocks, length: int, scale: float, has_st
     """Write the output of one block of queries, and the base-2 logarithm of its softmax sums."""
     query_ref, key_ref, value_ref, *ranges, out_ref, lse_ref = refs
     inside = _inside(pl.program_id(0), blocks.queries, length)
-    end, start = _load(ranges[-1], inside), _load(ranges[0], inside) if has_start else None
+    end, start = _load(ranges[-1], inside), _load(ranges[0], inside, NEVER) if has_start else None
     query = _load(query_ref, inside)
 
     def step(index: Any, carry: Any, *, masked: bool) -> Any:
@@ -131,7 +133,7 @@ def grad_queries_kernel(*refs: Any, blocks: Blocks, length: int, scale: float, h
     """Write the gradient of one block of queries."""
     query_ref, key_ref, value_ref, *ranges, grad_out_ref, lse_ref, delta_ref, grad_ref = refs
     inside = _inside(pl.program_id(0), blocks.queries, length)
-    end, start = _load(ranges[-1], inside), _load(ranges[0], inside) if has_start else None
+    end, start = _load(ranges[-1], inside), _load(ranges[0], inside, NEVER) if has_start else None
     query, grad_out, lse, delta = (_load(ref, inside) for ref in (query_ref, grad_out_ref, lse_ref, delta_ref))
 
     def step(index: Any, grad: Any, *, masked: bool) -> Any:
@@ -162,7 +164,7 @@ def grad_keys_kernel(*refs: Any, blocks: Blocks, length: int, scale: float, has_
         query, grad_out = (_load(ref.at[rows, group, :], inside) for ref in (query_ref, grad_out_ref))
         lse, delta = (_load(ref.at[group, rows], inside) for ref in (lse_ref, delta_ref))
         end = _load(ranges[-1].at[rows], inside)
-        start = _load(ranges[0].at[rows], inside) if has_start else None
+        start = _load(ranges[0].at[rows], inside, NEVER) if has_start else None
         scores = _dot(key, query, contract=(1, 1)) * (scale * _LOG2_E)
         weights = jnp.exp2(scores - lse[None, :])
         weights = jnp.where(_visible(block, blocks.keys, start, end, 0), weights, 0.0)
