@@ -54,6 +54,8 @@ RANKED = (
 """(experiment, run), most important first: MoR, recursive and vanilla over seeds; then one change at a time."""
 _LEAST_RUNS = 2
 """Finished runs from which on an experiment's results are written: one compares with nothing."""
+_COMPARED_WITHIN = ("test_time_scaling",)
+"""Experiments whose every run is compared with itself, at other depths."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,8 @@ def spread(results: Sequence[Result], scale: str, factor: float, folder: Path = 
     for path in sorted(HERE.glob("*/sweep.py")):
         runs = experiment_runs(path.parent.name, scale, factor).values()
         found = [(run, None if run.start else by_key.get(run_key(config_io.to_dict(run.config)))) for run in runs]
-        if sum(result is not None and result["state"] == "done" for _, result in found) >= _LEAST_RUNS:
+        least = 1 if path.parent.name in _COMPARED_WITHIN else _LEAST_RUNS
+        if sum(result is not None and result["state"] == "done" for _, result in found) >= least:
             target = folder / path.parent.name / "results" / f"{scale}.json"
             write_json(target, [_row(run, result) for run, result in found])
             written.append(target)

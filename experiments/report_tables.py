@@ -1,5 +1,6 @@
 """Tables of docs/results.md that show what the runs of one experiment and scale came to."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -107,17 +108,15 @@ def machines(results: Sequence[Result]) -> str:
     done = [result for result in results if result["state"] == "done"]
     if not done:
         return "not run\n"
-    seen = {}
+    seen = []
     for result in done:
         machine = result["machine"]
         versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-        seen[(machine["device"], versions, machine["python"])] = machine["command"]
+        line = f"- {machine['device']}, Python {machine['python']}, {versions}: `{machine['command']}`"
+        seen += [] if line in seen else [line]
     seconds = sum(result["seconds"] for result in done)
-    lines = [
-        f"- {device}, Python {python}, {versions}: `{command}`" for (device, versions, python), command in seen.items()
-    ]
     shared = f"- {len(done)} of {len(results)} runs done, {seconds:.0f} process seconds (processes shared the device)"
-    return "\n".join([*lines, shared]) + "\n"
+    return "\n".join([*seen, shared]) + "\n"
 
 
 def source_table(results: Sequence[Result]) -> str:
@@ -137,7 +136,8 @@ def source_table(results: Sequence[Result]) -> str:
         "|---|" + "---|" * (len(sources) + 3),
     ]
     for group, seeds in measured.items():
-        cells = [f"{statistics.fmean(_causal(texts[source]) for texts in seeds):.4f}" for source in sources]
+        means = [statistics.fmean(_causal(texts[source]) for texts in seeds) for source in sources]
+        cells = ["" if math.isnan(mean) else f"{mean:.4f}" for mean in means]
         both = [texts["all"] for texts in seeds if {"topk_nll", "threshold_nll"} <= texts["all"].keys()]
         ahead = [texts["all"]["topk_nll"] for texts in seeds if "topk_nll" in texts["all"]]
         gaps = [losses["threshold_nll"] - losses["topk_nll"] for losses in both]
