@@ -13,7 +13,7 @@ from mor_jax.config import PerfConfig
 from mor_jax.infer.attention import prompts_backend
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.engine_options import EngineOptions, engine_shape
-from mor_jax.infer.prefill import prefill
+from mor_jax.infer.prefill import _piece, prefill
 from mor_jax.infer.stages import dispatch
 from mor_jax.infer.state import empty_control, init_state
 from mor_jax.infer.weights import prepare_weights
@@ -195,3 +195,11 @@ def test_a_chunk_of_a_prompt(gpu):
     kernels = _kernels(prefill, model, cache, rows[0], chunk, *rows[1:])
     assert set(kernels) == {"mor_attention_forward"}
     assert prompts_backend("bfloat16", 64) == "pallas" and prompts_backend("float32", 64) == "xla"
+
+
+def test_a_recursion_of_a_prompt_expects_its_capacity(gpu):
+    """Whole groups of 64 tokens for what training gives it and a tenth more; elsewhere a quarter of the chunk."""
+    table = [(1024, 1024, 1152), (683, 1024, 768), (342, 1024, 384), (128, 128, 192), (0.25, 1, 64)]
+    assert [_piece(expected, length) for expected, length, _ in table] == [256, 256, 256, 64, 64]
+    gpu()
+    assert [_piece(expected, length) for expected, length, _ in table] == [piece for *_, piece in table]

@@ -26,7 +26,7 @@ from mor_jax.errors import UserError, require
 from mor_jax.model import fused_gpu, rotary_gpu
 from mor_jax.model.attention import project_jointly
 from mor_jax.model.fused_gpu import skip_norm
-from mor_jax.model.layers import apply_rotary, rms_norm, rotary_tables
+from mor_jax.model.layers import apply_rotary, compute_weight, rms_norm, rotary_tables
 from mor_jax.model.rotary_gpu import split_rotate
 from mor_jax.plan.report import versions
 
@@ -41,7 +41,7 @@ class Shape:
     rows: int = 16
     tokens: int = 2048
     selected: int = 1368
-    """Tokens of a row in the second recursion, whose keys and values may be the first's."""
+    """Tokens of a row in the second recursion."""
     width: int = 960
     heads: int = 15
     kv_heads: int = 5
@@ -155,6 +155,7 @@ def _projection(shape: Shape, tokens: int) -> Case:
 
     def separate(x_BCD: Any, scale_D: Any, query: Any, key_value: Any, cos: Any, sin: Any) -> Any:
         x_BCD, normed_BCD = skip_norm(x_BCD, scale_D, _EPSILON)
+        query, key_value = compute_weight(query), compute_weight(key_value)
         rotated = apply_rotary(jnp.einsum("BCD,DNH->BCNH", normed_BCD, query), (cos, sin))
         both = jnp.einsum("BCD,DXKH->BCXKH", normed_BCD, key_value)
         return x_BCD, (rotated, (apply_rotary(both[:, :, 0], (cos, sin)), both[:, :, 1]))

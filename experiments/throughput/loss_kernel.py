@@ -38,7 +38,6 @@ TILES = tuple(
     for columns, warps in ((2048, 8), (2048, 16), (2048, 32), (4096, 4), (4096, 8), (4096, 16), (4096, 32), (8192, 8),
                            (8192, 16), (8192, 32), (16384, 16), (16384, 32))
 )  # fmt: skip
-HINTED = tuple(RowTile(columns, warps, hints=True) for columns, warps in ((4096, 8), (4096, 16), (8192, 16)))
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def measure_tiles(config: ModelConfig, settings: Settings) -> Iterator[Row]:
         shard = VocabularyShard(config.vocab_size)
         return loss._chunk_gradient(logits_MV[None], targets_M[None], weights_M[None], shard, dtype, 0.0)
 
-    for tile in (None, *TILES, *HINTED):
+    for tile in (None, *TILES):
         head = {"tile": dataclasses.asdict(tile) if tile else None, "default": tile == loss_gpu.TILE}
         try:
             if tile is None:

@@ -53,7 +53,6 @@ def test_the_kernel_alone_is_timed_beside_xla(script, tmp_path, monkeypatch):
     timed_rows: list[str] = []
     monkeypatch.setattr(script, "kernel_microseconds", timed)
     monkeypatch.setattr(script, "TILES", (RowTile(32),))
-    monkeypatch.setattr(script, "HINTED", ())
     xla, kernel = script.measure_tiles(TINY, script.Settings(tmp_path / "x.json", rows=2, chunks=(4,)))
     assert (xla["tile"], xla["microseconds"]) == (None, 2.0)
     assert xla["gigabytes_per_second_of_one_read_one_write"] == pytest.approx(2 * 4 * 96 * 4 / 2e-6 / 1e9)

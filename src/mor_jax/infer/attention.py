@@ -28,7 +28,8 @@ from mor_jax.model.layers import Rotary, apply_rotary
 logger = logging.getLogger(__name__)
 _BLOCK, TOKEN_BLOCK = 2048, 512
 """Entries that a chunk of a prompt, and single tokens, attend to at a time; groups that may hold more are read block by
-block. Many, as on a GPU the host decides about every round of the loop; so single tokens read all there."""
+block. Many, as on a GPU the host decides about every round of the loop; so single tokens read all there, and chunks
+too where a kernel can (``prompts_backend``)."""
 DecodeBackend = Literal["auto", "xla", "pallas"]
 _HEADS, _KV_HEADS = (None, None, "heads", None), (None, None, "kv_heads", None)
 _POOLS = (POOL_AXES, POOL_AXES)
@@ -183,7 +184,8 @@ def attend_by_kernel(
 ) -> jax.Array:
     """Copy the pages of every row one after the other, and attend by the flash attention of training.
 
-    The copy is of all pages that a row may have; the kernel reads up to the last entry that a block of queries sees.
+    The copy is of all pages that a row may have, so memory and time grow with the longest sequence that the engine
+    allows; the kernel reads up to the last entry that a block of queries sees.
 
     Args:
         query_BTNH: rotated, of 16 bits.

@@ -69,11 +69,8 @@ def split_rotate(
     Returns:
         Queries [B, C, N, H], keys and values [B, C, K, H].
     """
-    query, key, value = _on_rows(_layout(heads, kv_heads), joint_BCX, rotary)
-    return query, key, value
+    layout = _layout(heads, kv_heads)
 
-
-def _on_rows(layout: _Layout, joint_BCX: jax.Array, rotary: Rotary) -> tuple[jax.Array, ...]:
     def local(joint_BCX: jax.Array, rotary: Rotary) -> tuple[jax.Array, ...]:
         split: Any = _split
         cos, sin = (table[:, :, 0] for table in rotary)
@@ -82,8 +79,8 @@ def _on_rows(layout: _Layout, joint_BCX: jax.Array, rotary: Rotary) -> tuple[jax
 
     joint = ("batch", "sequence", None)
     table = ("batch" if rotary[0].shape[0] == joint_BCX.shape[0] else None, "sequence", None, None)
-    heads = ("batch", "sequence", None, None)
-    return on_shards(local, (joint, (table, table)), (heads,) * len(layout.parts))(joint_BCX, rotary)
+    each = ("batch", "sequence", None, None)
+    return on_shards(local, (joint, (table, table)), (each, each, each))(joint_BCX, rotary)
 
 
 def _kernel(cos_ref: Any, sin_ref: Any, *refs: Any, layout: _Layout, tokens: int, backward: bool) -> None:

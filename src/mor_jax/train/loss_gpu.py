@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from mor_jax.array_types import Array, Float, Int
+from mor_jax.model.fused_gpu import call_kernel
 
 _LOG2_E = math.log2(math.e)
 _LOWEST = -3e38
@@ -34,8 +35,6 @@ class RowTile:
     columns: int = 8192
     """X, a power of two."""
     warps: int = 16
-    hints: bool = False
-    """Whether to ask the cache to keep what the first reading fetched, and to drop what the second did."""
 
 
 TILE = RowTile()
@@ -69,25 +68,20 @@ def softmax_gradient(
         (gradient [M, V], negative log-likelihood [M] without weight or z-loss, log-sum-exp [M]); the last two float32.
     """
     tile = TILE if tile is None else tile
-    interpret = jax.default_backend() == "cpu"
     tokens, vocabulary = logits_MV.shape
     columns = min(tile.columns, 1 << (vocabulary - 1).bit_length())
     row = pl.BlockSpec((None, pl.cdiv(vocabulary, columns) * columns), lambda i: (i, 0))
     one = pl.BlockSpec((None,), lambda i: (i,))
     per_token = jax.ShapeDtypeStruct((tokens,), jnp.float32)
-    params = plt.CompilerParams(num_warps=tile.warps, num_stages=1)
-    return pl.pallas_call(
-        functools.partial(
-            _kernel, size=vocabulary, columns=columns, z_coefficient=z_coefficient, hints=tile.hints and not interpret
-        ),
+    return call_kernel(
+        functools.partial(_kernel, size=vocabulary, columns=columns, z_coefficient=z_coefficient),
+        tile.warps,
+        "mor_cross_entropy",
         grid=(tokens,),
         in_specs=[row, one, one],
         out_specs=[row, one, one],
         out_shape=[jax.ShapeDtypeStruct(logits_MV.shape, dtype), per_token, per_token],
         input_output_aliases={0: 0} if logits_MV.dtype == jnp.dtype(dtype) else {},
-        compiler_params=None if interpret else params,
-        interpret=interpret,
-        name="mor_cross_entropy",
     )(logits_MV, targets_M.astype(jnp.int32), weights_M.astype(jnp.float32))
 
 
@@ -102,7 +96,6 @@ def _kernel(
     size: int,
     columns: int,
     z_coefficient: float,
-    hints: bool,
 ) -> None:
     """One row. Where the gradient lies over the logits, the reductions of the first loop are the barrier between."""
     steps = pl.cdiv(size, columns)
@@ -114,16 +107,14 @@ def _kernel(
         column_X = index * columns + jax.lax.iota(jnp.int32, columns)
         return pl.ds(index * columns, columns), column_X, None if size % columns == 0 else column_X < size
 
-    def load(block: Any, inside_X: jax.Array | None, hint: str) -> jax.Array:
+    def load(block: Any, inside_X: jax.Array | None) -> jax.Array:
         other = None if inside_X is None else -jnp.inf
-        policy = hint if hints else None
-        x_X = plt.load(logits_ref.at[block], mask=inside_X, other=other, eviction_policy=policy)
-        return x_X.astype(jnp.float32)
+        return plt.load(logits_ref.at[block], mask=inside_X, other=other).astype(jnp.float32)
 
     def accumulate(index: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         largest, sums_X = carry
         block, _, inside_X = place(index)
-        x_X = load(block, inside_X, "evict_last")
+        x_X = load(block, inside_X)
         new = jnp.maximum(largest, jnp.max(x_X))
         return new, sums_X * jnp.exp2((largest - new) * _LOG2_E) + jnp.exp2((x_X - new) * _LOG2_E)
 
@@ -135,10 +126,9 @@ def _kernel(
 
     def write(index: Any, carry: None) -> None:
         block, column_X, inside_X = place(steps - 1 - index)  # what was read last is surest to be in the cache
-        x_X = load(block, inside_X, "evict_first")
+        x_X = load(block, inside_X)
         grad_X = jnp.exp2((x_X - lse) * _LOG2_E) * scale - jnp.where(column_X == target, weight, 0.0)
-        policy = "evict_first" if hints else None
-        plt.store(grad_ref.at[block], grad_X.astype(grad_ref.dtype), mask=inside_X, eviction_policy=policy)
+        plt.store(grad_ref.at[block], grad_X.astype(grad_ref.dtype), mask=inside_X)
 
     jax.lax.fori_loop(0, steps, write, None)
     nll_ref[...] = lse - picked
