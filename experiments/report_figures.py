@@ -37,7 +37,10 @@ def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
     if losses:
         panels = {"training loss (nats/token)": losses, "less vanilla's, before decay": training_leads(results[MAIN])}
         written += plot_curves(DOCS / "images" / "training", panels)
-    curves = {r["name"]: [(p["max_depth"], p["nll"]) for p in r["depth_curve"]] for r in done if "depth_curve" in r}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for result in done:
+        if "depth_curve" in result:  # the first seed of every group
+            curves.setdefault(result["group"], [(p["max_depth"], p["nll"]) for p in result["depth_curve"]])
     if curves:
         written += plot_depth_curves(DOCS / "images" / "test-time-scaling", curves, "cap on the passes of a token")
     for family in ("vanilla", "expert-r3"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -79,7 +80,7 @@ def plot_pareto(path: Path, panels: Mapping[str, Sequence[tuple[str, float, floa
         front = pareto_front([(cost, loss) for _, cost, loss in models])
         axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
         for index, (name, cost, loss) in enumerate(models):
-            axes.plot(cost, loss, "o", color=mpl.colormaps["tab20"](index % 20), label=name)
+            axes.plot(cost, loss, **_mark(index), label=name)
         costs = [cost for _, cost, _ in models]
         low, high = min(costs), max(costs)
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -91,6 +92,12 @@ def plot_pareto(path: Path, panels: Mapping[str, Sequence[tuple[str, float, floa
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     return write_figure(figure, path)
+
+
+def _mark(index: int) -> dict[str, Any]:
+    """Colour and marker of a model: no two of 80 have both in common."""
+    colours = mpl.colormaps["tab20"]
+    return {"color": colours(index % colours.N), "marker": "os^D"[index // colours.N % 4]}
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -110,14 +117,14 @@ def plot_depth_curves(path: Path, curves: Mapping[str, Sequence[tuple[float, flo
         curves: per model (cap, loss).
         xlabel: of the cap.
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=name)
+    for index, (name, curve) in enumerate(curves.items()):
+        axes.plot(*zip(*curve, strict=True), **_mark(index), markersize=4, label=name)
     axes.set(xlabel=xlabel, ylabel="causal loss (nats/token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return write_figure(figure, path)
 
 
