@@ -137,4 +137,6 @@ def _row(run: SweepRun, result: Result | None) -> Result:
     if result is None:
         return failed_result(run, "not run", "")
     names = {"name": run.name, "group": run.group or run.name}
-    return {**{key: value for key, value in result.items() if key != "experiment"}, **names}
+    train = {**result["config"]["train"], "runs": run.config.train.runs}  # not the folder on the machine that ran it
+    config = {**result["config"], "train": train}
+    return {**{key: value for key, value in result.items() if key != "experiment"}, **names, "config": config}

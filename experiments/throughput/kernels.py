@@ -24,7 +24,7 @@ import tyro
 
 from mor_jax.errors import UserError, require
 from mor_jax.model import fused_gpu, rotary_gpu
-from mor_jax.model.attention import project_jointly
+from mor_jax.model.attention import project_qkv
 from mor_jax.model.fused_gpu import skip_norm
 from mor_jax.model.layers import apply_rotary, compute_weight, rms_norm, rotary_tables
 from mor_jax.model.rotary_gpu import split_rotate
@@ -162,7 +162,7 @@ def _projection(shape: Shape, tokens: int) -> Case:
 
     def joint(x_BCD: Any, scale_D: Any, query: Any, key_value: Any, cos: Any, sin: Any) -> Any:
         x_BCD, normed_BCD = skip_norm(x_BCD, scale_D, _EPSILON)
-        return x_BCD, project_jointly(normed_BCD, query, key_value, (cos, sin))
+        return x_BCD, project_qkv(normed_BCD, query, key_value, (cos, sin))
 
     arguments = _inputs(shape, tokens)
     grads = _cotangents(separate, arguments)

@@ -28,6 +28,7 @@ from mor_jax import presets
 from mor_jax.bench.serve_profile import trace_kernels
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
+from mor_jax.plan.report import versions
 from mor_jax.train import loss, loss_gpu
 from mor_jax.train.loss_gpu import RowTile
 from mor_jax.train.loss_shards import VocabularyShard
@@ -166,7 +167,7 @@ def measure_tiles(config: ModelConfig, settings: Settings) -> Iterator[Row]:
                 program = jax.jit(plain)
             else:
                 options = {"dtype": dtype, "z_coefficient": 0.0, "tile": tile}
-                program = jax.jit(functools.partial(loss_gpu.softmax_gradient, **options))
+                program = jax.jit(functools.partial(loss_gpu.softmax_cross_entropy, **options))
             run, name = lambda program=program: program(logits_MV, *rest), "mor_cross_entropy" if tile else ""
             found = kernel_microseconds(run, name, settings.repeats)
         except jax.errors.JaxRuntimeError as error:
@@ -187,7 +188,7 @@ def measure(settings: Settings) -> Row:
         "command": ["python", *sys.argv],
         "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},
         "device": device.device_kind,
-        "versions": {"python": sys.version.split()[0], "jax": jax.__version__, "jaxlib": jax.lib.__version__},
+        "versions": versions(),
     }
     tiles = (loss_gpu.TILE,)
     if settings.tiles:

@@ -25,9 +25,9 @@ def script():
 
 def test_head_and_loss_agree_in_every_program(script, tmp_path, monkeypatch):
     seen, usual = [], loss_gpu.TILE
-    kernel = loss_gpu.softmax_gradient
+    kernel = loss_gpu.softmax_cross_entropy
     monkeypatch.setattr(
-        loss_gpu, "softmax_gradient", lambda *x, **y: (seen.append(loss_gpu.TILE.columns), kernel(*x, **y))[1]
+        loss_gpu, "softmax_cross_entropy", lambda *x, **y: (seen.append(loss_gpu.TILE.columns), kernel(*x, **y))[1]
     )
     settings = script.Settings(tmp_path / "x.json", rows=2, length=9, chunks=(4, 8), repeats=1)
     rows = script.measure_loss(TINY, settings, (RowTile(32), RowTile(64)))

@@ -13,7 +13,7 @@ from mor_jax.model.transformer import init_params
 from mor_jax.parallel import make_mesh
 from mor_jax.train import loss, loss_gpu
 from mor_jax.train.loss import fused_cross_entropy
-from mor_jax.train.loss_gpu import RowTile, softmax_gradient
+from mor_jax.train.loss_gpu import RowTile, softmax_cross_entropy
 from mor_jax.train.step import loss_fn
 
 TILE = RowTile(columns=32, warps=4)
@@ -46,7 +46,7 @@ def _plain(logits_MV, targets_M, weights_M, z_coefficient):
 def _check(tokens, vocabulary, logits_dtype, dtype, z_coefficient, tile):
     logits_MV, targets_M, weights_M = _chunk(tokens, vocabulary, logits_dtype)
     wanted = _plain(logits_MV, targets_M, weights_M, z_coefficient)
-    function = jax.jit(softmax_gradient, static_argnums=(3, 4, 5))
+    function = jax.jit(softmax_cross_entropy, static_argnums=(3, 4, 5))
     grad_MV, nll_M, lse_M = function(logits_MV, targets_M, weights_M, dtype, z_coefficient, tile)
     assert (grad_MV.dtype, nll_M.dtype, lse_M.dtype) == (dtype, jnp.float32, jnp.float32)
     rounding = 2e-5 if dtype == "float32" else 2**-8
@@ -109,9 +109,9 @@ def calls(monkeypatch):
 
     def counted(logits_MV, *rest):
         seen.append(logits_MV.shape)
-        return softmax_gradient(logits_MV, *rest, tile=TILE)
+        return softmax_cross_entropy(logits_MV, *rest, tile=TILE)
 
-    monkeypatch.setattr(loss.loss_gpu, "softmax_gradient", counted)
+    monkeypatch.setattr(loss.loss_gpu, "softmax_cross_entropy", counted)
     return seen
 
 
@@ -170,4 +170,4 @@ def test_perf_fusion_chooses_the_kernel_in_the_train_step(fusion, calls):
 
 
 def test_a_chunk_too_large_to_address_is_left_to_xla():
-    assert loss_gpu.takes(43_690, 49_152) and not loss_gpu.takes(43_691, 49_152)
+    assert loss_gpu.can_address(43_690, 49_152) and not loss_gpu.can_address(43_691, 49_152)

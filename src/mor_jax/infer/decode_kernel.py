@@ -77,7 +77,7 @@ def _kernel(
     group, start, count, head = group_ref[...], start_ref[...], count_ref[...], pl.program_id(1)
     stored = visible_ref[...] - count  # entries that lie in the cache already
     groups, width = out_ref.shape
-    nth_G, nth_H = jnp.arange(max(_MIN_ROWS, 1 << (groups - 1).bit_length())), jnp.arange(width)
+    nth_G, nth_H = jnp.arange(max(_MIN_ROWS, pl.next_power_of_2(groups))), jnp.arange(width)
     query_GH = _rotated(projected_ref, head * groups + nth_G, nth_G < groups, cos_ref, sin_ref)
     first_key = groups * kv_heads + head
     key_1H = _rotated(projected_ref, jnp.full((1,), first_key), jnp.full((1,), True), cos_ref, sin_ref)

@@ -64,8 +64,8 @@ class Attention(nn.Module):
         fused = self.perf.fusion == "triton"
         output = compute_weight(output) if fused else output
         projects_kv = cached is None or context.update is not None or context.fresh_BS is not None
-        if fused and projects_kv and _joins(config, lora):
-            query_BCNH, fresh = project_jointly(x_BCD, query, key_value, context.rotary)
+        if fused and projects_kv and _can_fuse_qkv(config, lora):
+            query_BCNH, fresh = project_qkv(x_BCD, query, key_value, context.rotary)
         else:
             query, key_value = map(compute_weight, (query, key_value)) if fused else (query, key_value)
             query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query)
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         return apply_rotary(fresh[:, :, 0], rotary), fresh[:, :, 1]
 
 
-def _joins(config: ModelConfig, lora: Any) -> bool:
+def _can_fuse_qkv(config: ModelConfig, lora: Any) -> bool:
     """Whether queries, keys and values can be one product (queries alone gained nothing from the kernel).
 
     Not with low-rank updates, which come before the rotation, and not where `tensor` splits the heads: queries and
@@ -116,12 +116,21 @@ def _joins(config: ModelConfig, lora: Any) -> bool:
     return not updated and axis_size("tensor") == 1 and can_rotate(config.head_dim)
 
 
-def project_jointly(
+def project_qkv(
     x_BCD: jax.Array, query_DNH: jax.Array, key_value_D2KH: jax.Array, rotary: Rotary
 ) -> tuple[jax.Array, KeyValue]:
-    """Return rotated queries, and rotated keys and values: one product, one kernel.
+    """Project to queries, keys and values by one product (fused QKV), and rotate by one kernel.
 
     The weights are joined at every use. Uses of a shared block join the same arrays, which XLA does once.
+
+    Args:
+        x_BCD: hidden states [B, C, D].
+        query_DNH: weight [D, N, H] in their dtype.
+        key_value_D2KH: weight [D, 2, K, H] in their dtype.
+        rotary: cosine and sine, float32 [B or 1, C, 1, H/2].
+
+    Returns:
+        Rotated queries [B, C, N, H]; rotated keys, and values, [B, C, K, H] each.
     """
     width, heads, head_dim = query_DNH.shape
     joint_DMH = jnp.concatenate([query_DNH, key_value_D2KH.reshape(width, -1, head_dim)], axis=1)

@@ -40,10 +40,6 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def _inside(row: Any, shape: tuple[int, int], rows: int, width: int) -> jax.Array:
     """bool: which entries of a block that starts at ``row`` lie inside [rows, width]."""
     in_row = row + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < rows
@@ -95,7 +91,7 @@ def _norm_kernel(scale_ref: Any, *refs: Any, size: Any) -> None:
 def _norm(name: str, epsilon: float, scale_D: jax.Array, *inputs_MD: jax.Array) -> list[jax.Array]:
     """Return [norm of x], or of x and delta [x + delta, its norm]."""
     rows, width = inputs_MD[0].shape
-    padded = _power_of_two(width)
+    padded = pl.next_power_of_2(width)
     block = pl.BlockSpec((ROWS, padded), lambda i: (i, 0))
     return call_kernel(
         functools.partial(_norm_kernel, size=(rows, width, epsilon)),
@@ -139,7 +135,7 @@ def _norm_gradient_kernel(
 
 def _norm_gradient(epsilon, x_MD, scale_D, skip_MD, grad_MD):
     rows, width = x_MD.shape
-    padded, programs = _power_of_two(width), pl.cdiv(rows, _CHUNK)
+    padded, programs = pl.next_power_of_2(width), pl.cdiv(rows, _CHUNK)
     block = pl.BlockSpec((_CHUNK, padded), lambda i: (i, 0))
     grad_x, grad_scale = call_kernel(
         functools.partial(_norm_gradient_kernel, size=(rows, width, epsilon)),

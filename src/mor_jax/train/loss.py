@@ -111,7 +111,7 @@ def _chunk_gradient_kernel(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What ``_chunk_gradient`` returns, in one kernel, for logits of the whole vocabulary."""
     rows = (logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1), weights_BC.reshape(-1))
-    grad_MV, nll_M, lse_M = loss_gpu.softmax_gradient(*rows, dtype, z_coefficient)
+    grad_MV, nll_M, lse_M = loss_gpu.softmax_cross_entropy(*rows, dtype, z_coefficient)
     return grad_MV.reshape(logits_BCV.shape), nll_M.reshape(targets_BC.shape), lse_M.reshape(targets_BC.shape)
 
 
@@ -189,7 +189,7 @@ def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT
             hidden_BCD, targets_BC, weights_BC = inputs
             logits_BCV = _chunk_logits(hidden_BCD, head, logits_dtype)
             tokens = (logits_BCV, targets_BC, weights_BC)
-            if fused and vocabulary.is_whole and loss_gpu.takes(targets_BC.size, vocabulary.size):
+            if fused and vocabulary.is_whole and loss_gpu.can_address(targets_BC.size, vocabulary.size):
                 grad_BCV, nll_BC, lse_BC = _chunk_gradient_kernel(*tokens, dtype, z_coefficient)
             else:
                 grad_BCV, nll_BC, lse_BC = _chunk_gradient(*tokens, vocabulary, dtype, z_coefficient)

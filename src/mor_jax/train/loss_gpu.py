@@ -41,12 +41,12 @@ TILE = RowTile()
 """What the loss takes."""
 
 
-def takes(tokens: int, vocabulary: int) -> bool:
+def can_address(tokens: int, vocabulary: int) -> bool:
     """Whether the kernel can address a chunk of this size."""
     return tokens * vocabulary < _OFFSETS
 
 
-def softmax_gradient(
+def softmax_cross_entropy(
     logits_MV: Float[Array, "M V"],
     targets_M: Int[Array, " M"],
     weights_M: Float[Array, " M"],
@@ -69,7 +69,7 @@ def softmax_gradient(
     """
     tile = TILE if tile is None else tile
     tokens, vocabulary = logits_MV.shape
-    columns = min(tile.columns, 1 << (vocabulary - 1).bit_length())
+    columns = min(tile.columns, pl.next_power_of_2(vocabulary))
     row = pl.BlockSpec((None, pl.cdiv(vocabulary, columns) * columns), lambda i: (i, 0))
     one = pl.BlockSpec((None,), lambda i: (i,))
     per_token = jax.ShapeDtypeStruct((tokens,), jnp.float32)
