@@ -17,6 +17,7 @@ from mor_jax.infer.prefill import _piece, prefill
 from mor_jax.infer.stages import dispatch
 from mor_jax.infer.state import empty_control, init_state
 from mor_jax.infer.weights import prepare_weights
+from mor_jax.model import attention_hopper
 from mor_jax.model.attention import Attention
 from mor_jax.model.attention_gpu import flash_attention
 from mor_jax.model.fused_gpu import add_norm, skip_norm, swiglu
@@ -61,6 +62,26 @@ def _with_gradients(function, *arguments):
         return sum(jnp.sum(out.astype(jnp.float32)) for out in jax.tree.leaves(function(*arguments)))
 
     return _kernels(jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arguments))))), *arguments)
+
+
+@pytest.mark.parametrize("kind", ["causal", "shared", "packed"])
+def test_hopper_attention_and_its_gradients(kind):
+    """A kernel forward, two backward; a second layer calls the same ones."""
+    queries = 1368 if kind == "shared" else 2048
+    ranges = [_array(2, queries, dtype="int32")] * {"causal": 0, "shared": 1, "packed": 2}[kind]
+
+    def loss(arrays, ranges):
+        query, key, value = arrays
+        start, end = (None, None, *ranges)[-2:]
+        for _ in range(2):
+            query = attention_hopper.flash_attention(query, key, value, start, end)
+        return jnp.sum(query.astype(jnp.float32))
+
+    arrays = (_array(2, queries, 15, 64), _array(2, 2048, 5, 64), _array(2, 2048, 5, 64))
+    text = jax.jit(jax.grad(loss)).trace(arrays, ranges).lower(lowering_platforms=("cuda",)).as_text()
+    names = re.findall(r"(mor_hopper\w+)_mosaic_gpu", text)
+    assert len(names) == text.count("custom_call @mosaic_gpu_v2")
+    assert sorted(names) == [f"mor_hopper_attention_{name}" for name in ("forward", "grad_keys", "grad_queries")]
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -2,8 +2,7 @@
 
 Usage: python experiments/throughput/kernels.py --out FILE [--cases skip_norm projection ...] [--tune]
 Shapes are those of the 360M model on 16 rows of 2048 tokens in bfloat16, and of its second recursion (1368 slots).
-``CASES`` names the pieces, each a function of the shape that returns the variants, oldest first.
-Letters: B rows, C tokens of a row, D model, N query heads, K key/value heads, H head dim, X = (N + 2K) H.
+``kernel_cases.CASES`` names the pieces, each a function of the shape that returns the variants, oldest first.
 """
 
 import dataclasses
@@ -19,45 +18,13 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tyro
+from kernel_cases import CASES, TUNABLE, Shape
 
 from mor_jax.errors import UserError, require
-from mor_jax.model import fused_gpu, rotary_gpu
-from mor_jax.model.attention import project_qkv
-from mor_jax.model.fused_gpu import skip_norm
-from mor_jax.model.layers import apply_rotary, compute_weight, rms_norm, rotary_tables
-from mor_jax.model.rotary_gpu import split_rotate
 from mor_jax.plan.report import versions
 
-_EPSILON = 1e-5
 _WARMUP = 3
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the pieces."""
-
-    rows: int = 16
-    tokens: int = 2048
-    selected: int = 1368
-    """Tokens of a row in the second recursion."""
-    width: int = 960
-    heads: int = 15
-    kv_heads: int = 5
-    head_dim: int = 64
-    dtype: str = "bfloat16"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One piece of work."""
-
-    variants: Mapping[str, Callable[..., Any]]
-    """What computes it, by name, the oldest first; the others' speed-ups are over that one."""
-    arguments: tuple[Any, ...]
-    least_bytes: int | None = None
-    """Traffic if every input is read and every output written once: for pieces that the memory's speed limits."""
 
 
 @dataclass(frozen=True)
@@ -80,112 +47,6 @@ class Settings:
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         for name in self.cases:
             require(name in CASES, f"cases: {name!r} is none of {', '.join(CASES)}")
-
-
-def _normal(seed: int, *shape: int, dtype: str) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def _inputs(shape: Shape, tokens: int) -> tuple[jax.Array, ...]:
-    """Hidden states, scale, both weights (normal with deviation 0.02), cosine and sine."""
-    width, head_dim, dtype = shape.width, shape.head_dim, shape.dtype
-    positions_BC = jnp.tile(jnp.arange(tokens, dtype=jnp.int32)[None], (shape.rows, 1))
-    return (
-        _normal(0, shape.rows, tokens, width, dtype=dtype),
-        jnp.ones(width),
-        0.02 * _normal(1, width, shape.heads, head_dim, dtype=dtype),
-        0.02 * _normal(2, width, 2, shape.kv_heads, head_dim, dtype=dtype),
-        *rotary_tables(positions_BC, head_dim, 10_000.0),
-    )
-
-
-def _with_gradients(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Outputs and the gradients of the first ``count`` arguments, for the cotangents that come last."""
-
-    def run(*arguments: Any) -> Any:
-        *inputs, grads = arguments
-        out, pull = jax.vjp(lambda *first: function(*first, *inputs[count:]), *inputs[:count])
-        return out, pull(grads)
-
-    return run
-
-
-def _cotangents(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    shapes = jax.eval_shape(function, *arguments)
-    return jax.tree.map(lambda a: _normal(3, *a.shape, dtype=a.dtype), shapes)
-
-
-def _skip_norm(shape: Shape) -> Case:
-    """The norm at the start of a layer, forward."""
-    x_BCD, scale_D, *_ = _inputs(shape, shape.tokens)
-    variants = {
-        "xla": lambda x_BCD, scale_D: rms_norm(x_BCD, scale_D, _EPSILON),
-        "kernel": lambda x_BCD, scale_D: skip_norm(x_BCD, scale_D, _EPSILON)[1],
-    }
-    return Case(variants, (x_BCD, scale_D), 2 * x_BCD.nbytes)
-
-
-def _split_rotate(shape: Shape, *, backward: bool) -> Case:
-    """The joint product to rotated queries, rotated keys, and values; or their gradients back."""
-    heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
-    *_, cos, sin = _inputs(shape, shape.tokens)
-    joint_BCX = _normal(4, shape.rows, shape.tokens, (heads + 2 * kv_heads) * head_dim, dtype=shape.dtype)
-
-    def plain(joint_BCX: jax.Array, *rotary: jax.Array) -> Any:
-        joint_BCMH = joint_BCX.reshape(*joint_BCX.shape[:2], -1, head_dim)
-        query, key, value = jnp.split(joint_BCMH, [heads, heads + kv_heads], axis=2)
-        return apply_rotary(query, (rotary[0], rotary[1])), apply_rotary(key, (rotary[0], rotary[1])), value
-
-    def kernel(joint_BCX: jax.Array, *rotary: jax.Array) -> Any:
-        return split_rotate(joint_BCX, (rotary[0], rotary[1]), heads, kv_heads)
-
-    def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda joint, cos, sin, grads: jax.vjp(lambda x: function(x, cos, sin), joint)[1](grads)
-
-    least_bytes = 2 * joint_BCX.nbytes + cos.nbytes + sin.nbytes
-    arguments = (joint_BCX, cos, sin)
-    if not backward:
-        return Case({"xla": plain, "kernel": kernel}, arguments, least_bytes)
-    arguments = (*arguments, _cotangents(plain, arguments))
-    return Case({"xla": gradient(plain), "kernel": gradient(kernel)}, arguments, least_bytes)
-
-
-def _projection(shape: Shape, tokens: int) -> Case:
-    """Norm (the kernel), rotated queries, rotated keys and values, with gradients of input, scale and weights."""
-
-    def separate(x_BCD: Any, scale_D: Any, query: Any, key_value: Any, cos: Any, sin: Any) -> Any:
-        x_BCD, normed_BCD = skip_norm(x_BCD, scale_D, _EPSILON)
-        query, key_value = compute_weight(query), compute_weight(key_value)
-        rotated = apply_rotary(jnp.einsum("BCD,DNH->BCNH", normed_BCD, query), (cos, sin))
-        both = jnp.einsum("BCD,DXKH->BCXKH", normed_BCD, key_value)
-        return x_BCD, (rotated, (apply_rotary(both[:, :, 0], (cos, sin)), both[:, :, 1]))
-
-    def joint(x_BCD: Any, scale_D: Any, query: Any, key_value: Any, cos: Any, sin: Any) -> Any:
-        x_BCD, normed_BCD = skip_norm(x_BCD, scale_D, _EPSILON)
-        return x_BCD, project_qkv(normed_BCD, query, key_value, (cos, sin))
-
-    arguments = _inputs(shape, tokens)
-    grads = _cotangents(separate, arguments)
-    variants = {name: _with_gradients(f, 4) for name, f in {"separate": separate, "joint": joint}.items()}
-    return Case(variants, (*arguments, grads))
-
-
-CASES: dict[str, Callable[[Shape], Case]] = {
-    "skip_norm": _skip_norm,
-    "split_rotate": lambda shape: _split_rotate(shape, backward=False),
-    "split_rotate_gradient": lambda shape: _split_rotate(shape, backward=True),
-    "projection": lambda shape: _projection(shape, shape.tokens),
-    "projection_selected": lambda shape: _projection(shape, shape.selected),
-}
-"""The pieces, by name."""
-
-_ROTARY_SIZES = (rotary_gpu, {"ROWS": (8, 16, 32, 64), "HEADS": (5, 25), "WARPS": (2, 4, 8)})
-TUNABLE: dict[str, tuple[ModuleType, Mapping[str, tuple[int, ...]]]] = {
-    "skip_norm": (fused_gpu, {"ROWS": (1, 2, 4, 8), "WARPS": (2, 4, 8)}),
-    "split_rotate": _ROTARY_SIZES,
-    "split_rotate_gradient": _ROTARY_SIZES,
-}
-"""Module constants of a piece's last variant, and values to try."""
 
 
 def timed(function: Callable[..., Any], arguments: tuple[Any, ...], settings: Settings) -> dict[str, float]:

@@ -20,7 +20,9 @@ def script() -> Any:
     spec = importlib.util.spec_from_file_location("kernels", FILE)
     assert spec is not None and spec.loader is not None
     module = sys.modules["kernels"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FILE.parent)  # as Python does for a script
+        spec.loader.exec_module(module)
     return module
 
 

@@ -185,7 +185,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": sys.version.split()[0]}
-    for name in ("jax", "jaxlib", "flax", "optax", "tokamax", "nvidia-cudnn-cu13"):
+    for name in ("jax", "jaxlib", "flax", "optax", "nvidia-cudnn-cu13"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

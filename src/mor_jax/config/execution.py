@@ -8,7 +8,7 @@ from mor_jax.errors import require
 
 Execution = Literal["gather", "scan"]
 Remat = Literal["auto", "none", "full", "dots", "names"]
-AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "tokamax", "splash"]
+AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "mosaic", "splash"]
 Fusion = Literal["auto", "xla", "triton"]
 LogitsDtype = Literal["auto", "float32", "bfloat16"]
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 from mor_jax.axes import axis_size, on_shards
 from mor_jax.config import AttentionBackend
 from mor_jax.errors import require
-from mor_jax.model import attention_tokamax
-from mor_jax.model.attention_gpu import flash_attention, visible_runs
+from mor_jax.model import attention_gpu, attention_hopper
+from mor_jax.model.attention_gpu import visible_runs
 from mor_jax.model.attention_tpu import resolve_tpu_backend, splash_attention, target_platform
 from mor_jax.model.layer_context import TokenView, attention_mask
 
@@ -39,9 +40,9 @@ def _resolve_backend(
     """Choose the attention kernel for this process's device, and log it once.
 
     `xla` runs everywhere and holds the [T, S] scores in memory. `cudnn` needs a GPU, bfloat16 and a head_dim that is a
-    multiple of 8 up to 256. `triton` (this project's kernel for packed rows and shared keys, cuDNN for plain causality)
-    and `tokamax` (tokamax's for causality, this project's for shared keys) run on one device and need a head_dim that
-    is a power of two.
+    multiple of 8 up to 256. `mosaic` (this project's kernels for every mask that is a run of keys) needs a Hopper GPU.
+    `triton` (this project's kernels for packed rows and shared keys, cuDNN for plain causality) runs on one device and
+    needs a head_dim that is a power of two.
 
     Args:
         backend: asked for.
@@ -55,10 +56,11 @@ def _resolve_backend(
     on_gpu = jax.default_backend() == "gpu" and dtype == "bfloat16"
     fits = on_gpu and head_dim % 8 == 0 and head_dim <= 256
     fits_triton = fits and head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    fits_mosaic = on_gpu and head_dim in attention_hopper.TILINGS and _is_hopper()
     for name, possible, rule in (
         ("cudnn", fits, "head_dim a multiple of 8 up to 256"),
         ("triton", fits_triton, "head_dim a power of two from 16 to 256"),
-        ("tokamax", fits_triton and attention_tokamax.is_available(), "head_dim 64 or more, and tokamax on Hopper"),
+        ("mosaic", fits_mosaic, "head_dim 64 or 128, and compute capability 9.0 (Hopper)"),
     ):
         require(
             backend != name or possible,
@@ -66,10 +68,18 @@ def _resolve_backend(
             f"device={jax.default_backend()!r}, dtype={dtype!r}, head_dim={head_dim}",
         )
     alone = (jax.device_count() if devices is None else devices) == 1
-    automatic: AttentionBackend = ("triton" if fits_triton and alone else "cudnn") if fits else "xla"
+    automatic: AttentionBackend = "cudnn" if fits else "xla"
+    if fits_mosaic:
+        automatic = "mosaic"
+    elif fits_triton and alone:
+        automatic = "triton"
     chosen: AttentionBackend = automatic if backend == "auto" else backend
     logger.info("attention backend: %s (asked for %s)", chosen, backend)
     return chosen
+
+
+def _is_hopper() -> bool:
+    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
 
 
 def _pad_length(x: jax.Array, axis: int, value: float | bool = 0) -> jax.Array:
@@ -117,17 +127,31 @@ def _by_runs(
 ) -> jax.Array:
     """Kernels whose memory is linear: every query sees one run of keys (`keys`, if given, holds rows 0..S-1)."""
     plain = keys is None and queries.segments_BC is None
+    mask = "causal" if plain else "causal within documents" if keys is None else "queries over shared keys"
     if plain and backend == "triton":
-        _log_kernel("causal", "cuDNN")
+        _log_kernel(mask, "cuDNN")
         return _cudnn(query_BTNH, keys_BSKH, values_BSKH, None)
-    rows, key_segments = (None, None) if keys is None else (queries.rows_BC, keys.segments_BC)
-    start, end = visible_runs(rows, queries.segments_BC, key_segments, query_BTNH.shape[1])
-    if keys is None and backend == "tokamax":
-        _log_kernel("causal" if plain else "causal within documents", "tokamax mosaic_gpu")
-        return attention_tokamax.causal_attention(query_BTNH, keys_BSKH, values_BSKH, start)
-    _log_kernel("causal within documents" if keys is None else "queries over shared keys", "mor_jax triton")
-    end = jnp.broadcast_to(end, query_BTNH.shape[:2])
-    return flash_attention(query_BTNH, keys_BSKH, values_BSKH, start, end)
+    _log_kernel(mask, f"mor_jax {backend}")
+    runs: tuple[jax.Array, ...] = ()
+    if not plain:
+        rows, key_segments = (None, None) if keys is None else (queries.rows_BC, keys.segments_BC)
+        start, end = visible_runs(rows, queries.segments_BC, key_segments, query_BTNH.shape[1])
+        end = jnp.broadcast_to(end, query_BTNH.shape[:2])
+        runs = (end,) if start is None else (start, end)
+    if backend == "triton":
+        return attention_gpu.flash_attention(query_BTNH, keys_BSKH, values_BSKH, *_start_and_end(runs))
+
+    def local(query_BTNH: jax.Array, keys: jax.Array, values: jax.Array, runs: tuple[jax.Array, ...]) -> jax.Array:
+        return attention_hopper.flash_attention(query_BTNH, keys, values, *_start_and_end(runs))
+
+    query_axes, keys_axes = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+    in_axes = (query_axes, keys_axes, keys_axes, tuple(("batch", None) for _ in runs))
+    return on_shards(local, in_axes, query_axes)(query_BTNH, keys_BSKH, values_BSKH, runs)
+
+
+def _start_and_end(runs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    start, end = (None, None, *runs)[-2:]
+    return start, end
 
 
 @functools.cache
@@ -161,13 +185,14 @@ def attend(
         [B, T, N, H] in the queries' dtype. Queries without any visible key return an arbitrary finite value.
     """
     masked = queries.valid_BC is not None or (keys is not None and keys.valid_BC is not None)
-    if backend in ("triton", "tokamax"):
-        if not masked:
+    split = axis_size("context") > 1
+    if backend in ("triton", "mosaic"):
+        if not masked and not split:
             return _by_runs(query_BTNH, keys_BSKH, values_BSKH, queries, keys, backend)
-        _log_kernel("with an attention mask", backend := "xla")
+        backend = "xla" if masked else "cudnn"
+        _log_kernel("with an attention mask" if masked else "rows split over `context`", backend)
     if backend == "splash":
         return _splash(query_BTNH, keys_BSKH, values_BSKH, queries, keys)
-    split = axis_size("context") > 1
     mask_B1TS = attention_mask(queries, keys, explicit=split)
     if not split:
         return _attend_local(query_BTNH, keys_BSKH, values_BSKH, mask_B1TS, backend)

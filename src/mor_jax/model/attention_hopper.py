@@ -1,0 +1,219 @@
+"""Flash attention for Hopper GPUs in Pallas (Mosaic GPU): causal, or every query over one run of keys.
+
+It does what ``attention_gpu`` does on other GPUs, with the matrix instructions (wgmma) and the copy engine (TMA) of
+Hopper, and plain causality as well. Memory is linear in the lengths; blocks that nothing needs are never read. The
+gradient of keys and values is summed over grouped heads inside its kernel, and no gradient goes through float32 memory.
+
+Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dim, I tiles of queries,
+J tiles of keys.
+
+References:
+    Shah et al., FlashAttention-3 (2024), for the division of work between warpgroups; the code is this project's own.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mor_jax.model.attention_hopper_kernels import forward_kernel, grad_keys_kernel, grad_queries_kernel
+from mor_jax.model.attention_hopper_walk import ROWS, Shape, Tiles, key_blocks, plan_keys, plan_queries, query_blocks
+
+LENGTH_MULTIPLE = 8
+"""Lengths are padded to this: the copy engine needs rows of 16 bytes."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the three kernels are cut."""
+
+    forward: Tiles
+    grad_queries: Tiles
+    grad_keys: Tiles
+
+
+TILINGS = {64: Tiling(Tiles(128, 3, 2), Tiles(64, 3, 3), Tiles(64, 2, 3)), 128: Tiling(*(Tiles(64, 2, 2),) * 3)}
+"""By head_dim. For 64 the fastest that were measured on an H100; tiles of 128 need twice the registers."""
+
+
+def flash_attention(
+    query_BTNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
+    start_BT: jax.Array | None = None,
+    end_BT: jax.Array | None = None,
+    *,
+    tiling: Tiling | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """Softmax attention of every query over the keys ``start <= s < end``; scores scaled by H^-0.5, in float32.
+
+    Args:
+        query_BTNH: bfloat16 queries; head n reads key/value head n // G. H is one of ``TILINGS``.
+        key_BSKH: keys.
+        value_BSKH: values.
+        start_BT: int32, first key of each query; None is 0.
+        end_BT: int32, one past its last key, at most S; None is t + 1 (causal, S = T). Skipping works best when both
+            ascend; nothing else needs it.
+        tiling: how the kernels are cut.
+        interpret: parameters of Pallas' GPU interpreter, for tests on any device.
+
+    Returns:
+        [B, T, N, H] in the queries' dtype; 0 for a query without keys.
+    """
+    if start_BT is not None and end_BT is None:
+        end_BT = jnp.broadcast_to(jnp.arange(1, query_BTNH.shape[1] + 1, dtype=jnp.int32)[None], start_BT.shape)
+    length = query_BTNH.shape[1]
+    runs = tuple(_pad(x) for x in (start_BT, end_BT) if x is not None)
+    tiling = tiling or TILINGS[query_BTNH.shape[3]]
+    attention: Any = _attention
+    return attention(tiling, interpret, *map(_pad, (query_BTNH, key_BSKH, value_BSKH)), runs)[:, :length]
+
+
+def _pad(x_BT: jax.Array) -> jax.Array:
+    """Lengthen axis 1: queries without keys (causal ones are cut off), keys that no query sees."""
+    missing = -x_BT.shape[1] % LENGTH_MULTIPLE
+    return jnp.pad(x_BT, [(0, 0), (0, missing)] + [(0, 0)] * (x_BT.ndim - 2)) if missing else x_BT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(tiling: Tiling, interpret: Any, query: Any, key: Any, value: Any, runs: Any) -> jax.Array:
+    return _forward(tiling, interpret, query, key, value, runs)[0]
+
+
+def _forward(tiling: Tiling, interpret: Any, query: Any, key: Any, value: Any, runs: Any) -> tuple[jax.Array, Any]:
+    out, lse = forward(tiling.forward, interpret, query, key, value, runs)
+    return out, (query, key, value, runs, out, lse)
+
+
+def _backward(tiling: Tiling, interpret: Any, residuals: Any, grad_out: jax.Array) -> Any:
+    query, key, value, runs, out, lse = residuals
+    grad_query, delta = grad_queries(tiling.grad_queries, interpret, query, key, value, runs, grad_out, out, lse)
+    grads = grad_keys(tiling.grad_keys, interpret, query, key, value, runs, grad_out, lse, delta)
+    return grad_query, *grads, tuple(None for _ in runs)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _shape(query: jax.Array, key: jax.Array, runs: Any) -> Shape:
+    batch, length, heads, width = query.shape
+    return Shape(batch, length, key.shape[1], heads, key.shape[2], width, len(runs))
+
+
+def _tensor(dtype: Any, *shape: int) -> Any:
+    """Shared memory of tiles, laid out as wgmma reads them."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def _vector(dtype: Any, *shape: int) -> Any:
+    return plgpu.SMEM(shape, dtype)
+
+
+def _call(
+    kernel: Callable[..., None], name: str, blocks: int, shape: Shape, tiles: Tiles, interpret: Any, **parts: Any
+) -> Any:
+    """Run a kernel on ``blocks`` thread blocks; ``parts``: its operands, out types and scratch.
+
+    Who calls this is jitted, so that the layers of a model share one trace and one lowering: else 32 took 25 s.
+    """
+    staging = () if interpret is None else (_vector(jnp.bfloat16, tiles.warpgroups, ROWS, tiles.walked),)
+
+    def body(*refs: Any, scratch: Any, staging: Any) -> None:
+        kernel(shape, tiles, refs, scratch, *staging)
+
+    body.__name__ = name
+    extra = {} if interpret is None else {"interpret": interpret}
+    return plgpu.kernel(
+        body,
+        out_type=parts["out"],
+        scratch_types={"scratch": parts["scratch"], "staging": staging},
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=tiles.warpgroups + 1,
+        thread_name="wg",
+        **extra,
+    )(*parts["operands"])
+
+
+def _barriers(tiles: Tiles, own: int, walked: int) -> tuple[Any, Any, Any]:
+    """Barriers: own rows have come (``own`` copies), a slot is filled (``walked`` copies), a slot is free again."""
+    return (
+        plgpu.Barrier(num_arrivals=own, num_barriers=tiles.warpgroups),
+        plgpu.Barrier(num_arrivals=walked, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward(tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs: Any) -> tuple[jax.Array, jax.Array]:
+    """Output [B, T, N, H], and the base-2 logarithm of the softmax sums, float32 [B, N, T]."""
+    shape, dtype, own = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
+    block = _tensor(dtype, tiles.stages, tiles.walked, shape.width)
+    ready, filled, freed = _barriers(tiles, 1 + shape.runs, 1)
+    run_rows = (_vector(jnp.int32, *own),) * shape.runs
+    own_rows = _tensor(dtype, *own, shape.width)
+    return _call(
+        forward_kernel,
+        "mor_hopper_attention_forward",
+        shape.batch * shape.kv_heads * query_blocks(shape, tiles),
+        shape,
+        tiles,
+        interpret,
+        operands=(query, key, value, runs, plan_queries(runs, tiles) if runs else None),
+        out=(
+            jax.ShapeDtypeStruct(query.shape, dtype),
+            jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.queries), jnp.float32),
+        ),
+        scratch=(own_rows, block, block, _vector(jnp.float32, *own), run_rows, ready, (filled,) * 2, (freed,) * 2),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def grad_queries(
+    tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs: Any, grad_out: Any, out: Any, lse: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Gradient of the queries, and the products of output and its gradient, float32 [B, N, T]."""
+    shape, dtype, own = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
+    rows, block = _tensor(dtype, *own, shape.width), _tensor(dtype, tiles.stages, tiles.walked, shape.width)
+    values, run_rows = _vector(jnp.float32, *own), (_vector(jnp.int32, *own),) * shape.runs
+    return _call(
+        grad_queries_kernel,
+        "mor_hopper_attention_grad_queries",
+        shape.batch * shape.kv_heads * query_blocks(shape, tiles),
+        shape,
+        tiles,
+        interpret,
+        operands=(query, key, value, runs, plan_queries(runs, tiles) if runs else None, grad_out, out, lse),
+        out=(jax.ShapeDtypeStruct(query.shape, dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)),
+        scratch=(rows, rows, rows, values, values, block, block, run_rows, *_barriers(tiles, 4 + shape.runs, 2)),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def grad_keys(
+    tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs: Any, grad_out: Any, lse: Any, delta: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of keys and values [B, S, K, H]."""
+    shape, dtype, walked = _shape(query, key, runs), query.dtype, (tiles.stages, tiles.walked)
+    rows, block = _tensor(dtype, tiles.warpgroups, ROWS, shape.width), _tensor(dtype, *walked, shape.width)
+    values, run_rows = _vector(jnp.float32, *walked), (_vector(jnp.int32, *walked),) * shape.runs
+    return _call(
+        grad_keys_kernel,
+        "mor_hopper_attention_grad_keys",
+        shape.batch * shape.kv_heads * key_blocks(shape, tiles),
+        shape,
+        tiles,
+        interpret,
+        operands=(
+            *(query, key, value, runs, plan_keys(runs, tiles, shape.keys) if runs else None),
+            *(grad_out, lse, delta),
+        ),
+        out=(jax.ShapeDtypeStruct(key.shape, dtype),) * 2,
+        scratch=(rows, rows, block, block, values, values, run_rows, *_barriers(tiles, 2, 4 + shape.runs)),
+    )

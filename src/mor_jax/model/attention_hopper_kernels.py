@@ -1,0 +1,280 @@
+"""The three Pallas (Mosaic GPU) kernels behind ``attention_hopper.flash_attention``; letters as there.
+
+Of a thread block's warpgroups the last one only asks the copy engine (TMA) for the next blocks. Rows beyond the end of
+an array are read as zeros and not written, by the copy engine itself.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mor_jax.model.attention_hopper_walk import (
+    REGISTERS,
+    ROWS,
+    Place,
+    Shape,
+    Tiles,
+    copy_blocks,
+    over_keys,
+    pass_over,
+    place_keys,
+    place_queries,
+    visible,
+)
+
+_LOG2_E = math.log2(math.e)
+_MASKED = -1e30
+
+
+def _product(a: Any, b: Any, columns: int) -> jax.Array:
+    """Matrix product [ROWS, columns] in float32; ``a`` in shared memory or registers."""
+
+    def multiply(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
+
+
+def _operand(x: jax.Array, staging: Any) -> Any:
+    """``x`` for a product: from registers, or through shared memory for the interpreter, which knows no other way."""
+    if staging is None:
+        return x
+    ref = staging.at[lax.axis_index("wg")]
+    ref[...] = x
+    return ref
+
+
+def _rows(values: jax.Array, columns: int) -> jax.Array:
+    """One value per row of a tile [ROWS, columns]."""
+    return lax.broadcast_in_dim(values, (ROWS, columns), [0])
+
+
+def _columns(values: jax.Array) -> jax.Array:
+    """One value per column of a tile [ROWS, columns]."""
+    return lax.broadcast_in_dim(values, (ROWS, values.shape[0]), [1])
+
+
+def _load_rows(place: Place, pairs: list[tuple[Any, Any]], ranges: list[tuple[Any, Any]], barrier: Any) -> None:
+    """Copy a warpgroup's rows of [B, T, N, H] arrays and of [B, N, T] or [B, T] ``ranges``, and wait for them."""
+    wg, rows = lax.axis_index("wg"), pl.ds(place.tile * ROWS, ROWS)
+    for ref, smem in pairs:
+        plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, place.head], smem.at[wg], barrier.at[wg])
+    for ref, smem in ranges:
+        source = ref.at[place.batch, rows] if len(ref.shape) == 2 else ref.at[place.batch, place.head, rows]
+        plgpu.copy_gmem_to_smem(source, smem.at[wg], barrier.at[wg])
+    plgpu.barrier_wait(barrier.at[wg])
+
+
+def forward_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging: Any = None) -> None:
+    """Write the output of a tile of queries per warpgroup, and the base-2 logarithm of its softmax sums."""
+    query_ref, key_ref, value_ref, run_refs, plan_ref, out_ref, lse_ref = refs
+    query_smem, key_smem, value_smem, lse_smem, run_smem, ready, filled, freed = scratch
+    place = place_queries(shape, tiles, plan_ref)
+    wg, scale = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E
+
+    @pl.when(wg < tiles.warpgroups)
+    def _compute() -> None:
+        plgpu.set_max_registers(REGISTERS[tiles.warpgroups][0], action="increase")
+        _load_rows(place, [(query_ref, query_smem)], list(zip(run_refs, run_smem, strict=True)), ready)
+        query, runs = query_smem.at[wg], [smem.at[wg][...] for smem in run_smem]
+
+        def step(index: Any, carry: Any, *, masked: bool) -> Any:
+            sums, top, total = carry
+            slot, block = lax.rem(index, tiles.stages), place.stop - 1 - index
+            plgpu.barrier_wait(filled[0].at[slot])
+            scores = _product(query, key_smem.at[slot].transpose((1, 0)), tiles.walked)
+            plgpu.barrier_arrive(freed[0].at[slot])
+            mask = visible(place.tile * ROWS, block * tiles.walked, runs, (ROWS, tiles.walked), 0) if masked else None
+            if mask is not None:
+                scores = jnp.where(mask, scores, _MASKED)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scale)
+            shrink = jnp.exp2(top - new_top)
+            weights = jnp.exp2(scores * scale - _rows(new_top, tiles.walked))
+            if mask is not None and runs:  # a query may see nothing of a block
+                weights = jnp.where(mask, weights, 0.0)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            weights = weights.astype(query_ref.dtype)
+            plgpu.barrier_wait(filled[1].at[slot])
+            more = _product(_operand(weights, staging), value_smem.at[slot], shape.width)
+            plgpu.barrier_arrive(freed[1].at[slot])
+            return sums * _rows(shrink, shape.width) + more, new_top, total
+
+        carry = (
+            jnp.zeros((ROWS, shape.width), jnp.float32),
+            jnp.full((ROWS,), _MASKED, jnp.float32),
+            jnp.zeros((ROWS,), jnp.float32),
+        )
+        both = list(zip(filled, freed, strict=True))
+        sums, top, total = over_keys(shape, tiles, place, both, step, carry)
+        if runs:
+            total = jnp.where(total > 0, total, 1.0)
+        query[...] = (sums / _rows(total, shape.width)).astype(query_ref.dtype)
+        lse_smem.at[wg][...] = top + jnp.log2(total)
+        plgpu.commit_smem()
+        rows = pl.ds(place.tile * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(query, out_ref.at[place.batch, rows, place.head])
+        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[place.batch, place.head, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == tiles.warpgroups)
+    def _copy() -> None:
+        copies = [
+            (filled[i], freed[i], _key_copy(place, tiles, [pair]))
+            for i, pair in enumerate([(key_ref, key_smem), (value_ref, value_smem)])
+        ]
+        copy_blocks(tiles, place.stop - place.begin, copies)
+
+
+def _key_copy(place: Place, tiles: Tiles, pairs: list[tuple[Any, Any]]) -> Callable[[Any, Any, Any], None]:
+    """Function that copies a step's block of keys (and values), the last block first."""
+
+    def copy(step: Any, slot: Any, barrier: Any) -> None:
+        rows = pl.ds((place.stop - 1 - step) * tiles.walked, tiles.walked)
+        for ref, smem in pairs:
+            plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, place.kv_head], smem.at[slot], barrier)
+
+    return copy
+
+
+def grad_queries_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging: Any = None) -> None:
+    """Write the gradient of a tile of queries per warpgroup, and each query's product of output and its gradient."""
+    query_ref, key_ref, value_ref, run_refs, plan_ref, grad_out_ref, out_ref, lse_ref, grad_ref, delta_ref = refs
+    query_smem, grad_out_smem, out_smem, lse_smem, delta_smem, key_smem, value_smem, run_smem, *barriers = scratch
+    ready, filled, freed = barriers
+    place = place_queries(shape, tiles, plan_ref)
+    wg, scale = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E
+
+    @pl.when(wg < tiles.warpgroups)
+    def _compute() -> None:
+        plgpu.set_max_registers(REGISTERS[tiles.warpgroups][0], action="increase")
+        tensors = [(query_ref, query_smem), (grad_out_ref, grad_out_smem), (out_ref, out_smem)]
+        _load_rows(place, tensors, [(lse_ref, lse_smem), *zip(run_refs, run_smem, strict=True)], ready)
+        query, grad_out, runs = query_smem.at[wg], grad_out_smem.at[wg], [smem.at[wg][...] for smem in run_smem]
+        out, lse = out_smem.at[wg][...].astype(jnp.float32), lse_smem.at[wg][...]
+        delta = jnp.sum(out * grad_out[...].astype(jnp.float32), axis=1)
+        delta_smem.at[wg][...] = delta
+
+        def walk(grad_acc: Any) -> jax.Array:
+            def step(index: Any, carry: Any, *, masked: bool) -> Any:
+                slot, block = lax.rem(index, tiles.stages), place.stop - 1 - index
+                plgpu.barrier_wait(filled.at[slot])
+
+                def products(scores_acc: Any, grad_weights_acc: Any) -> jax.Array:
+                    plgpu.wgmma(scores_acc, query, key_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(grad_weights_acc, grad_out, value_smem.at[slot].transpose((1, 0)))
+                    scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+                    weights = jnp.exp2(scores * scale - _rows(lse, tiles.walked))
+                    if masked:
+                        mask = visible(place.tile * ROWS, block * tiles.walked, runs, (ROWS, tiles.walked), 0)
+                        weights = jnp.where(mask, weights, 0.0)
+                    return weights * (grad_weights_acc[...] - _rows(delta, tiles.walked))
+
+                accumulator = plgpu.ACC((ROWS, tiles.walked), jnp.float32)
+                grad_scores = pl.run_scoped(products, accumulator, accumulator).astype(query_ref.dtype)
+                plgpu.wgmma(grad_acc, _operand(grad_scores, staging), key_smem.at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(freed.at[slot])
+                return carry
+
+            over_keys(shape, tiles, place, [(filled, freed)], step, ())
+            return grad_acc[...]
+
+        grad = pl.run_scoped(walk, plgpu.ACC((ROWS, shape.width), jnp.float32))
+        query[...] = (grad * shape.width**-0.5).astype(query_ref.dtype)
+        plgpu.commit_smem()
+        rows = pl.ds(place.tile * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(query, grad_ref.at[place.batch, rows, place.head])
+        plgpu.copy_smem_to_gmem(delta_smem.at[wg], delta_ref.at[place.batch, place.head, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == tiles.warpgroups)
+    def _copy() -> None:
+        copy = _key_copy(place, tiles, [(key_ref, key_smem), (value_ref, value_smem)])
+        copy_blocks(tiles, place.stop - place.begin, [(filled, freed, copy)])
+
+
+def grad_keys_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging: Any = None) -> None:
+    """Write the gradients of a tile of keys and of values per warpgroup, summed over the heads that read them."""
+    query_ref, key_ref, value_ref, run_refs, plan_ref, grad_out_ref, lse_ref, delta_ref, *grad_refs = refs
+    key_smem, value_smem, query_smem, grad_out_smem, lse_smem, delta_smem, run_smem, ready, filled, freed = scratch
+    place = place_keys(shape, tiles, plan_ref)
+    wg, scale, count = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E, place.stop - place.begin
+
+    @pl.when(wg < tiles.warpgroups)
+    def _compute() -> None:
+        plgpu.set_max_registers(REGISTERS[tiles.warpgroups][0], action="increase")
+        _load_rows(place, [(key_ref, key_smem), (value_ref, value_smem)], [], ready)
+        key, value = key_smem.at[wg], value_smem.at[wg]
+
+        def step(index: Any, block: Any, grad_key_acc: Any, grad_value_acc: Any, *, masked: bool) -> None:
+            slot = lax.rem(index, tiles.stages)
+            plgpu.barrier_wait(filled.at[slot])
+            query, grad_out = query_smem.at[slot], grad_out_smem.at[slot]
+            lse, delta = lse_smem.at[slot][...], delta_smem.at[slot][...]
+
+            def products(scores_acc: Any, grad_weights_acc: Any) -> None:
+                plgpu.wgmma(scores_acc, key, query.transpose((1, 0)))
+                plgpu.wgmma(grad_weights_acc, value, grad_out.transpose((1, 0)))
+                scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+                weights = jnp.exp2(scores * scale - _columns(lse))
+                if masked:
+                    runs = [smem.at[slot][...] for smem in run_smem]
+                    mask = visible(block * tiles.walked, place.tile * ROWS, runs, (ROWS, tiles.walked), 1)
+                    weights = jnp.where(mask, weights, 0.0)
+                plgpu.wgmma(grad_value_acc, _operand(weights.astype(query_ref.dtype), staging), grad_out)
+                grad_weights = plgpu.wgmma_accumulator_load(grad_weights_acc, wait_n=1)
+                grad_scores = (weights * (grad_weights - _columns(delta))).astype(query_ref.dtype)
+                plgpu.wgmma(grad_key_acc, _operand(grad_scores, staging), query)
+                plgpu.wgmma_wait(0)
+
+            accumulator = plgpu.ACC((ROWS, tiles.walked), jnp.float32)
+            pl.run_scoped(products, accumulator, accumulator)
+            plgpu.barrier_arrive(freed.at[slot])
+
+        def walk(grad_key_acc: Any, grad_value_acc: Any) -> tuple[jax.Array, jax.Array]:
+            @pl.loop(0, shape.groups)
+            def _head(head: Any) -> None:
+                begin = head * count - place.begin  # step = begin + block
+
+                def over(start: Any, stop: Any, masked: bool) -> None:
+                    @pl.loop(start, stop)
+                    def _block(block: Any) -> None:
+                        step(begin + block, block, grad_key_acc, grad_value_acc, masked=masked)
+
+                pass_over(tiles, head * count, begin + place.span.first, [(filled, freed)])
+                over(place.span.first, place.span.whole, True)
+                if not shape.runs:
+                    over(place.span.whole, place.span.last, False)
+                pass_over(tiles, begin + place.span.last, head * count + count, [(filled, freed)])
+
+            return grad_key_acc[...], grad_value_acc[...]
+
+        accumulator = plgpu.ACC((ROWS, shape.width), jnp.float32)
+        grad_key, grad_value = pl.run_scoped(walk, accumulator, accumulator)
+        key[...] = (grad_key * shape.width**-0.5).astype(query_ref.dtype)
+        value[...] = grad_value.astype(query_ref.dtype)
+        plgpu.commit_smem()
+        for smem, ref in zip((key, value), grad_refs, strict=True):
+            plgpu.copy_smem_to_gmem(smem, ref.at[place.batch, pl.ds(place.tile * ROWS, ROWS), place.kv_head])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == tiles.warpgroups)
+    def _copy() -> None:
+        def copy(step: Any, slot: Any, barrier: Any) -> None:
+            head = place.kv_head * shape.groups + lax.div(step, count)
+            rows = pl.ds((place.begin + lax.rem(step, count)) * tiles.walked, tiles.walked)
+            for ref, smem in ((query_ref, query_smem), (grad_out_ref, grad_out_smem)):
+                plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, head], smem.at[slot], barrier)
+            for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
+                plgpu.copy_gmem_to_smem(ref.at[place.batch, head, rows], smem.at[slot], barrier)
+            for ref, smem in zip(run_refs, run_smem, strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[place.batch, rows], smem.at[slot], barrier)
+
+        copy_blocks(tiles, shape.groups * count, [(filled, freed, copy)])

@@ -1,0 +1,146 @@
+"""The Mosaic GPU attention kernels against softmax in float32, values and gradients.
+
+They run in Pallas' interpreter where it can run them, and compiled on a Hopper GPU.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mor_jax.model.attention_gpu import visible_runs
+from mor_jax.model.attention_hopper import Tiling, flash_attention
+from mor_jax.model.attention_hopper_walk import Tiles, plan_keys, plan_queries
+
+ROUNDING = 5e-3
+"""Relative norm of what rounding probabilities and gradients to bfloat16 for the products may cost."""
+
+
+def _interpreter() -> Any:
+    """Parameters of the interpreter; the compiled kernels on a GPU."""
+    if jax.default_backend() == "gpu":
+        return None
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("Pallas' GPU interpreter of jax < 0.12 cannot run these kernels; they are lowered in any case")
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not yet exported
+
+    return InterpretGPUParams()
+
+
+def _softmax(query_BTNH, key_BSKH, value_BSKH, mask_BTS):
+    """Attention written out in float32; zero for queries that see nothing."""
+    groups = query_BTNH.shape[2] // key_BSKH.shape[2]
+    key_BSNH, value_BSNH = (jnp.repeat(x, groups, axis=2) for x in (key_BSKH, value_BSKH))
+    with jax.default_matmul_precision("highest"):
+        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", query_BTNH, key_BSNH) * query_BTNH.shape[-1] ** -0.5
+        share_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, -1e30), axis=-1)
+        share_BNTS = jnp.where(mask_BTS[:, None], share_BNTS, 0.0)
+        return jnp.einsum("BNTS,BSNH->BTNH", share_BNTS, value_BSNH)
+
+
+def _check(shape, start=None, end=None, tolerance=ROUNDING, **options):
+    """Compare output and the three gradients; shape: rows, queries, keys, heads, key/value heads, head_dim."""
+    rows, queries, keys, heads, kv_heads, head_dim = shape
+    seeds = jax.random.split(jax.random.key(0), 4)
+    sizes = ((queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads))
+    *inputs, grad = (
+        jax.random.normal(seed, (rows, length, count, head_dim), "bfloat16")
+        for seed, (length, count) in zip(seeds, sizes, strict=True)
+    )
+    last_BT = jnp.broadcast_to(jnp.arange(queries)[None] + 1, (rows, queries)) if end is None else end
+    key = jnp.arange(keys)[None, None, :]
+    mask_BTS = (key < last_BT[:, :, None]) & (key >= (0 if start is None else start[:, :, None]))
+
+    def fused(*inputs):
+        return flash_attention(*inputs, start, end, interpret=_interpreter(), **options)
+
+    results = []
+    for function, kind in ((lambda *x: _softmax(*x, mask_BTS), "float32"), (fused, "bfloat16")):
+        out, pull = jax.vjp(function, *(x.astype(kind) for x in inputs))
+        results.append([x.astype(jnp.float32) for x in (out, *pull(grad.astype(kind)))])
+    for want, got in zip(*results, strict=True):
+        assert want.shape == got.shape
+        assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < tolerance
+    return results[1]
+
+
+def _selected(rows, queries, keys):
+    order = jnp.argsort(jax.random.uniform(jax.random.key(1), (rows, keys)), axis=1)[:, :queries]
+    return jnp.sort(order, axis=1).astype(jnp.int32) + 1
+
+
+def _documents(rows, length, mean):
+    ends = jax.random.bernoulli(jax.random.key(2), 1 / mean, (rows, length))
+    start, end = visible_runs(None, jnp.cumsum(ends, axis=1).astype(jnp.int32), None, length)
+    return start, jnp.broadcast_to(end, (rows, length))
+
+
+def test_causal_with_grouped_heads_and_a_length_that_no_tile_divides():
+    _check((1, 203, 203, 3, 1, 64))
+
+
+def test_causal_head_dim_128_with_as_many_key_heads():
+    _check((1, 136, 136, 2, 2, 128))
+
+
+def test_selected_queries_over_all_keys():
+    _check((1, 72, 200, 3, 1, 64), end=_selected(1, 72, 200))
+
+
+def test_packed_documents():
+    start, end = _documents(1, 200, 60)
+    _check((1, 200, 200, 2, 1, 64), start, end)
+
+
+def test_tiles_of_one_thread_block_with_different_walks():
+    """As many queries as keys heads: the warpgroups of a thread block have tiles of queries one behind the other."""
+    _check((1, 264, 264, 1, 1, 64), tiling=Tiling(*(Tiles(walked=64, warpgroups=3, stages=2),) * 3))
+
+
+def test_a_query_without_keys_returns_zero_and_gets_no_gradient():
+    end = _selected(1, 72, 136).at[0, 3].set(0)
+    out, grad_query, *_ = _check((1, 72, 136, 1, 1, 64), end=end)
+    assert float(jnp.max(jnp.abs(out[:, 3]))) == 0 and float(jnp.max(jnp.abs(grad_query[:, 3]))) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["causal", "selected", "shared", "packed", "wide"])
+def test_compiled_kernels_at_the_size_of_training(kind):
+    """Rows of the 360M model, and of the 1.7B model (as many key heads) with head_dim 128 beside."""
+    tokens, selected = 2048, 1368
+    start = end = None
+    shape = (2, tokens, tokens, 15, 5, 64)
+    if kind == "selected":
+        shape = (2, selected, selected, 15, 5, 64)
+    if kind == "shared":
+        shape, end = (2, selected, tokens, 15, 5, 64), _selected(2, selected, tokens)
+    if kind == "packed":
+        start, end = _documents(2, tokens, 300)
+    if kind == "wide":
+        shape = (2, tokens, tokens, 4, 4, 128)
+    _check(shape, start, end, tolerance=3.5e-3)
+
+
+def test_the_plan_of_queries_by_hand():
+    """Three tiles of 64 queries; two documents, of 100 and 60 tokens; blocks of 32 keys."""
+    rows_BT = jnp.arange(160, dtype=jnp.int32)[None]
+    start_BT = jnp.where(rows_BT < 100, 0, 100)
+    tiles = Tiles(walked=32, warpgroups=3, stages=2)
+    causal = plan_queries((rows_BT + 1,), tiles)
+    assert causal.tolist() == [[[0, 0, 0, 2], [0, 0, 2, 4], [0, 0, 0, 5]]]  # the last tile has queries without keys
+    packed = plan_queries((start_BT, rows_BT + 1), tiles)
+    assert packed.tolist() == [[[0, 0, 0, 2], [0, 4, 4, 4], [3, 5, 5, 5]]]
+
+
+def test_the_plan_of_keys_by_hand():
+    """Tiles of 64 keys, and the blocks of 32 queries that need them; queries that do not exist need none."""
+    rows_BT = jnp.arange(152, dtype=jnp.int32)[None]
+    start_BT = jnp.where(rows_BT < 100, 0, 100)
+    tiles = Tiles(walked=32, warpgroups=2, stages=2)
+    assert plan_keys((rows_BT + 1,), tiles, 152).tolist() == [[[0, 5, 5, 5], [2, 5, 5, 5], [4, 5, 5, 5]]]
+    assert plan_keys((start_BT, rows_BT + 1), tiles, 152).tolist() == [[[0, 4, 4, 4], [2, 5, 5, 5], [4, 5, 5, 5]]]
+    nobody = plan_keys((jnp.zeros_like(rows_BT),), tiles, 152)
+    np.testing.assert_array_equal(nobody[:, :, 0], nobody[:, :, 3])
