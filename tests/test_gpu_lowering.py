@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from mor_jax import presets
-from mor_jax.config import PerfConfig
+from mor_jax.config import MeshConfig, PerfConfig
 from mor_jax.infer.attention import prompts_backend
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.engine_options import EngineOptions, engine_shape
@@ -19,11 +19,13 @@ from mor_jax.infer.state import empty_control, init_state
 from mor_jax.infer.weights import prepare_weights
 from mor_jax.model import attention_hopper
 from mor_jax.model.attention import Attention
+from mor_jax.model.attention_backend import attend
 from mor_jax.model.attention_gpu import flash_attention
 from mor_jax.model.fused_gpu import add_norm, skip_norm, swiglu
 from mor_jax.model.layer_context import TokenView
 from mor_jax.model.recursion import make_context
 from mor_jax.model.transformer import init_params
+from mor_jax.parallel import make_mesh, on_mesh
 from mor_jax.train.loss import fused_cross_entropy
 
 LAYER = ("product_norm", "decode_attention", "product_residual", "product_gated", "product_residual")
@@ -82,6 +84,18 @@ def test_hopper_attention_and_its_gradients(kind):
     names = re.findall(r"(mor_hopper\w+)_mosaic_gpu", text)
     assert len(names) == text.count("custom_call @mosaic_gpu_v2")
     assert sorted(names) == [f"mor_hopper_attention_{name}" for name in ("forward", "grad_keys", "grad_queries")]
+
+
+def test_hopper_attention_works_on_every_cards_share():
+    """Two rows and two key heads of four cards: each one's kernel has one row and one key head."""
+    rows_BT = jnp.tile(jnp.arange(256, dtype=jnp.int32), (2, 1))
+    view = TokenView(rows_BT, rows_BT, segments_BC=jnp.zeros_like(rows_BT))
+    arrays = (_array(2, 256, 6, 64), _array(2, 256, 2, 64), _array(2, 256, 2, 64))
+    with on_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
+        function = jax.jit(lambda query, key, value: attend(query, key, value, view, None, "mosaic"))
+        text = function.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line)
+    assert ": (tensor<1x256x3x64xbf16>, tensor<1x256x1x64xbf16>, tensor<1x256x1x64xbf16>" in call
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -10,6 +10,7 @@ import pytest
 
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.errors import UserError
+from mor_jax.model import attention_backend
 from mor_jax.model.attention import Attention
 from mor_jax.model.attention_backend import attend, resolve_backend
 from mor_jax.model.layer_context import TokenView, attention_mask
@@ -120,4 +121,17 @@ def test_angles_follow_the_position_not_the_row():
 def test_a_kernel_that_cannot_run_here_is_refused():
     with pytest.raises(UserError, match=r"perf.attention_backend='cudnn' needs a GPU"):
         resolve_backend("cudnn", "bfloat16", 64)
+    with pytest.raises(UserError, match=r"perf.attention_backend='mosaic' needs a GPU.* 9.0 \(Hopper\)"):
+        resolve_backend("mosaic", "bfloat16", 64)
     assert resolve_backend("auto", "bfloat16", 64) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("hopper", "head_dim", "devices", "chosen"),
+    [(True, 64, 1, "mosaic"), (True, 128, 8, "mosaic"), (True, 96, 1, "cudnn"), (True, 32, 1, "triton"),
+     (False, 64, 1, "triton"), (False, 64, 8, "cudnn"), (False, 512, 1, "xla")],
+)  # fmt: skip
+def test_a_gpu_gets_the_fastest_kernel_that_fits(hopper, head_dim, devices, chosen, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention_backend, "_is_hopper", lambda: hopper)
+    assert attention_backend._resolve_backend.__wrapped__("auto", "bfloat16", head_dim, devices) == chosen
