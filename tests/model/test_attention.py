@@ -1,6 +1,7 @@
 """Attention masks against literal tables, and attention itself against a sum over visible keys."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -133,5 +134,6 @@ def test_a_kernel_that_cannot_run_here_is_refused():
 )  # fmt: skip
 def test_a_gpu_gets_the_fastest_kernel_that_fits(hopper, head_dim, devices, chosen, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention_backend, "_is_hopper", lambda: hopper)
+    gpu = SimpleNamespace(compute_capability="9.0" if hopper else "8.0")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
     assert attention_backend._resolve_backend.__wrapped__("auto", "bfloat16", head_dim, devices) == chosen

@@ -18,6 +18,7 @@ from mor_jax.errors import require
 from mor_jax.infer.cache import POOL_AXES, append
 from mor_jax.infer.decode_kernel import decode_attention
 from mor_jax.infer.product_kernel import MAX_ROWS
+from mor_jax.model import attention_hopper
 from mor_jax.model.attention import split_last_heads
 from mor_jax.model.attention_gpu import flash_attention
 from mor_jax.model.attention_gpu_kernels import Tiling
@@ -202,6 +203,8 @@ def attend_by_kernel(
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % multiple)))  # or the copy would be copied
     shape = (table_BM.shape[0], table_BM.shape[1] * page_size, -1, query_BTNH.shape[-1])
     keys, values = (pool[table_BM].reshape(shape) for pool in cached)
+    if not interpret and attention_hopper.is_available(query_BTNH.dtype.name, query_BTNH.shape[-1]):
+        return attention_hopper.flash_attention(query_BTNH, keys, values, None, visible_BT)
     return flash_attention(query_BTNH, keys, values, None, visible_BT, interpret=interpret)
 
 

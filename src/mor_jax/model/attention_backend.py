@@ -56,7 +56,7 @@ def _resolve_backend(
     on_gpu = jax.default_backend() == "gpu" and dtype == "bfloat16"
     fits = on_gpu and head_dim % 8 == 0 and head_dim <= 256
     fits_triton = fits and head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    fits_mosaic = on_gpu and head_dim in attention_hopper.TILINGS and _is_hopper()
+    fits_mosaic = attention_hopper.is_available(dtype, head_dim)
     for name, possible, rule in (
         ("cudnn", fits, "head_dim a multiple of 8 up to 256"),
         ("triton", fits_triton, "head_dim a power of two from 16 to 256"),
@@ -76,10 +76,6 @@ def _resolve_backend(
     chosen: AttentionBackend = automatic if backend == "auto" else backend
     logger.info("attention backend: %s (asked for %s)", chosen, backend)
     return chosen
-
-
-def _is_hopper() -> bool:
-    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
 
 
 def _pad_length(x: jax.Array, axis: int, value: float | bool = 0) -> jax.Array:

@@ -40,6 +40,12 @@ TILINGS = {64: Tiling(Tiles(128, 3, 2), Tiles(64, 3, 3), Tiles(64, 2, 3)), 128: 
 """By head_dim. For 64 the fastest that were measured on an H100; tiles of 128 need twice the registers."""
 
 
+def is_available(dtype: str, head_dim: int) -> bool:
+    """Whether this process's device is a Hopper GPU, and the kernels take such arrays."""
+    hopper = str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+    return hopper and jax.default_backend() == "gpu" and dtype == "bfloat16" and head_dim in TILINGS
+
+
 def flash_attention(
     query_BTNH: jax.Array,
     key_BSKH: jax.Array,
