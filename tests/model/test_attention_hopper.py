@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mor_jax.model import attention_hopper, attention_hopper_walk
 from mor_jax.model.attention_gpu import visible_runs
 from mor_jax.model.attention_hopper import Tiling, flash_attention
 from mor_jax.model.attention_hopper_walk import Tiles, plan_keys, plan_queries
@@ -94,9 +95,14 @@ def test_packed_documents():
     _check((1, 200, 200, 2, 1, 64), start, end)
 
 
-def test_tiles_of_one_thread_block_with_different_walks():
-    """As many queries as keys heads: the warpgroups of a thread block have tiles of queries one behind the other."""
-    _check((1, 264, 264, 1, 1, 64), tiling=Tiling(*(Tiles(walked=64, warpgroups=3, stages=2),) * 3))
+def test_tiles_of_one_thread_block_with_different_walks(monkeypatch):
+    """As many key heads as query heads: the warpgroups of a thread block have tiles of queries one behind the other.
+
+    Two items of queries for one thread block, which takes them in turn.
+    """
+    monkeypatch.setattr(attention_hopper_walk, "programs", lambda tiles, items: 1 if tiles.in_turn else items)
+    monkeypatch.setattr(attention_hopper, "programs", attention_hopper_walk.programs)
+    _check((1, 264, 264, 1, 1, 64), tiling=Tiling(*(Tiles(walked=64, warpgroups=3, stages=2, in_turn=True),) * 3))
 
 
 def test_a_query_without_keys_returns_zero_and_gets_no_gradient():
@@ -128,7 +134,7 @@ def test_the_plan_of_queries_by_hand():
     """Three tiles of 64 queries; two documents, of 100 and 60 tokens; blocks of 32 keys."""
     rows_BT = jnp.arange(160, dtype=jnp.int32)[None]
     start_BT = jnp.where(rows_BT < 100, 0, 100)
-    tiles = Tiles(walked=32, warpgroups=3, stages=2)
+    tiles = Tiles(walked=32, warpgroups=3, stages=2, in_turn=True)
     causal = plan_queries((rows_BT + 1,), tiles)
     assert causal.tolist() == [[[0, 0, 0, 2], [0, 0, 2, 4], [0, 0, 0, 5]]]  # the last tile has queries without keys
     packed = plan_queries((start_BT, rows_BT + 1), tiles)
@@ -139,7 +145,7 @@ def test_the_plan_of_keys_by_hand():
     """Tiles of 64 keys, and the blocks of 32 queries that need them; queries that do not exist need none."""
     rows_BT = jnp.arange(152, dtype=jnp.int32)[None]
     start_BT = jnp.where(rows_BT < 100, 0, 100)
-    tiles = Tiles(walked=32, warpgroups=2, stages=2)
+    tiles = Tiles(walked=32, warpgroups=2, stages=2, in_turn=False)
     assert plan_keys((rows_BT + 1,), tiles, 152).tolist() == [[[0, 5, 5, 5], [2, 5, 5, 5], [4, 5, 5, 5]]]
     assert plan_keys((start_BT, rows_BT + 1), tiles, 152).tolist() == [[[0, 4, 4, 4], [2, 5, 5, 5], [4, 5, 5, 5]]]
     nobody = plan_keys((jnp.zeros_like(rows_BT),), tiles, 152)

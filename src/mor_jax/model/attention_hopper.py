@@ -21,10 +21,22 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mor_jax.model.attention_hopper_kernels import forward_kernel, grad_keys_kernel, grad_queries_kernel
-from mor_jax.model.attention_hopper_walk import ROWS, Shape, Tiles, key_blocks, plan_keys, plan_queries, query_blocks
+from mor_jax.model.attention_hopper_walk import (
+    NEVER,
+    ROWS,
+    Shape,
+    Tiles,
+    key_items,
+    plan_keys,
+    plan_queries,
+    programs,
+    query_items,
+)
 
 LENGTH_MULTIPLE = 8
 """Lengths are padded to this: the copy engine needs rows of 16 bytes."""
+VECTOR_MULTIPLE = 128
+"""One value per query is padded to this, no block being longer: vectors are copied without a look at their end."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,10 @@ class Tiling:
     grad_keys: Tiles
 
 
-TILINGS = {64: Tiling(Tiles(128, 3, 2), Tiles(64, 3, 3), Tiles(64, 2, 3)), 128: Tiling(*(Tiles(64, 2, 2),) * 3)}
+TILINGS = {
+    64: Tiling(Tiles(128, 3, 2, True), Tiles(64, 3, 3, True), Tiles(64, 2, 3, False)),
+    128: Tiling(Tiles(64, 2, 2, True), Tiles(64, 2, 2, False), Tiles(64, 2, 2, False)),
+}
 """By head_dim. For 64 the fastest that were measured on an H100; tiles of 128 need twice the registers."""
 
 
@@ -74,16 +89,18 @@ def flash_attention(
     if start_BT is not None and end_BT is None:
         end_BT = jnp.broadcast_to(jnp.arange(1, query_BTNH.shape[1] + 1, dtype=jnp.int32)[None], start_BT.shape)
     length = query_BTNH.shape[1]
-    runs = tuple(_pad(x) for x in (start_BT, end_BT) if x is not None)
+    run_padding = ((start_BT, NEVER), (end_BT, 0))
+    runs = tuple(_pad(x, VECTOR_MULTIPLE, value) for x, value in run_padding if x is not None)
     tiling = tiling or TILINGS[query_BTNH.shape[3]]
     attention: Any = _attention
     return attention(tiling, interpret, *map(_pad, (query_BTNH, key_BSKH, value_BSKH)), runs)[:, :length]
 
 
-def _pad(x_BT: jax.Array) -> jax.Array:
+def _pad(x_BT: jax.Array, multiple: int = LENGTH_MULTIPLE, value: int = 0) -> jax.Array:
     """Lengthen axis 1: queries without keys (causal ones are cut off), keys that no query sees."""
-    missing = -x_BT.shape[1] % LENGTH_MULTIPLE
-    return jnp.pad(x_BT, [(0, 0), (0, missing)] + [(0, 0)] * (x_BT.ndim - 2)) if missing else x_BT
+    missing = -x_BT.shape[1] % multiple
+    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.pad(x_BT, widths, constant_values=value) if missing else x_BT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -121,9 +138,9 @@ def _vector(dtype: Any, *shape: int) -> Any:
 
 
 def _call(
-    kernel: Callable[..., None], name: str, blocks: int, shape: Shape, tiles: Tiles, interpret: Any, **parts: Any
+    kernel: Callable[..., None], name: str, items: int, shape: Shape, tiles: Tiles, interpret: Any, **parts: Any
 ) -> Any:
-    """Run a kernel on ``blocks`` thread blocks; ``parts``: its operands, out types and scratch.
+    """Run a kernel on ``items`` of work; ``parts``: its operands, out types and scratch.
 
     Who calls this is jitted, so that the layers of a model share one trace and one lowering: else 32 took 25 s.
     """
@@ -139,7 +156,7 @@ def _call(
         out_type=parts["out"],
         scratch_types={"scratch": parts["scratch"], "staging": staging},
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        grid=(blocks,),
+        grid=(programs(tiles, items),),
         grid_names=("block",),
         num_threads=tiles.warpgroups + 1,
         thread_name="wg",
@@ -148,35 +165,44 @@ def _call(
 
 
 def _barriers(tiles: Tiles, own: int, walked: int) -> tuple[Any, Any, Any]:
-    """Barriers: own rows have come (``own`` copies), a slot is filled (``walked`` copies), a slot is free again."""
+    """Barriers: (a buffer is filled, by ``own`` copies for each warpgroup; it is free again), a slot is filled, by
+    ``walked`` copies; it is free again."""
+
+    def barrier(arrivals: int, count: int) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+    computing = tiles.warpgroups
     return (
-        plgpu.Barrier(num_arrivals=own, num_barriers=tiles.warpgroups),
-        plgpu.Barrier(num_arrivals=walked, num_barriers=tiles.stages),
-        plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages),
+        (barrier(computing * own, tiles.buffers), barrier(computing, tiles.buffers)),
+        barrier(walked, tiles.stages),
+        barrier(computing, tiles.stages),
     )
+
+
+def _lengthened(shape: Shape) -> jax.ShapeDtypeStruct:
+    """Values of queries [B, N, T'], T' a multiple of ``VECTOR_MULTIPLE``."""
+    length = -(-shape.queries // VECTOR_MULTIPLE) * VECTOR_MULTIPLE
+    return jax.ShapeDtypeStruct((shape.batch, shape.heads, length), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def forward(tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs: Any) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H], and the base-2 logarithm of the softmax sums, float32 [B, N, T]."""
-    shape, dtype, own = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
+    """Output [B, T, N, H], and the base-2 logarithm of the softmax sums, float32 [B, N, T']."""
+    shape, dtype, rows = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
+    own_rows = _tensor(dtype, tiles.buffers, *rows, shape.width)
     block = _tensor(dtype, tiles.stages, tiles.walked, shape.width)
-    ready, filled, freed = _barriers(tiles, 1 + shape.runs, 1)
-    run_rows = (_vector(jnp.int32, *own),) * shape.runs
-    own_rows = _tensor(dtype, *own, shape.width)
+    run_rows = (_vector(jnp.int32, tiles.buffers, *rows),) * shape.runs
+    own, filled, freed = _barriers(tiles, 1 + shape.runs, 1)
     return _call(
         forward_kernel,
         "mor_hopper_attention_forward",
-        shape.batch * shape.kv_heads * query_blocks(shape, tiles),
+        query_items(shape, tiles),
         shape,
         tiles,
         interpret,
         operands=(query, key, value, runs, plan_queries(runs, tiles) if runs else None),
-        out=(
-            jax.ShapeDtypeStruct(query.shape, dtype),
-            jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.queries), jnp.float32),
-        ),
-        scratch=(own_rows, block, block, _vector(jnp.float32, *own), run_rows, ready, (filled,) * 2, (freed,) * 2),
+        out=(jax.ShapeDtypeStruct(query.shape, dtype), _lengthened(shape)),
+        scratch=(own_rows, block, block, _vector(jnp.float32, *rows), run_rows, own, (filled,) * 2, (freed,) * 2),
     )
 
 
@@ -184,20 +210,24 @@ def forward(tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs
 def grad_queries(
     tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs: Any, grad_out: Any, out: Any, lse: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradient of the queries, and the products of output and its gradient, float32 [B, N, T]."""
-    shape, dtype, own = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
-    rows, block = _tensor(dtype, *own, shape.width), _tensor(dtype, tiles.stages, tiles.walked, shape.width)
-    values, run_rows = _vector(jnp.float32, *own), (_vector(jnp.int32, *own),) * shape.runs
+    """Gradient of the queries, and the products of output and its gradient, float32 [B, N, T']."""
+    shape, dtype, rows = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
+    own_rows = _tensor(dtype, tiles.buffers, *rows, shape.width)
+    block = _tensor(dtype, tiles.stages, tiles.walked, shape.width)
+    own_values, run_rows = (_vector(kind, tiles.buffers, *rows) for kind in (jnp.float32, jnp.int32))
     return _call(
         grad_queries_kernel,
         "mor_hopper_attention_grad_queries",
-        shape.batch * shape.kv_heads * query_blocks(shape, tiles),
+        query_items(shape, tiles),
         shape,
         tiles,
         interpret,
         operands=(query, key, value, runs, plan_queries(runs, tiles) if runs else None, grad_out, out, lse),
-        out=(jax.ShapeDtypeStruct(query.shape, dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)),
-        scratch=(rows, rows, rows, values, values, block, block, run_rows, *_barriers(tiles, 4 + shape.runs, 2)),
+        out=(jax.ShapeDtypeStruct(query.shape, dtype), _lengthened(shape)),
+        scratch=(
+            *(own_rows, own_rows, own_rows, own_values, _vector(jnp.float32, *rows), block, block),
+            *((run_rows,) * shape.runs, *_barriers(tiles, 4 + shape.runs, 2)),
+        ),
     )
 
 
@@ -207,19 +237,18 @@ def grad_keys(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of keys and values [B, S, K, H]."""
     shape, dtype, walked = _shape(query, key, runs), query.dtype, (tiles.stages, tiles.walked)
-    rows, block = _tensor(dtype, tiles.warpgroups, ROWS, shape.width), _tensor(dtype, *walked, shape.width)
+    rows = _tensor(dtype, tiles.buffers, tiles.warpgroups, ROWS, shape.width)
+    block = _tensor(dtype, *walked, shape.width)
     values, run_rows = _vector(jnp.float32, *walked), (_vector(jnp.int32, *walked),) * shape.runs
+    plan = plan_keys(runs, tiles, shape.keys) if runs else None
     return _call(
         grad_keys_kernel,
         "mor_hopper_attention_grad_keys",
-        shape.batch * shape.kv_heads * key_blocks(shape, tiles),
+        key_items(shape, tiles),
         shape,
         tiles,
         interpret,
-        operands=(
-            *(query, key, value, runs, plan_keys(runs, tiles, shape.keys) if runs else None),
-            *(grad_out, lse, delta),
-        ),
+        operands=(query, key, value, runs, plan, grad_out, lse, delta),
         out=(jax.ShapeDtypeStruct(key.shape, dtype),) * 2,
         scratch=(rows, rows, block, block, values, values, run_rows, *_barriers(tiles, 2, 4 + shape.runs)),
     )

@@ -4,8 +4,8 @@ Of a thread block's warpgroups the last one only asks the copy engine (TMA) for 
 an array are read as zeros and not written, by the copy engine itself.
 """
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,17 +15,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mor_jax.model.attention_hopper_walk import (
-    REGISTERS,
     ROWS,
+    Copy,
     Place,
     Shape,
     Tiles,
-    copy_blocks,
+    key_items,
     over_keys,
     pass_over,
     place_keys,
     place_queries,
+    query_items,
     visible,
+    work,
 )
 
 _LOG2_E = math.log2(math.e)
@@ -61,33 +63,43 @@ def _columns(values: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(values, (ROWS, values.shape[0]), [1])
 
 
-def _load_rows(place: Place, pairs: list[tuple[Any, Any]], ranges: list[tuple[Any, Any]], barrier: Any) -> None:
-    """Copy a warpgroup's rows of [B, T, N, H] arrays and of [B, N, T] or [B, T] ``ranges``, and wait for them."""
-    wg, rows = lax.axis_index("wg"), pl.ds(place.tile * ROWS, ROWS)
-    for ref, smem in pairs:
-        plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, place.head], smem.at[wg], barrier.at[wg])
-    for ref, smem in ranges:
-        source = ref.at[place.batch, rows] if len(ref.shape) == 2 else ref.at[place.batch, place.head, rows]
-        plgpu.copy_gmem_to_smem(source, smem.at[wg], barrier.at[wg])
-    plgpu.barrier_wait(barrier.at[wg])
+def _copy_own(pairs: list[tuple[Any, Any]], ranges: list[tuple[Any, Any]]) -> Copy:
+    """What copies a warpgroup's rows of [B, T, N, H] arrays and of [B, N, T] or [B, T] ``ranges``."""
+
+    def copy(place: Place, wg: Any, buffer: Any, barrier: Any) -> None:
+        for ref, smem in pairs:
+            plgpu.copy_gmem_to_smem(ref.at[place.batch, place.rows, place.head], smem.at[buffer, wg], barrier)
+        for ref, smem in ranges:
+            source = ref.at[place.batch] if len(ref.shape) == 2 else ref.at[place.batch, place.head]
+            plgpu.copy_gmem_to_smem(source.at[place.rows], smem.at[buffer, wg], barrier)
+
+    return copy
+
+
+def _copy_keys(tiles: Tiles, pairs: list[tuple[Any, Any]]) -> Copy:
+    """What copies a step's block of keys (and values), the last block first."""
+
+    def copy(place: Place, step: Any, slot: Any, barrier: Any) -> None:
+        rows = pl.ds((place.stop - 1 - step) * tiles.walked, tiles.walked)
+        for ref, smem in pairs:
+            plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, place.kv_head], smem.at[slot], barrier)
+
+    return copy
 
 
 def forward_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging: Any = None) -> None:
     """Write the output of a tile of queries per warpgroup, and the base-2 logarithm of its softmax sums."""
     query_ref, key_ref, value_ref, run_refs, plan_ref, out_ref, lse_ref = refs
-    query_smem, key_smem, value_smem, lse_smem, run_smem, ready, filled, freed = scratch
-    place = place_queries(shape, tiles, plan_ref)
+    query_smem, key_smem, value_smem, lse_smem, run_smem, own, filled, freed = scratch
     wg, scale = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E
+    both = list(zip(filled, freed, strict=True))
 
-    @pl.when(wg < tiles.warpgroups)
-    def _compute() -> None:
-        plgpu.set_max_registers(REGISTERS[tiles.warpgroups][0], action="increase")
-        _load_rows(place, [(query_ref, query_smem)], list(zip(run_refs, run_smem, strict=True)), ready)
-        query, runs = query_smem.at[wg], [smem.at[wg][...] for smem in run_smem]
+    def compute(place: Place, buffer: Any, done: Any) -> None:
+        query, runs = query_smem.at[buffer, wg], [smem.at[buffer, wg][...] for smem in run_smem]
 
-        def step(index: Any, carry: Any, *, masked: bool) -> Any:
+        def step(index: Any, block: Any, carry: Any, *, masked: bool) -> Any:
             sums, top, total = carry
-            slot, block = lax.rem(index, tiles.stages), place.stop - 1 - index
+            slot = lax.rem(index, tiles.stages)
             plgpu.barrier_wait(filled[0].at[slot])
             scores = _product(query, key_smem.at[slot].transpose((1, 0)), tiles.walked)
             plgpu.barrier_arrive(freed[0].at[slot])
@@ -111,59 +123,44 @@ def forward_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging:
             jnp.full((ROWS,), _MASKED, jnp.float32),
             jnp.zeros((ROWS,), jnp.float32),
         )
-        both = list(zip(filled, freed, strict=True))
-        sums, top, total = over_keys(shape, tiles, place, both, step, carry)
+        sums, top, total = over_keys(shape, tiles, place, both, done, step, carry)
         if runs:
             total = jnp.where(total > 0, total, 1.0)
         query[...] = (sums / _rows(total, shape.width)).astype(query_ref.dtype)
         lse_smem.at[wg][...] = top + jnp.log2(total)
         plgpu.commit_smem()
-        rows = pl.ds(place.tile * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(query, out_ref.at[place.batch, rows, place.head])
-        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[place.batch, place.head, rows])
+        plgpu.copy_smem_to_gmem(query, out_ref.at[place.batch, place.rows, place.head])
+        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[place.batch, place.head, place.rows])
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(wg == tiles.warpgroups)
-    def _copy() -> None:
-        copies = [
-            (filled[i], freed[i], _key_copy(place, tiles, [pair]))
-            for i, pair in enumerate([(key_ref, key_smem), (value_ref, value_smem)])
-        ]
-        copy_blocks(tiles, place.stop - place.begin, copies)
-
-
-def _key_copy(place: Place, tiles: Tiles, pairs: list[tuple[Any, Any]]) -> Callable[[Any, Any, Any], None]:
-    """Function that copies a step's block of keys (and values), the last block first."""
-
-    def copy(step: Any, slot: Any, barrier: Any) -> None:
-        rows = pl.ds((place.stop - 1 - step) * tiles.walked, tiles.walked)
-        for ref, smem in pairs:
-            plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, place.kv_head], smem.at[slot], barrier)
-
-    return copy
+    pairs = [(key_ref, key_smem), (value_ref, value_smem)]
+    work(
+        tiles,
+        query_items(shape, tiles),
+        functools.partial(place_queries, shape, tiles, plan_ref),
+        (*own, _copy_own([(query_ref, query_smem)], list(zip(run_refs, run_smem, strict=True)))),
+        [(*barriers, _copy_keys(tiles, [pair])) for barriers, pair in zip(both, pairs, strict=True)],
+        compute,
+    )
 
 
 def grad_queries_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging: Any = None) -> None:
     """Write the gradient of a tile of queries per warpgroup, and each query's product of output and its gradient."""
     query_ref, key_ref, value_ref, run_refs, plan_ref, grad_out_ref, out_ref, lse_ref, grad_ref, delta_ref = refs
     query_smem, grad_out_smem, out_smem, lse_smem, delta_smem, key_smem, value_smem, run_smem, *barriers = scratch
-    ready, filled, freed = barriers
-    place = place_queries(shape, tiles, plan_ref)
+    own, filled, freed = barriers
     wg, scale = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E
 
-    @pl.when(wg < tiles.warpgroups)
-    def _compute() -> None:
-        plgpu.set_max_registers(REGISTERS[tiles.warpgroups][0], action="increase")
-        tensors = [(query_ref, query_smem), (grad_out_ref, grad_out_smem), (out_ref, out_smem)]
-        _load_rows(place, tensors, [(lse_ref, lse_smem), *zip(run_refs, run_smem, strict=True)], ready)
-        query, grad_out, runs = query_smem.at[wg], grad_out_smem.at[wg], [smem.at[wg][...] for smem in run_smem]
-        out, lse = out_smem.at[wg][...].astype(jnp.float32), lse_smem.at[wg][...]
+    def compute(place: Place, buffer: Any, done: Any) -> None:
+        query, grad_out = query_smem.at[buffer, wg], grad_out_smem.at[buffer, wg]
+        runs, lse = [smem.at[buffer, wg][...] for smem in run_smem], lse_smem.at[buffer, wg][...]
+        out = out_smem.at[buffer, wg][...].astype(jnp.float32)
         delta = jnp.sum(out * grad_out[...].astype(jnp.float32), axis=1)
         delta_smem.at[wg][...] = delta
 
         def walk(grad_acc: Any) -> jax.Array:
-            def step(index: Any, carry: Any, *, masked: bool) -> Any:
-                slot, block = lax.rem(index, tiles.stages), place.stop - 1 - index
+            def step(index: Any, block: Any, carry: Any, *, masked: bool) -> Any:
+                slot = lax.rem(index, tiles.stages)
                 plgpu.barrier_wait(filled.at[slot])
 
                 def products(scores_acc: Any, grad_weights_acc: Any) -> jax.Array:
@@ -183,35 +180,35 @@ def grad_queries_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, sta
                 plgpu.barrier_arrive(freed.at[slot])
                 return carry
 
-            over_keys(shape, tiles, place, [(filled, freed)], step, ())
+            over_keys(shape, tiles, place, [(filled, freed)], done, step, ())
             return grad_acc[...]
 
         grad = pl.run_scoped(walk, plgpu.ACC((ROWS, shape.width), jnp.float32))
         query[...] = (grad * shape.width**-0.5).astype(query_ref.dtype)
         plgpu.commit_smem()
-        rows = pl.ds(place.tile * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(query, grad_ref.at[place.batch, rows, place.head])
-        plgpu.copy_smem_to_gmem(delta_smem.at[wg], delta_ref.at[place.batch, place.head, rows])
+        plgpu.copy_smem_to_gmem(query, grad_ref.at[place.batch, place.rows, place.head])
+        plgpu.copy_smem_to_gmem(delta_smem.at[wg], delta_ref.at[place.batch, place.head, place.rows])
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(wg == tiles.warpgroups)
-    def _copy() -> None:
-        copy = _key_copy(place, tiles, [(key_ref, key_smem), (value_ref, value_smem)])
-        copy_blocks(tiles, place.stop - place.begin, [(filled, freed, copy)])
+    tensors = [(query_ref, query_smem), (grad_out_ref, grad_out_smem), (out_ref, out_smem)]
+    work(
+        tiles,
+        query_items(shape, tiles),
+        functools.partial(place_queries, shape, tiles, plan_ref),
+        (*own, _copy_own(tensors, [(lse_ref, lse_smem), *zip(run_refs, run_smem, strict=True)])),
+        [(filled, freed, _copy_keys(tiles, [(key_ref, key_smem), (value_ref, value_smem)]))],
+        compute,
+    )
 
 
 def grad_keys_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging: Any = None) -> None:
     """Write the gradients of a tile of keys and of values per warpgroup, summed over the heads that read them."""
     query_ref, key_ref, value_ref, run_refs, plan_ref, grad_out_ref, lse_ref, delta_ref, *grad_refs = refs
-    key_smem, value_smem, query_smem, grad_out_smem, lse_smem, delta_smem, run_smem, ready, filled, freed = scratch
-    place = place_keys(shape, tiles, plan_ref)
-    wg, scale, count = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E, place.stop - place.begin
+    key_smem, value_smem, query_smem, grad_out_smem, lse_smem, delta_smem, run_smem, own, filled, freed = scratch
+    wg, scale = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E
 
-    @pl.when(wg < tiles.warpgroups)
-    def _compute() -> None:
-        plgpu.set_max_registers(REGISTERS[tiles.warpgroups][0], action="increase")
-        _load_rows(place, [(key_ref, key_smem), (value_ref, value_smem)], [], ready)
-        key, value = key_smem.at[wg], value_smem.at[wg]
+    def compute(place: Place, buffer: Any, done: Any) -> None:
+        key, value = key_smem.at[buffer, wg], value_smem.at[buffer, wg]
 
         def step(index: Any, block: Any, grad_key_acc: Any, grad_value_acc: Any, *, masked: bool) -> None:
             slot = lax.rem(index, tiles.stages)
@@ -241,18 +238,19 @@ def grad_keys_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, stagin
         def walk(grad_key_acc: Any, grad_value_acc: Any) -> tuple[jax.Array, jax.Array]:
             @pl.loop(0, shape.groups)
             def _head(head: Any) -> None:
-                begin = head * count - place.begin  # step = begin + block
+                start = done + head * (place.stop - place.begin)
+                offset = start - place.begin  # step = offset + block
 
-                def over(start: Any, stop: Any, masked: bool) -> None:
-                    @pl.loop(start, stop)
+                def over(first: Any, last: Any, masked: bool) -> None:
+                    @pl.loop(first, last)
                     def _block(block: Any) -> None:
-                        step(begin + block, block, grad_key_acc, grad_value_acc, masked=masked)
+                        step(offset + block, block, grad_key_acc, grad_value_acc, masked=masked)
 
-                pass_over(tiles, head * count, begin + place.span.first, [(filled, freed)])
+                pass_over(tiles, start, offset + place.span.first, [(filled, freed)])
                 over(place.span.first, place.span.whole, True)
                 if not shape.runs:
                     over(place.span.whole, place.span.last, False)
-                pass_over(tiles, begin + place.span.last, head * count + count, [(filled, freed)])
+                pass_over(tiles, offset + place.span.last, offset + place.stop, [(filled, freed)])
 
             return grad_key_acc[...], grad_value_acc[...]
 
@@ -262,19 +260,25 @@ def grad_keys_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, stagin
         value[...] = grad_value.astype(query_ref.dtype)
         plgpu.commit_smem()
         for smem, ref in zip((key, value), grad_refs, strict=True):
-            plgpu.copy_smem_to_gmem(smem, ref.at[place.batch, pl.ds(place.tile * ROWS, ROWS), place.kv_head])
+            plgpu.copy_smem_to_gmem(smem, ref.at[place.batch, place.rows, place.kv_head])
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(wg == tiles.warpgroups)
-    def _copy() -> None:
-        def copy(step: Any, slot: Any, barrier: Any) -> None:
-            head = place.kv_head * shape.groups + lax.div(step, count)
-            rows = pl.ds((place.begin + lax.rem(step, count)) * tiles.walked, tiles.walked)
-            for ref, smem in ((query_ref, query_smem), (grad_out_ref, grad_out_smem)):
-                plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, head], smem.at[slot], barrier)
-            for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
-                plgpu.copy_gmem_to_smem(ref.at[place.batch, head, rows], smem.at[slot], barrier)
-            for ref, smem in zip(run_refs, run_smem, strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[place.batch, rows], smem.at[slot], barrier)
+    def copy_queries(place: Place, step: Any, slot: Any, barrier: Any) -> None:
+        count = place.stop - place.begin
+        head = place.kv_head * shape.groups + lax.div(step, count)
+        rows = pl.ds((place.begin + lax.rem(step, count)) * tiles.walked, tiles.walked)
+        for ref, smem in ((query_ref, query_smem), (grad_out_ref, grad_out_smem)):
+            plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, head], smem.at[slot], barrier)
+        for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
+            plgpu.copy_gmem_to_smem(ref.at[place.batch, head, rows], smem.at[slot], barrier)
+        for ref, smem in zip(run_refs, run_smem, strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[place.batch, rows], smem.at[slot], barrier)
 
-        copy_blocks(tiles, shape.groups * count, [(filled, freed, copy)])
+    work(
+        tiles,
+        key_items(shape, tiles),
+        functools.partial(place_keys, shape, tiles, plan_ref),
+        (*own, _copy_own([(key_ref, key_smem), (value_ref, value_smem)], [])),
+        [(filled, freed, copy_queries)],
+        compute,
+    )

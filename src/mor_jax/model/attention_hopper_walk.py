@@ -1,7 +1,8 @@
 """What the kernels of ``attention_hopper`` walk over: which blocks of keys (or queries) a tile needs, and their masks.
 
 A thread block has several warpgroups that compute, each with a tile of its own, and one that copies. All walk over the
-same blocks; a warpgroup passes over those that only its neighbours need. Letters as in ``attention_hopper``.
+same blocks; a warpgroup passes over those that only its neighbours need. Where there are fewer thread blocks than items
+of work they take them in turn, and the rows of the next item are copied meanwhile. Letters as in ``attention_hopper``.
 """
 
 from collections.abc import Callable
@@ -26,11 +27,21 @@ REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one kernel is cut: rows per block that is walked over, warpgroups that compute, blocks in flight."""
+    """How one kernel is cut."""
 
     walked: int
+    """Rows of a block that is walked over."""
     warpgroups: int
+    """Warpgroups that compute."""
     stages: int
+    """Blocks in flight."""
+    in_turn: bool
+    """Whether a thread block per multiprocessor takes items in turn, rather than a thread block per item."""
+
+    @property
+    def buffers(self) -> int:
+        """Items whose rows are in shared memory."""
+        return 2 if self.in_turn else 1
 
 
 @dataclass(frozen=True)
@@ -72,24 +83,35 @@ class Place:
     span: Span
     begin: Any
     stop: Any
+    steps: Any
+    """Blocks of all walks: of one, or of one per head of the group."""
+
+    @property
+    def rows(self) -> Any:
+        """The tile's rows."""
+        return pl.ds(self.tile * ROWS, ROWS)
 
 
-def query_blocks(shape: Shape, tiles: Tiles) -> int:
-    """Thread blocks of a key/value head where a warpgroup has a tile of queries of one head."""
-    return pl.cdiv(pl.cdiv(shape.queries, ROWS) * shape.groups, tiles.warpgroups)
+def query_items(shape: Shape, tiles: Tiles) -> int:
+    """Items of work where a warpgroup has a tile of queries of one head."""
+    return shape.batch * shape.kv_heads * pl.cdiv(pl.cdiv(shape.queries, ROWS) * shape.groups, tiles.warpgroups)
 
 
-def key_blocks(shape: Shape, tiles: Tiles) -> int:
-    """Thread blocks of a key/value head where a warpgroup has a tile of keys."""
-    return pl.cdiv(pl.cdiv(shape.keys, ROWS), tiles.warpgroups)
+def key_items(shape: Shape, tiles: Tiles) -> int:
+    """Items of work where a warpgroup has a tile of keys."""
+    return shape.batch * shape.kv_heads * pl.cdiv(pl.cdiv(shape.keys, ROWS), tiles.warpgroups)
 
 
-def place_queries(shape: Shape, tiles: Tiles, plan_ref: Any) -> Place:
-    """Heads of a group come first, as they read the same keys; thread blocks with the longest walk come first."""
-    blocks = query_blocks(shape, tiles)
-    pair, block = _pair_and_block(blocks)
+def place_queries(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any) -> Place:
+    """The place of a warpgroup. Those of an item have the heads of a group, which read the same keys.
+
+    Items with the longest walk come first, of all rows: those that run together take about as long, and all keys and
+    values fit the cache.
+    """
+    pairs = shape.batch * shape.kv_heads
+    block, pair = query_items(shape, tiles) // pairs - 1 - lax.div(item, pairs), lax.rem(item, pairs)
     batch, kv_head = lax.div(pair, shape.kv_heads), lax.rem(pair, shape.kv_heads)
-    unit = (blocks - 1 - block) * tiles.warpgroups
+    unit = block * tiles.warpgroups
 
     def span(unit: Any) -> Span:
         tile = lax.div(unit, shape.groups)
@@ -98,15 +120,16 @@ def place_queries(shape: Shape, tiles: Tiles, plan_ref: Any) -> Place:
             return Span(0, 0, rest, jnp.minimum(rest + 1, pl.cdiv(shape.keys, tiles.walked)))
         return _read(plan_ref, batch, tile, shape.queries)
 
-    own = unit + lax.axis_index("wg")
+    own = unit + wg
     head = kv_head * shape.groups + lax.rem(own, shape.groups)
     begin, stop = _bounds([span(unit + i) for i in range(tiles.warpgroups)])
-    return Place(batch, kv_head, head, lax.div(own, shape.groups), span(own), begin, stop)
+    return Place(batch, kv_head, head, lax.div(own, shape.groups), span(own), begin, stop, stop - begin)
 
 
-def place_keys(shape: Shape, tiles: Tiles, plan_ref: Any) -> Place:
-    """Thread blocks with the first keys, which most queries see, come first."""
-    pair, block = _pair_and_block(key_blocks(shape, tiles))
+def place_keys(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any) -> Place:
+    """The place of a warpgroup. A row's items come one after the other: else their queries do not fit the cache."""
+    blocks = key_items(shape, tiles) // (shape.batch * shape.kv_heads)
+    pair, block = lax.div(item, blocks), lax.rem(item, blocks)
     batch, kv_head = lax.div(pair, shape.kv_heads), lax.rem(pair, shape.kv_heads)
 
     def span(tile: Any) -> Span:
@@ -118,14 +141,8 @@ def place_keys(shape: Shape, tiles: Tiles, plan_ref: Any) -> Place:
 
     tile = block * tiles.warpgroups
     begin, stop = _bounds([span(tile + i) for i in range(tiles.warpgroups)])
-    own = tile + lax.axis_index("wg")
-    return Place(batch, kv_head, kv_head, own, span(own), begin, stop)
-
-
-def _pair_and_block(blocks: int) -> tuple[Any, Any]:
-    """(batch x key/value head, thread block of it)."""
-    index = lax.axis_index("block")
-    return lax.div(index, blocks), lax.rem(index, blocks)
+    steps = shape.groups * (stop - begin)
+    return Place(batch, kv_head, kv_head, tile + wg, span(tile + wg), begin, stop, steps)
 
 
 def _read(plan_ref: Any, batch: Any, tile: Any, length: int) -> Span:
@@ -190,30 +207,84 @@ def visible(query: Any, key: Any, runs: list[jax.Array], shape: tuple[int, int],
     return mask & (key >= bounds[0]) if len(bounds) == 2 else mask
 
 
-def copy_blocks(tiles: Tiles, steps: Any, copies: list[tuple[Any, Any, Callable[[Any, Any, Any], None]]]) -> None:
-    """What the last warpgroup does: for every step, as its slots fall free, ask for what the others will read.
+def programs(tiles: Tiles, items: int) -> int:
+    """Thread blocks of a kernel on this process's GPU; on an H100 where there is none."""
+    multiprocessors = getattr(jax.devices()[0], "core_count", None) or 132
+    return min(items, multiprocessors) if tiles.in_turn else items
+
+
+Copy = Callable[[Place, Any, Any, Any], None]
+"""Asks for the rows of a place: a warpgroup's own into a buffer, or a step's block into a slot, and a barrier."""
+
+
+def work(
+    tiles: Tiles,
+    items: int,
+    place: Callable[[Any, Any], Place],
+    own: tuple[Any, Any, Copy],
+    walked: list[tuple[Any, Any, Copy]],
+    compute: Callable[[Place, Any, Any], None],
+) -> None:
+    """The body of a kernel.
 
     Args:
-        tiles: cut of the kernel.
-        steps: blocks to walk over.
-        copies: (barriers of filled slots, barriers of freed slots, function of step, slot and barrier that copies).
+        tiles: how it is cut.
+        items: of work.
+        place: of (item, warpgroup).
+        own: barriers of filled and of freed buffers, and what copies (place, warpgroup, buffer, barrier).
+        walked: per set of slots the barriers of filled and of freed ones, and what copies (place, step, slot, barrier).
+        compute: one item of a warpgroup: (place, buffer, steps of the items before).
     """
-    plgpu.set_max_registers(REGISTERS[tiles.warpgroups][1], action="decrease")
+    wg, first, count = lax.axis_index("wg"), lax.axis_index("block"), programs(tiles, items)
+    turns = lax.div(items - first + count - 1, count)
+    filled, freed, copy_own = own
 
-    @pl.loop(0, steps)
+    @pl.when(wg < tiles.warpgroups)
+    def _compute() -> None:
+        plgpu.set_max_registers(REGISTERS[tiles.warpgroups][0], action="increase")
+
+        def one(turn: Any, done: Any) -> Any:
+            here, buffer = place(first + turn * count, wg), lax.rem(turn, tiles.buffers)
+            plgpu.barrier_wait(filled.at[buffer])
+            compute(here, buffer, done)
+            plgpu.barrier_arrive(freed.at[buffer])
+            return done + here.steps
+
+        lax.fori_loop(0, turns, one, jnp.int32(0))
+
+    @pl.when(wg == tiles.warpgroups)
+    def _copy() -> None:
+        plgpu.set_max_registers(REGISTERS[tiles.warpgroups][1], action="decrease")
+
+        def one(turn: Any, done: Any) -> Any:
+            item, buffer = first + turn * count, lax.rem(turn, tiles.buffers)
+            _when(turn >= tiles.buffers, lambda: plgpu.barrier_wait(freed.at[buffer]))
+            for index in range(tiles.warpgroups):
+                copy_own(place(item, index), index, buffer, filled.at[buffer])
+            here = place(item, 0)
+            _copy_blocks(tiles, here, done, walked)
+            return done + here.steps
+
+        lax.fori_loop(0, turns, one, jnp.int32(0))
+
+
+def _when(condition: Any, do: Callable[[], None]) -> None:
+    pl.when(condition)(do)
+
+
+def _copy_blocks(tiles: Tiles, place: Place, done: Any, walked: list[tuple[Any, Any, Copy]]) -> None:
+    """For every step, as its slots fall free, ask for what the others will read."""
+
+    @pl.loop(0, place.steps)
     def _step(step: Any) -> None:
-        slot = lax.rem(step, tiles.stages)
-        for filled, freed, copy in copies:
-
-            @pl.when(step >= tiles.stages)
-            def _(freed: Any = freed) -> None:
-                plgpu.barrier_wait(freed.at[slot])
-
-            copy(step, slot, filled.at[slot])
+        slot = lax.rem(done + step, tiles.stages)
+        for filled, freed, copy in walked:
+            _when(done + step >= tiles.stages, lambda freed=freed: plgpu.barrier_wait(freed.at[slot]))
+            copy(place, step, slot, filled.at[slot])
 
 
 def pass_over(tiles: Tiles, start: Any, stop: Any, barriers: list[tuple[Any, Any]]) -> None:
-    """Steps that only other warpgroups need."""
+    """Steps (counted over all items) that only other warpgroups need."""
 
     @pl.loop(start, stop)
     def _step(step: Any) -> None:
@@ -224,12 +295,38 @@ def pass_over(tiles: Tiles, start: Any, stop: Any, barriers: list[tuple[Any, Any
 
 
 def over_keys(
-    shape: Shape, tiles: Tiles, place: Place, barriers: list[tuple[Any, Any]], step: Callable[..., Any], carry: Any
+    shape: Shape,
+    tiles: Tiles,
+    place: Place,
+    barriers: list[tuple[Any, Any]],
+    done: Any,
+    step: Callable[..., Any],
+    carry: Any,
 ) -> Any:
-    """Walk over a tile's blocks of keys, from the last to the first, with a mask where one is needed."""
-    span, at = place.span, lambda block: place.stop - block
-    pass_over(tiles, 0, at(span.last), barriers)
-    masked, plain = (lambda index, carry, m=m: step(index, carry, masked=m) for m in (True, False))
+    """Walk over a tile's blocks of keys, from the last to the first, with a mask where one is needed.
+
+    Args:
+        shape: lengths.
+        tiles: how the kernel is cut.
+        place: of the warpgroup.
+        barriers: (of filled, of freed) slots.
+        done: steps of the items before.
+        step: function of the step over all items, the block, the carry and ``masked``.
+        carry: to begin with.
+    """
+    span = place.span
+
+    def at(block: Any) -> Any:
+        """The step after which the blocks from this one on are done."""
+        return done + place.stop - block
+
+    def masked(index: Any, carry: Any) -> Any:
+        return step(index, at(index) - 1, carry, masked=True)
+
+    def plain(index: Any, carry: Any) -> Any:
+        return step(index, at(index) - 1, carry, masked=False)
+
+    pass_over(tiles, done, at(span.last), barriers)
     carry = lax.fori_loop(at(span.last), at(span.rest), masked, carry)
     carry = lax.fori_loop(at(span.rest), at(span.whole), plain, carry)
     if shape.runs == 2:
