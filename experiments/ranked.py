@@ -52,6 +52,13 @@ RANKED = (
     ("capacity", "warm-up-s0"),
 )
 """(experiment, run), most important first: MoR, recursive and vanilla over seeds; then one change at a time."""
+_LARGE = (("mor_vs_baselines", "vanilla"), ("mor_vs_baselines", "expert-r3"), ("closing_the_gap", "plain-alpha-2"))
+RANKED_LARGE = (
+    *((experiment, f"{group}-s{seed}") for seed in (0, 1, 2) for experiment, group in _LARGE),
+    ("learning_rate", "vanilla-lr0.003-s0"),
+    ("mor_vs_baselines", "recursive-r3-s0"),
+)
+"""The same at scale `large`, where a run takes minutes: does what the best form of the gate gains at `long` last?"""
 _LEAST_RUNS = 2
 """Finished runs from which on an experiment's results are written: one compares with nothing."""
 _COMPARED_WITHIN = ("test_time_scaling",)
@@ -72,7 +79,7 @@ class RankedRun:
 
 
 def ranked_runs(scale: str, factor: float = 1.0, perf: PerfConfig | None = None) -> list[RankedRun]:
-    """Return the runs of RANKED, each configuration once.
+    """Return the runs of RANKED (of RANKED_LARGE at scale `large`), each configuration once.
 
     Args:
         scale: as of ``mor sweep``.
@@ -80,8 +87,9 @@ def ranked_runs(scale: str, factor: float = 1.0, perf: PerfConfig | None = None)
         perf: replaces the runs' own.
     """
     found: dict[str, RankedRun] = {}
-    sweeps = {name: experiment_runs(name, scale, factor, perf) for name in dict.fromkeys(name for name, _ in RANKED)}
-    for experiment, name in RANKED:
+    ranked = RANKED_LARGE if scale == "large" else RANKED
+    sweeps = {name: experiment_runs(name, scale, factor, perf) for name in dict.fromkeys(name for name, _ in ranked)}
+    for experiment, name in ranked:
         run = sweeps[experiment][name]
         found.setdefault(run_key(config_io.to_dict(run.config)), RankedRun(experiment, run))
     return list(found.values())

@@ -13,8 +13,10 @@ from report_claims import claims_table, not_run
 from report_figures import DOCS, HERE, depth_figure, figures
 from report_tables import Result, depth_table, gap_summary, machines, router_table, runs_table, source_table
 
-SCALES = ("long", "mini", "small")
+SCALES = ("large", "long", "mini", "small")
 """Of the comparisons, the one that says most first; experiments may have others of their own."""
+DRAWN = {"long": "", "large": "-large"}
+"""Scales that figures are drawn of, with what the names of the figures end in."""
 
 _HEAD = """# Results
 
@@ -22,7 +24,7 @@ Written by `python experiments/report.py` from the JSON files in `experiments/*/
 token on held-out text. **Causal** is what generation attains: selection by threshold. *topk* looks ahead along the row,
 as training does and as the paper evaluates; it stands beside it. Effects are differences of loss, negative is better.
 The paper's are of 360M-parameter models trained on 10 to 31 billion tokens (30 to 90 tokens a parameter); ours have
-tens to thousands of times fewer parameters and see a few tokens for each, so the direction of an effect is what can be
+six to a thousand times fewer parameters and see a few tokens for each, so the direction of an effect is what can be
 compared. None of these scales says which architecture wins after billions of tokens. What speaks for and against a
 figure stands in the folders' outcomes.
 """
@@ -33,6 +35,9 @@ of 0, which an auxiliary loss (or an auxiliary router) has to make right; *calib
 topk cut the scores of training text (`mor eval --calibrate`), which costs no training.
 """
 _CARE = {
+    "large": """8 layers of width 768 on one GPU: seven times the parameters of `long`, 31 times its training FLOPs and
+4.5 times its tokens (1.5 for each parameter without embedding of the vanilla model, 3.9 of MoR). Few runs, all of
+N_r = 3.""",
     "long": """8 layers of width 256 on one GPU, past the point where MoR's lead at the start of training is gone
 (figure "Loss over training").""",
     "mini": """8 layers of width 64 on one CPU core, 0.3M tokens: fewer than two a parameter, and the loss still falls
@@ -69,13 +74,27 @@ def _other_tables(folder: Path) -> str:
     parts = []
     for path in sorted(folder.glob("*/results/*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
-        name = path.name.split(".")[0]
-        if isinstance(values, dict) and "tasks" in values:
-            parts.append(f"### lm-eval: {name} (step {values['step']}, selection {values['mode']})\n\n{_tasks(values)}")
-        if isinstance(values, dict) and "sources" in values:
+        if not isinstance(values, dict):
+            continue
+        name, *_ = path.name.split(".")
+        if "tasks" in values:
+            parts.append(f"### lm-eval: {name}, {_selected(path, values)}\n\n{_tasks(values)}")
+        if "sources" in values:
             window = f"window {values['context']}, stride {values['stride']}"
-            parts.append(f"### Loss by source: {name}, {window}\n\n{_sources(values)}")
+            parts.append(f"### Loss by source: {name}, scale `{_scale(path)}`, {window}\n\n{_sources(values)}")
     return "\n".join(parts)
+
+
+def _scale(path: Path) -> str:
+    """Scale of a trained model: ``results/NAME.SCALE.WHAT.json``."""
+    return path.name.split(".")[1]
+
+
+def _selected(path: Path, values: Result) -> str:
+    """Scale, step and, with a router, how tokens were selected."""
+    selection = "" if values["mode"] == "topk" else f", selection {values['mode']}"
+    calibrated = ", calibrated boundaries" if values.get("boundaries") else ""
+    return f"scale `{_scale(path)}` (step {values['step']}{selection}{calibrated})"
 
 
 def _tasks(values: Result) -> str:
@@ -97,9 +116,12 @@ def _sources(values: Result) -> str:
 
 
 _FIGURES = (
-    ("Quality against compute", "pareto"),
-    ("Loss over training", "training"),
-    ("Test-time scaling", "test-time-scaling"),
+    ("Quality against compute, scale `large`", "pareto-large"),
+    ("Quality against compute, scale `long`", "pareto"),
+    ("Loss over training, scale `large`", "training-large"),
+    ("Loss over training, scale `long`", "training"),
+    ("Test-time scaling, scale `large`", "test-time-scaling-large"),
+    ("Test-time scaling, scale `long`", "test-time-scaling"),
     ("What the depth of a token goes with (MoR, N_r = 3)", "depth-by-expert-r3-s0"),
 )
 
@@ -118,7 +140,7 @@ def report(folder: Path = HERE) -> str:
     for name in names:
         if name not in missing:
             parts += _experiment(folder, name)
-    parts += ["## Trained models on tasks and texts (scale `small`)\n", _other_tables(folder) or "not run\n"]
+    parts += ["## Trained models on tasks and texts\n", _other_tables(folder) or "not run\n"]
     for title, name in _FIGURES:
         drawn = (DOCS / "images" / f"{name}.png").exists()
         parts.append(f"## {title}\n\n" + (f"![{title}](images/{name}.png)\n" if drawn else "not run\n"))
@@ -153,9 +175,9 @@ def _experiment(folder: Path, name: str) -> list[str]:
 
 
 def main() -> int:
-    """Write the page, and the figures of the scale that says most."""
-    scale = next((scale for scale in scales_of(HERE) if scale in SCALES), SCALES[0])
-    for path in [*figures(load_results(HERE, scale)), *depth_figure()]:
+    """Write the page and its figures."""
+    drawn = [path for scale, suffix in DRAWN.items() for path in figures(load_results(HERE, scale), suffix)]
+    for path in [*drawn, *depth_figure()]:
         print(path)
     (DOCS / "results.md").write_text(report(), encoding="utf-8")
     print(DOCS / "results.md")

@@ -8,11 +8,14 @@ from typing import Any
 
 from ranked import HERE, run_key
 
+from mor_jax import config_io
+from mor_jax.config import Config
 from mor_jax.errors import UserError
 from mor_jax.evaluate.analysis_plots import plot_correlates
 from mor_jax.evaluate.correlates import Correlate, Group
 from mor_jax.sweep.fit import fit_isoflop
 from mor_jax.sweep.plots import plot_curves, plot_depth_curves, plot_isoflop, plot_pareto
+from mor_jax.sweep.results import reaching_shares, serving_flops_per_token
 
 DOCS = HERE.parent / "docs"
 SEED_NOISE = 0.005
@@ -24,25 +27,33 @@ _NOT_COMPARED = ("learning_rate", "early_training")
 """Searches for a cause, at other budgets than the comparisons."""
 
 
-def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
-    """Draw what there are runs of one scale for: quality by compute, loss over training, test-time scaling, isoFLOP."""
+def figures(results: Mapping[str, Sequence[Result]], suffix: str = "") -> list[Path]:
+    """Draw what there are runs of one scale for: quality by compute, loss over training, test-time scaling, isoFLOP.
+
+    Args:
+        results: of one scale, by experiment.
+        suffix: what the names of the figures end in.
+    """
     compared = {name: rows for name, rows in results.items() if name not in _NOT_COMPARED}
     done = _unique([r for rows in compared.values() for r in rows if r["state"] == "done" and r.get("nll") is not None])
     written = []
     if done:
         costs = {"training FLOPs": "train_flops", "serving FLOPs per token": "serving_flops_per_token"}
-        panels = {label: _group_points(done, key) for label, key in costs.items()}
-        written += plot_pareto(DOCS / "images" / "pareto", panels, "causal loss (nats/token)")
+        shown = done + [_calibrated(r) for r in done if "tokens_per_depth" in r.get("calibrated", {})]
+        panels = {label: _group_points(shown, key) for label, key in costs.items()}
+        written += plot_pareto(DOCS / "images" / f"pareto{suffix}", panels, "causal loss (nats/token)")
     losses = training_curves(results.get(MAIN, ()))
     if losses:
         panels = {"training loss (nats/token)": losses, "less vanilla's, before decay": training_leads(results[MAIN])}
-        written += plot_curves(DOCS / "images" / "training", panels)
+        written += plot_curves(DOCS / "images" / f"training{suffix}", panels)
     curves: dict[str, list[tuple[float, float]]] = {}
     for result in done:
         if "depth_curve" in result:  # the first seed of every group
             curves.setdefault(result["group"], [(p["max_depth"], p["nll"]) for p in result["depth_curve"]])
     if curves:
-        written += plot_depth_curves(DOCS / "images" / "test-time-scaling", curves, "cap on the passes of a token")
+        written += plot_depth_curves(
+            DOCS / "images" / f"test-time-scaling{suffix}", curves, "cap on the passes of a token"
+        )
     for family in ("vanilla", "expert-r3"):
         points = isoflop_points([r for r in done if r["name"].startswith(f"{family}-d")])
         if points:
@@ -51,7 +62,7 @@ def figures(results: Mapping[str, Sequence[Result]]) -> list[Path]:
             except UserError as error:
                 print(f"isoFLOP, {family}: {error}")
                 continue
-            written += plot_isoflop(DOCS / "images" / f"isoflop-{family}", points, fit, f"isoFLOP, {family}")
+            written += plot_isoflop(DOCS / "images" / f"isoflop-{family}{suffix}", points, fit, f"isoFLOP, {family}")
     return written
 
 
@@ -61,6 +72,14 @@ def _unique(results: Sequence[Result]) -> list[Result]:
     for result in results:
         found.setdefault(run_key(result["config"]), result)
     return list(found.values())
+
+
+def _calibrated(result: Result) -> Result:
+    """The same model with calibrated boundaries: other tokens pass, so its loss and what it costs to serve differ."""
+    model, found = config_io.from_dict(Config, result["config"]).model, result["calibrated"]
+    serving = serving_flops_per_token(model, reaching_shares(model, found["tokens_per_depth"]))
+    group = f"{result['group']}, calibrated"
+    return {**result, "group": group, "nll": found["nll"], "serving_flops_per_token": serving}
 
 
 def _group_points(done: Sequence[Result], cost: str) -> list[tuple[str, float, float]]:

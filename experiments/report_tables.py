@@ -14,8 +14,8 @@ def runs_table(results: Sequence[Result]) -> str:
     """Return one row per group: costs and losses, means over seeds with their spread; then what is missing."""
     lines = [
         "| model | parameters | tokens | training FLOPs | serving FLOPs/token "
-        "| causal | bits/byte | topk | gap | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| causal | causal, calibrated | bits/byte | topk | gap | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     missing: dict[str, list[str]] = {}
     for row in group_summary(results):
@@ -25,6 +25,7 @@ def runs_table(results: Sequence[Result]) -> str:
             missing.setdefault(", ".join(states), []).append(row["group"])
             continue
         losses = [_mean(row, name, form) for name, form in _LOSSES]
+        losses.insert(1, _calibrated_mean([r for r in results if r["group"] == row["group"]]))
         costs = [f"{one['parameters'] / 1e6:.1f}M", f"{one['tokens'] / 1e6:.1f}M", f"{one['train_flops']:.3g}"]
         cells = [row["group"], *costs, f"{one['serving_flops_per_token'] / 1e6:.1f}M", *losses, str(row["seeds"])]
         lines.append("| " + " | ".join(cells) + " |")
@@ -34,6 +35,16 @@ def runs_table(results: Sequence[Result]) -> str:
 
 
 _LOSSES = (("nll", "{:.4f}"), ("bits_per_byte", "{:.4f}"), ("topk_nll", "{:.4f}"), ("gap", "{:+.4f}"))
+
+
+def _calibrated_mean(members: Sequence[Result]) -> str:
+    """Causal loss with calibrated boundaries; empty unless it was measured of every finished run of the group."""
+    done = [member for member in members if member["state"] == "done"]
+    losses = [member["calibrated"]["nll"] for member in done if "nll" in member.get("calibrated", {})]
+    if len(losses) < len(done):
+        return ""
+    spread = {"nll_spread": statistics.stdev(losses)} if len(losses) > 1 else {}
+    return _mean({"nll": statistics.fmean(losses), **spread}, "nll", "{:.4f}")
 
 
 def _mean(row: Result, name: str, form: str) -> str:
@@ -122,12 +133,14 @@ def machines(results: Sequence[Result]) -> str:
 def source_table(results: Sequence[Result]) -> str:
     """Return the causal loss by source of held-out text, and the look-ahead loss and the gap over all of it.
 
-    Means over the seeds of a group; empty if no run was measured on text.
+    Means over the seeds of a group, those with calibrated boundaries in a row of their own; empty if no run was
+    measured on text.
     """
     measured: dict[str, list[Result]] = {}
     for result in results:
-        if result["state"] == "done" and "text" in result:
-            measured.setdefault(result["group"], []).append(result["text"]["sources"])
+        for suffix, owner in (("", result), (", calibrated", result.get("calibrated", {}))):
+            if result["state"] == "done" and "text" in owner:
+                measured.setdefault(result["group"] + suffix, []).append(owner["text"]["sources"])
     if not measured:
         return ""
     sources = list(next(iter(measured.values()))[0])

@@ -199,13 +199,15 @@ def _train_or_fall_back(config: Config) -> Path:
 
 
 def _measure(options: Arguments) -> Measure:
-    """Return what to measure of a finished run: by source always, by depth and calibrated for the first seeds."""
+    """Return what to measure of a finished run: by source always; by depth and calibrated first seeds and `large`."""
     texts = () if options.text is None else (options.text,)
     by_source = measurer(texts, depth_curve=False)
     in_full = measurer(texts, depth_curve=True, calibration_rows=256)
 
     def measure(folder: Path) -> dict[str, Any]:
-        first = folder.name.startswith(("mor_vs_baselines", "test_time_scaling")) and folder.name.endswith("-s0")
+        first = folder.name.startswith(("mor_vs_baselines", "test_time_scaling")) and (
+            folder.name.endswith("-s0") or options.scale == "large"
+        )
         chosen = in_full if first or folder.name.startswith("closing_the_gap") else by_source
         try:
             return chosen(folder) if chosen else {}
@@ -274,6 +276,7 @@ def _row(options: Arguments, each: RankedRun, result: dict[str, Any] | None) -> 
         return _missing(each, state, why) | {"experiment": each.experiment}
     if "machine" in result and "run_ranked" not in result["machine"]["command"]:
         result["machine"]["command"] = _described(options)
+        write_json(options.out / each.placed.name / RESULT, result)  # a later start has other options
     return result | {"name": each.run.name, "group": each.run.group or each.run.name, "experiment": each.experiment}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mor_jax import config_io
+from mor_jax.model.flops import count_parameters
 from mor_jax.sweep.execute import placed
 from mor_jax.sweep.recipes import SCALES
 from mor_jax.sweep.results import failed_result
@@ -96,6 +97,28 @@ def test_a_table_of_runs_names_what_is_missing():
     assert REPORT.machines([missing]) == "not run\n" and "5 process seconds" in REPORT.machines([_done("vanilla", 3.0)])
 
 
+def test_the_causal_loss_with_calibrated_boundaries_stands_beside():
+    results = [_done("expert-r3", 3.2, seed, calibrated={"nll": 3.0 + seed, "gap": 0.0}) for seed in (0, 1, 2)]
+    rows = TABLES.runs_table([*results, _done("vanilla", 3.1)]).splitlines()
+    assert "| 3.2000 ± 0.0000 | 4.0000 ± 1.0000 | 3.2000" in rows[2] and "| 3.1000 |  | 3.1000 |" in rows[3]
+    half = TABLES.runs_table([results[0], _done("expert-r3", 3.2, 1)])
+    assert "| 3.2000 ± 0.0000 |  | 3.2000" in half  # a mean over other seeds would not compare
+    point = FIGURES._calibrated(_done("expert-r3", 3.2, calibrated={"nll": 3.0, "tokens_per_depth": [0.0, 1.0, 0, 0]}))
+    deeper = FIGURES._calibrated(_done("expert-r3", 3.2, calibrated={"nll": 3.0, "tokens_per_depth": [0.0, 0, 0, 1.0]}))
+    assert (point["group"], point["nll"]) == ("expert-r3, calibrated", 3.0)
+    assert point["serving_flops_per_token"] < deeper["serving_flops_per_token"]
+
+
+def test_trained_models_are_named_with_their_scale(tmp_path):
+    folder = tmp_path / "mor_vs_baselines" / "results"
+    folder.mkdir(parents=True)
+    tasks = {"step": 3, "mode": "threshold", "boundaries": [0.0, 1.0], "tasks": {"piqa": {"acc": 0.5, "samples": 4}}}
+    (folder / "expert-r3-s0.large.tasks.json").write_text(json.dumps(tasks))
+    table = REPORT._other_tables(tmp_path)
+    heading = "### lm-eval: expert-r3-s0, scale `large` (step 3, selection threshold, calibrated boundaries)"
+    assert table.startswith(heading) and "| piqa | 4 | 0.5 |" in table
+
+
 def test_the_gap_is_told_by_recipe_with_and_without_calibration():
     routed = {"topk_nll": 3.0, "dead_token_ratio": 0.25, "tokens_per_depth": [0.0, 0.7, 0.3]}
     results = [
@@ -142,6 +165,11 @@ def test_losses_by_source_are_causal_with_the_gap_beside():
         "| vanilla | 4.0000 | 5.0000 |  |  | 1 |",
     ]
     assert TABLES.source_table([_done("vanilla", 3.0)]) == ""
+    both = _done("expert-r3", 3.0, 0, **text(2.0, 2.4), calibrated=text(2.0, 2.1))
+    assert TABLES.source_table([both]).splitlines()[2:] == [
+        "| expert-r3 | 2.4000 | 2.4000 | 2.0000 | +0.4000 | 1 |",
+        "| expert-r3, calibrated | 2.1000 | 2.1000 | 2.0000 | +0.1000 | 1 |",
+    ]
 
 
 def test_training_curves_are_means_over_seeds_by_tokens():
@@ -173,6 +201,21 @@ def test_ranked_runs_are_made_once_and_spread_under_every_name(tmp_path):
     assert rows["vanilla-s0"]["nll"] == 3.0 and rows["expert-r3-s0"]["state"] == "done"
     assert rows["expert-r4-s0"]["state"] == "not run" and "experiment" not in rows["vanilla-s0"]
     assert RANKED.spread(done, "debug", 1.0, tmp_path / "other") == []  # of another length
+
+
+def test_at_scale_large_the_three_families_come_seed_by_seed():
+    ranked = RANKED.ranked_runs("large")
+    names = [run.placed.name for run in ranked]
+    assert names[:4] == [
+        "mor_vs_baselines.vanilla-s0",
+        "mor_vs_baselines.expert-r3-s0",
+        "closing_the_gap.plain-alpha-2-s0",
+        "mor_vs_baselines.vanilla-s1",
+    ]
+    vanilla, paper, plain = (run.run.config for run in ranked[:3])
+    assert paper.train.steps == plain.train.steps > vanilla.train.steps  # equal training FLOPs
+    assert (plain.model.routing.residual, plain.model.routing.alpha) == ("plain", 2.0)
+    assert 50e6 < count_parameters(vanilla.model).total < 60e6 and vanilla.model.head_dim == 64
 
 
 @pytest.mark.slow

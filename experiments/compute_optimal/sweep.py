@@ -8,8 +8,20 @@ from mor_jax.sweep.isoflop import plan_isoflop
 from mor_jax.sweep.recipes import expert, vanilla
 from mor_jax.sweep.runs import SweepRun
 
-WIDTHS = {"debug": (16, 32, 48), "mini": (32, 64, 96), "small": (128, 192, 256, 384), "long": (128, 192, 256, 384)}
-BUDGETS = {"debug": (2e9, 4e9), "mini": (1e12, 2e12), "small": (5e14, 1e15, 2e15), "long": (5e14, 1e15, 2e15)}
+WIDTHS = {
+    "debug": (16, 32, 48),
+    "mini": (32, 64, 96),
+    "small": (128, 192, 256, 384),
+    "long": (128, 192, 256, 384),
+    "large": (384, 512, 768, 1024),
+}
+BUDGETS = {
+    "debug": (2e9, 4e9),
+    "mini": (1e12, 2e12),
+    "small": (5e14, 1e15, 2e15),
+    "long": (5e14, 1e15, 2e15),
+    "large": (7e15, 1.4e16, 2.8e16),
+}
 """Exact training FLOPs."""
 
 

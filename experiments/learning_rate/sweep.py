@@ -7,11 +7,11 @@ from mor_jax.sweep.isoflop import with_steps
 from mor_jax.sweep.recipes import at_flops_of, expert, recursive, seeded, vanilla
 from mor_jax.sweep.runs import SweepRun
 
-RATES = {"debug": (1e-3, 3e-3), "mini": (6e-3, 3e-3, 1.2e-2), "long": (2e-3, 1e-3, 4e-3)}
-"""In the order of their weight; in `mini` and `long` what their other experiments use, then half and twice that."""
+RATES = {"debug": (1e-3, 3e-3), "mini": (6e-3, 3e-3, 1.2e-2), "long": (2e-3, 1e-3, 4e-3), "large": (1.5e-3, 3e-3)}
+"""In the order of their weight; but for `debug`, what the scale's other experiments use, then half or twice that."""
 SMALL_RATES = (1e-3, 3e-3, 5e-4)
 """Scale `small`: around the usual rate of small models, then the paper's, then lower."""
-SHARE = {"mini": 1.0, "long": 1.0}
+SHARE = {"mini": 1.0, "long": 1.0, "large": 1.0}
 """Steps over those of the other experiments."""
 SMALL_SHARE = 0.3125
 """Other scales: 250 steps for the vanilla model of `small`."""

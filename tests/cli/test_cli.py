@@ -1,5 +1,6 @@
 """The console command: what it prints and leaves, and its exit codes."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from mor_jax import presets
 from mor_jax.config import Config
 from mor_jax.config_io import load
 from mor_jax.model.flops import count_parameters
+from mor_jax.sweep.measure import measurer
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
@@ -88,6 +90,24 @@ def test_eval_measures_both_modes(trained, mor):
     for mode in ("topk", "threshold"):
         key = f"validation_{mode}_bits_per_byte"
         assert found[key] == pytest.approx(last[key], rel=1e-5)
+
+
+def test_calibrated_boundaries_serve_texts_and_tasks(trained, mor, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("counting sheep, counting goats, " * 8)
+    found = json.loads(mor("eval", trained.folder, "--text", text, "--stride", "32", "--calibrate", "8", "--json").out)
+    boundaries = json.loads(mor("eval", trained.folder, "--calibrate", "8", "--json").out)["boundaries"]
+    assert found["boundaries"] == boundaries and any(boundaries[1:])
+    measure = measurer((text,), depth_curve=False, calibration_rows=8)
+    assert measure is not None
+    measured = measure(trained.folder)
+    assert measured["calibrated"]["text"]["sources"] == found["sources"] != measured["text"]["sources"]
+    assert sum(measured["calibrated"]["tokens_per_depth"]) == pytest.approx(1.0)
+    pytest.importorskip("lm_eval")
+    with gzip.open(tmp_path / "copa.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"query": "q because", "choices": ["a", "b"], "gold": 1}) + "\n")
+    tasks = mor("eval", trained.folder, "--tasks", "copa", "--evalsets", tmp_path, "--calibrate", "8", "--json")
+    assert json.loads(tasks.out)["boundaries"] == boundaries
 
 
 def test_inspect_colours_any_text(trained, mor, tmp_path):

@@ -11,8 +11,8 @@ import tyro
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import require
-from mor_jax.evaluate.inspect import evaluate_run
-from mor_jax.evaluate.restore import restore_run
+from mor_jax.evaluate.inspect import calibrated, evaluate_run
+from mor_jax.evaluate.restore import RestoredRun, restore_run
 from mor_jax.evaluate.validation import summary
 from mor_jax.paths import to_path
 
@@ -42,7 +42,7 @@ class EvalArguments:
     batch_size: int | None = None
     """With --tasks: rows at a time; None is 32."""
     calibrate: int = 0
-    """Rows of training text on which the boundaries of expert-choice are calibrated first, for the held-out loss."""
+    """Rows of training text on which the boundaries of expert-choice are calibrated first."""
     max_depth: int | None = None
     """Cap on the passes of a token (test-time scaling)."""
     json: bool = False
@@ -70,7 +70,6 @@ def _check(options: EvalArguments) -> None:
     require(not (tasks and text), "--text and --tasks exclude each other")
     for flag, value, applies, rule in (
         ("--rows", options.rows, held_out, "is for the held-out loss"),
-        ("--calibrate", options.calibrate or None, held_out, "is for the held-out loss"),
         ("--stride", options.stride, text, "needs --text"),
         ("--evalsets", options.evalsets, tasks, "needs --tasks"),
         ("--limit", options.limit, tasks, "needs --tasks"),
@@ -98,13 +97,20 @@ def _held_out(options: EvalArguments) -> None:
     print(summary(restored.config.model, losses))
 
 
+def _restored(options: EvalArguments) -> RestoredRun:
+    """Restore the run, with calibrated boundaries if that was asked for."""
+    restored = restore_run(to_path(options.run))
+    return calibrated(restored, options.calibrate) if options.calibrate else restored
+
+
 def _text(options: EvalArguments) -> None:
     from mor_jax.evaluate.text import text_losses, text_summary
 
-    restored = restore_run(to_path(options.run))
+    restored = _restored(options)
     losses = text_losses(restored, options.text, stride=options.stride, max_depth=options.max_depth)
     if options.json:
-        print(json.dumps({"run": options.run, "step": restored.step, **losses}, indent=2))
+        boundaries = restored.config.model.routing.boundaries
+        print(json.dumps({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses}, indent=2))
         return
     print(f"step {restored.step}, window {losses['context']} tokens, stride {losses['stride']}")
     print(text_summary(losses))
@@ -118,7 +124,7 @@ def _tasks(options: EvalArguments) -> None:
 
     assert options.tasks is not None
     names = PAPER_TASKS if options.tasks == "paper" else tuple(options.tasks.split(","))
-    restored = restore_run(to_path(options.run))
+    restored = _restored(options)
     model, params, bias_R = restored.config.model, restored.params, restored.router_bias_R
     if options.max_depth is not None:
         model, params, bias_R = cap_depth(model, params, bias_R, options.max_depth)
@@ -131,7 +137,8 @@ def _tasks(options: EvalArguments) -> None:
         num_fewshot=options.num_fewshot,
     )
     if options.json:
-        report: dict[str, Any] = {"run": options.run, "step": restored.step, "mode": scorer.mode, "tasks": results}
+        report: dict[str, Any] = {"run": options.run, "step": restored.step, "mode": scorer.mode}
+        report |= {"boundaries": model.routing.boundaries, "tasks": results}
         print(json.dumps(report, indent=2))
         return
     print(f"step {restored.step}, selection {scorer.mode}")

@@ -40,7 +40,7 @@ def measurer(texts: Sequence[Path], *, depth_curve: bool, calibration_rows: int 
             found["depth_curve"] = depth_losses(run)
         routing = run.config.model.routing
         if calibration_rows and routing.kind == "expert" and routing.sampling != "aux_router" and not routing.random:
-            found["calibrated"] = calibrated_losses(run, calibration_rows)
+            found["calibrated"] = calibrated_losses(run, calibration_rows, texts)
         return found
 
     return measure
@@ -77,11 +77,15 @@ def depth_losses(run: RestoredRun, rows: int | None = None) -> list[dict[str, An
     return curve
 
 
-def calibrated_losses(run: RestoredRun, calibration_rows: int) -> dict[str, Any]:
-    """Measure the causal held-out loss with boundaries calibrated on training text."""
-    config = calibrated(run, calibration_rows).config
+def calibrated_losses(run: RestoredRun, calibration_rows: int, texts: Sequence[Path] = ()) -> dict[str, Any]:
+    """Measure the causal losses, held-out and on given texts, with boundaries calibrated on training text."""
+    run = calibrated(run, calibration_rows)
+    config = run.config
     dataset = held_out(config)
     losses = validation_losses(config, run.params, run.router_bias_R, dataset, config.train.eval_rows)
     dataset.close()
-    figures = {"nll": losses["validation_threshold_nll"], "gap": losses["validation_gap"]}
+    figures: dict[str, Any] = {"nll": losses["validation_threshold_nll"], "gap": losses["validation_gap"]}
+    figures["tokens_per_depth"] = losses["validation_threshold_tokens_per_depth"]
+    if texts:
+        figures["text"] = text_losses(run, texts, stride=config.model.context_length)
     return {"boundaries": config.model.routing.boundaries, **figures}

@@ -30,6 +30,8 @@ from mor_jax.sweep.runs import SweepRun
 
 CORPUS = "data/small"
 """Where the scales `small` and up expect their corpus: 8k BPE, rows of 512 tokens (experiments/README.md)."""
+LARGE_CORPUS = "data/large"
+"""Where the scale `large` expects its corpus: 8k BPE, rows of 1,024 tokens."""
 MINI_CORPUS = "data/mini"
 """Where the scale `mini` expects its corpus: 2k BPE, rows of 256 tokens."""
 
@@ -95,17 +97,37 @@ def _long() -> Config:
     )
 
 
+def _large() -> Config:
+    model = ModelConfig(
+        vocab_size=8192, num_layers=8, d_model=768, num_heads=12, num_kv_heads=4, d_ff=2048, context_length=1024
+    )
+    return Config(
+        preset="large",
+        model=model,
+        data=DataConfig(source=LARGE_CORPUS),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=150),
+        train=_quiet(TrainConfig(steps=2400, batch_size=32, eval_rows=256, log_every=100)),
+    )
+
+
 def _quiet(train: TrainConfig) -> TrainConfig:
     """One validation and one checkpoint at the end, nothing else."""
     return dataclasses.replace(train, eval_every=0, save_every=0, keep=1, tensorboard=False, pictures=False)
 
 
-_SCALES: Mapping[str, Callable[[], Config]] = {"debug": _debug, "mini": _mini, "small": _small, "long": _long}
+_SCALES: Mapping[str, Callable[[], Config]] = {
+    "debug": _debug,
+    "mini": _mini,
+    "small": _small,
+    "long": _long,
+    "large": _large,
+}
 SCALES = tuple(_SCALES)
 """`debug` runs in seconds on a CPU and shows that everything works. `mini` is for one CPU core and real text: 0.37M
 parameters without embedding in 8 layers, 0.3M tokens, minutes a run. The others are for one GPU and real text: `small`
 has 10M parameters without embedding in 14 layers and 26M tokens for the vanilla model; `long` 5.9M in 8 layers, 49M
-tokens and four times the optimiser steps, because runs of `small` end while the loss still falls steeply."""
+tokens and four times the optimiser steps, because runs of `small` end while the loss still falls steeply. `large` has
+the depth of `long` and three times its width: 50M parameters without embedding, 79M tokens."""
 
 
 def vanilla(scale: str) -> Config:
