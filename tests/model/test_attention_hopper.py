@@ -13,7 +13,7 @@ import pytest
 from mor_jax.model import attention_hopper, attention_hopper_walk
 from mor_jax.model.attention_gpu import visible_runs
 from mor_jax.model.attention_hopper import Tiling, flash_attention
-from mor_jax.model.attention_hopper_walk import Tiles, plan_keys, plan_queries
+from mor_jax.model.attention_hopper_place import Tiles, plan_keys, plan_queries
 
 ROUNDING = 5e-3
 """Relative norm of what rounding probabilities and gradients to bfloat16 for the products may cost."""

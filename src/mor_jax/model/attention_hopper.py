@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mor_jax.model.attention_hopper_kernels import forward_kernel, grad_keys_kernel, grad_queries_kernel
-from mor_jax.model.attention_hopper_walk import (
+from mor_jax.model.attention_hopper_place import (
     NEVER,
     ROWS,
     Shape,
@@ -29,9 +29,9 @@ from mor_jax.model.attention_hopper_walk import (
     key_items,
     plan_keys,
     plan_queries,
-    programs,
     query_items,
 )
+from mor_jax.model.attention_hopper_walk import programs
 
 LENGTH_MULTIPLE = 8
 """Lengths are padded to this: the copy engine needs rows of 16 bytes."""

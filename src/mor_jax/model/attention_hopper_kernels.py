@@ -14,21 +14,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mor_jax.model.attention_hopper_walk import (
+from mor_jax.model.attention_hopper_place import (
     ROWS,
-    Copy,
     Place,
     Shape,
     Tiles,
     key_items,
-    over_keys,
-    pass_over,
     place_keys,
     place_queries,
     query_items,
     visible,
-    work,
 )
+from mor_jax.model.attention_hopper_walk import Copy, over_keys, pass_over, work
 
 _LOG2_E = math.log2(math.e)
 _MASKED = -1e30
