@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mor_jax.errors import UserError
 from mor_jax.model import attention_hopper, attention_hopper_walk
 from mor_jax.model.attention_gpu import visible_runs
 from mor_jax.model.attention_hopper import Tiling, flash_attention
@@ -108,6 +109,22 @@ def test_tiles_of_one_thread_block_with_different_walks(monkeypatch):
     _check((1, 264, 264, 1, 1, 64), tiling=Tiling(*(Tiles(walked=64, warpgroups=3, stages=2, in_turn=True),) * 3))
 
 
+def test_a_warpgroup_without_a_tile_writes_nothing():
+    """Two tiles for the three warpgroups of an item, and another head behind."""
+    _check((1, 128, 128, 2, 2, 64))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "head_dim", "dtype", "message"),
+    [(8, 8, 2, 64, "float16", "dtype=float16"), (8, 8, 2, 96, "bfloat16", "head_dim=96"),
+     (8, 8, 3, 64, "bfloat16", "3 heads"), (8, 16, 2, 64, "bfloat16", "8 causal queries, but 16 keys")],
+)  # fmt: skip
+def test_arrays_that_the_kernels_do_not_take_are_refused(queries, keys, heads, head_dim, dtype, message):
+    query, key = jnp.zeros((1, queries, heads, head_dim), dtype), jnp.zeros((1, keys, 2, head_dim), dtype)
+    with pytest.raises(UserError, match=message):
+        flash_attention(query, key, key)
+
+
 def test_a_query_without_keys_returns_zero_and_gets_no_gradient():
     end = _selected(1, 72, 136).at[0, 3].set(0)
     out, grad_query, *_ = _check((1, 72, 136, 1, 1, 64), end=end)
@@ -116,9 +133,10 @@ def test_a_query_without_keys_returns_zero_and_gets_no_gradient():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["causal", "selected", "shared", "packed", "wide"])
+@pytest.mark.parametrize("kind", ["causal", "selected", "shared", "packed", "wide", "alone", "pairs"])
 def test_compiled_kernels_at_the_size_of_training(kind):
-    """Rows of the 360M model, and of the 1.7B model (as many key heads) with head_dim 128 beside."""
+    """Rows of the 360M model; head_dim 128; as many key heads, and half as many, whose last items have no tile for some
+    warpgroup, which must not write over the next head's sums."""
     tokens, selected = 2048, 1368
     start = end = None
     shape = (2, tokens, tokens, 15, 5, 64)
@@ -128,6 +146,8 @@ def test_compiled_kernels_at_the_size_of_training(kind):
         shape, end = (2, selected, tokens, 15, 5, 64), _selected(2, selected, tokens)
     if kind == "packed":
         start, end = _documents(2, tokens, 300)
+    if kind in ("alone", "pairs"):
+        shape = (2, 512, 512, 4, 4 if kind == "alone" else 2, 64)
     if kind == "wide":
         shape = (2, tokens, tokens, 4, 4, 128)
     _check(shape, start, end, tolerance=3.5e-3)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mor_jax.errors import require
 from mor_jax.model.attention_hopper_kernels import forward_kernel, grad_keys_kernel, grad_queries_kernel
 from mor_jax.model.attention_hopper_place import (
     NEVER,
@@ -36,7 +37,7 @@ from mor_jax.model.attention_hopper_walk import programs
 LENGTH_MULTIPLE = 8
 """Lengths are padded to this: the copy engine needs rows of 16 bytes."""
 VECTOR_MULTIPLE = 128
-"""One value per query is padded to this, no block being longer: vectors are copied without a look at their end."""
+"""Arrays of one value per query are padded to this, no block being longer: they are copied beyond a row's end."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,11 @@ def flash_attention(
 
     Returns:
         [B, T, N, H] in the queries' dtype; 0 for a query without keys.
+
+    Raises:
+        UserError: an array that the kernels do not take.
     """
+    _check(query_BTNH, key_BSKH, causal=end_BT is None)
     if start_BT is not None and end_BT is None:
         end_BT = jnp.broadcast_to(jnp.arange(1, query_BTNH.shape[1] + 1, dtype=jnp.int32)[None], start_BT.shape)
     length = query_BTNH.shape[1]
@@ -94,6 +99,14 @@ def flash_attention(
     tiling = tiling or TILINGS[query_BTNH.shape[3]]
     attention: Any = _attention
     return attention(tiling, interpret, *map(_pad, (query_BTNH, key_BSKH, value_BSKH)), runs)[:, :length]
+
+
+def _check(query_BTNH: jax.Array, key_BSKH: jax.Array, *, causal: bool) -> None:
+    (_, queries, heads, head_dim), (_, keys, kv_heads, _) = query_BTNH.shape, key_BSKH.shape
+    require(query_BTNH.dtype == jnp.bfloat16, f"attention on Hopper: dtype={query_BTNH.dtype} must be bfloat16")
+    require(head_dim in TILINGS, f"attention on Hopper: head_dim={head_dim} must be one of {tuple(TILINGS)}")
+    require(heads % kv_heads == 0, f"attention on Hopper: {heads} heads must be a multiple of {kv_heads} key heads")
+    require(not causal or queries == keys, f"attention on Hopper: {queries} causal queries, but {keys} keys")
 
 
 def _pad(x_BT: jax.Array, multiple: int = LENGTH_MULTIPLE, value: int = 0) -> jax.Array:

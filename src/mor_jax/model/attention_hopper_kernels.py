@@ -1,7 +1,8 @@
 """The three Pallas (Mosaic GPU) kernels behind ``attention_hopper.flash_attention``; letters as there.
 
-Of a thread block's warpgroups the last one only asks the copy engine (TMA) for the next blocks. Rows beyond the end of
-an array are read as zeros and not written, by the copy engine itself.
+Of a thread block's warpgroups the last one only asks the copy engine (TMA) for the next blocks. The engine reads rows of
+tensors beyond an array's end as zeros, and does not write them. Vectors, one value per query, it copies without a look
+at a row's end: they are padded, and a warpgroup whose tile does not exist must not write them.
 """
 
 import functools
@@ -84,6 +85,35 @@ def _copy_keys(tiles: Tiles, pairs: list[tuple[Any, Any]]) -> Copy:
     return copy
 
 
+def _store_queries(shape: Shape, place: Place, tensor: tuple[Any, Any], vector: tuple[Any, Any]) -> None:
+    """Write a tile [ROWS, H] and a value per row, each (in shared memory, in memory), and wait until they are there."""
+    plgpu.commit_smem()
+
+    @pl.when(place.tile * ROWS < shape.queries)  # else the next head's first values would be written over
+    def _() -> None:
+        plgpu.copy_smem_to_gmem(tensor[0], tensor[1].at[place.batch, place.rows, place.head])
+        plgpu.copy_smem_to_gmem(vector[0], vector[1].at[place.batch, place.head, place.rows])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copy_queries(shape: Shape, tiles: Tiles, pairs: list[Any], values: list[Any], runs: list[Any]) -> Copy:
+    """What copies a step's block of queries: of [B, T, N, H] arrays, of [B, N, T] and of [B, T] ones."""
+
+    def copy(place: Place, step: Any, slot: Any, barrier: Any) -> None:
+        count = place.stop - place.begin
+        head = place.kv_head * shape.groups + lax.div(step, count)
+        rows = pl.ds((place.begin + lax.rem(step, count)) * tiles.walked, tiles.walked)
+        for ref, smem in pairs:
+            plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, head], smem.at[slot], barrier)
+        for ref, smem in values:
+            plgpu.copy_gmem_to_smem(ref.at[place.batch, head, rows], smem.at[slot], barrier)
+        for ref, smem in runs:
+            plgpu.copy_gmem_to_smem(ref.at[place.batch, rows], smem.at[slot], barrier)
+
+    return copy
+
+
 def forward_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging: Any = None) -> None:
     """Write the output of a tile of queries per warpgroup, and the base-2 logarithm of its softmax sums."""
     query_ref, key_ref, value_ref, run_refs, plan_ref, out_ref, lse_ref = refs
@@ -125,10 +155,7 @@ def forward_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging:
             total = jnp.where(total > 0, total, 1.0)
         query[...] = (sums / _rows(total, shape.width)).astype(query_ref.dtype)
         lse_smem.at[wg][...] = top + jnp.log2(total)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(query, out_ref.at[place.batch, place.rows, place.head])
-        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[place.batch, place.head, place.rows])
-        plgpu.wait_smem_to_gmem(0)
+        _store_queries(shape, place, (query, out_ref), (lse_smem.at[wg], lse_ref))
 
     pairs = [(key_ref, key_smem), (value_ref, value_smem)]
     work(
@@ -182,10 +209,7 @@ def grad_queries_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, sta
 
         grad = pl.run_scoped(walk, plgpu.ACC((ROWS, shape.width), jnp.float32))
         query[...] = (grad * shape.width**-0.5).astype(query_ref.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(query, grad_ref.at[place.batch, place.rows, place.head])
-        plgpu.copy_smem_to_gmem(delta_smem.at[wg], delta_ref.at[place.batch, place.head, place.rows])
-        plgpu.wait_smem_to_gmem(0)
+        _store_queries(shape, place, (query, grad_ref), (delta_smem.at[wg], delta_ref))
 
     tensors = [(query_ref, query_smem), (grad_out_ref, grad_out_smem), (out_ref, out_smem)]
     work(
@@ -260,22 +284,16 @@ def grad_keys_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, stagin
             plgpu.copy_smem_to_gmem(smem, ref.at[place.batch, place.rows, place.kv_head])
         plgpu.wait_smem_to_gmem(0)
 
-    def copy_queries(place: Place, step: Any, slot: Any, barrier: Any) -> None:
-        count = place.stop - place.begin
-        head = place.kv_head * shape.groups + lax.div(step, count)
-        rows = pl.ds((place.begin + lax.rem(step, count)) * tiles.walked, tiles.walked)
-        for ref, smem in ((query_ref, query_smem), (grad_out_ref, grad_out_smem)):
-            plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, head], smem.at[slot], barrier)
-        for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
-            plgpu.copy_gmem_to_smem(ref.at[place.batch, head, rows], smem.at[slot], barrier)
-        for ref, smem in zip(run_refs, run_smem, strict=True):
-            plgpu.copy_gmem_to_smem(ref.at[place.batch, rows], smem.at[slot], barrier)
-
+    pairs, values = (
+        [(query_ref, query_smem), (grad_out_ref, grad_out_smem)],
+        [(lse_ref, lse_smem), (delta_ref, delta_smem)],
+    )
+    runs = list(zip(run_refs, run_smem, strict=True))
     work(
         tiles,
         key_items(shape, tiles),
         functools.partial(place_keys, shape, tiles, plan_ref),
         (*own, _copy_own([(key_ref, key_smem), (value_ref, value_smem)], [])),
-        [(filled, freed, copy_queries)],
+        [(filled, freed, _copy_queries(shape, tiles, pairs, values, runs))],
         compute,
     )

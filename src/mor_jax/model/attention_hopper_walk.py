@@ -71,7 +71,7 @@ def work(
 
         def one(turn: Any, done: Any) -> Any:
             item, buffer = first + turn * count, lax.rem(turn, tiles.buffers)
-            _when(turn >= tiles.buffers, lambda: plgpu.barrier_wait(freed.at[buffer]))
+            pl.when(turn >= tiles.buffers)(lambda: plgpu.barrier_wait(freed.at[buffer]))
             for index in range(tiles.warpgroups):
                 copy_own(place(item, index), index, buffer, filled.at[buffer])
             here = place(item, 0)
@@ -81,10 +81,6 @@ def work(
         lax.fori_loop(0, turns, one, jnp.int32(0))
 
 
-def _when(condition: Any, do: Callable[[], None]) -> None:
-    pl.when(condition)(do)
-
-
 def _copy_blocks(tiles: Tiles, place: Place, done: Any, walked: list[tuple[Any, Any, Copy]]) -> None:
     """For every step, as its slots fall free, ask for what the others will read."""
 
@@ -92,7 +88,7 @@ def _copy_blocks(tiles: Tiles, place: Place, done: Any, walked: list[tuple[Any, 
     def _step(step: Any) -> None:
         slot = lax.rem(done + step, tiles.stages)
         for filled, freed, copy in walked:
-            _when(done + step >= tiles.stages, lambda freed=freed: plgpu.barrier_wait(freed.at[slot]))
+            pl.when(done + step >= tiles.stages)(lambda freed=freed: plgpu.barrier_wait(freed.at[slot]))
             copy(place, step, slot, filled.at[slot])
 
 
