@@ -1,8 +1,8 @@
 """The three Pallas (Mosaic GPU) kernels behind ``attention_hopper.flash_attention``; letters as there.
 
-Of a thread block's warpgroups the last one only asks the copy engine (TMA) for the next blocks. The engine reads rows of
-tensors beyond an array's end as zeros, and does not write them. Vectors, one value per query, it copies without a look
-at a row's end: they are padded, and a warpgroup whose tile does not exist must not write them.
+Of a thread block's warpgroups the last one only asks the copy engine (TMA) for the next blocks. The engine reads rows
+of tensors beyond an array's end as zeros, and does not write them. Vectors, one value per query, it copies without a
+look at a row's end: they are padded, and a warpgroup whose tile does not exist must not write them.
 """
 
 import functools
