@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mor_jax.model import attention_gpu, attention_hopper, fused_gpu, rotary_gpu
 from mor_jax.model.attention import project_qkv
-from mor_jax.model.attention_gpu import visible_runs
+from mor_jax.model.attention_runs import visible_runs
 from mor_jax.model.fused_gpu import skip_norm
 from mor_jax.model.layers import apply_rotary, compute_weight, rms_norm, rotary_tables
 from mor_jax.model.rotary_gpu import split_rotate

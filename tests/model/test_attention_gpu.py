@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mor_jax.model import attention_gpu
-from mor_jax.model.attention_gpu import flash_attention, visible_runs
+from mor_jax.model.attention_gpu import flash_attention
 from mor_jax.model.attention_gpu_kernels import Blocks, Tiling
+from mor_jax.model.attention_runs import visible_runs
 
 SMALL = Tiling(Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2))
 QUERIES, KEYS = 41, 70

@@ -12,9 +12,9 @@ import pytest
 
 from mor_jax.errors import UserError
 from mor_jax.model import attention_hopper, attention_hopper_walk
-from mor_jax.model.attention_gpu import visible_runs
 from mor_jax.model.attention_hopper import Tiling, flash_attention
 from mor_jax.model.attention_hopper_place import Tiles, plan_keys, plan_queries
+from mor_jax.model.attention_runs import visible_runs
 
 ROUNDING = 5e-3
 """Relative norm of what rounding probabilities and gradients to bfloat16 for the products may cost."""
@@ -104,9 +104,11 @@ def test_tiles_of_one_thread_block_with_different_walks(monkeypatch):
 
     Two items of queries for one thread block, which takes them in turn.
     """
-    monkeypatch.setattr(attention_hopper_walk, "programs", lambda tiles, items: 1 if tiles.in_turn else items)
+    monkeypatch.setattr(attention_hopper_walk, "programs", lambda tiles, items: 1 if tiles.persistent else items)
     monkeypatch.setattr(attention_hopper, "programs", attention_hopper_walk.programs)
-    _check((1, 264, 264, 1, 1, 64), tiling=Tiling(*(Tiles(walked=64, warpgroups=3, stages=2, in_turn=True),) * 3))
+    _check(
+        (1, 264, 264, 1, 1, 64), tiling=Tiling(*(Tiles(block_rows=64, warpgroups=3, stages=2, persistent=True),) * 3)
+    )
 
 
 def test_a_warpgroup_without_a_tile_writes_nothing():
@@ -157,7 +159,7 @@ def test_the_plan_of_queries_by_hand():
     """Three tiles of 64 queries; two documents, of 100 and 60 tokens; blocks of 32 keys."""
     rows_BT = jnp.arange(160, dtype=jnp.int32)[None]
     start_BT = jnp.where(rows_BT < 100, 0, 100)
-    tiles = Tiles(walked=32, warpgroups=3, stages=2, in_turn=True)
+    tiles = Tiles(block_rows=32, warpgroups=3, stages=2, persistent=True)
     causal = plan_queries((rows_BT + 1,), tiles)
     assert causal.tolist() == [[[0, 0, 0, 2], [0, 0, 2, 4], [0, 0, 0, 5]]]  # the last tile has queries without keys
     packed = plan_queries((start_BT, rows_BT + 1), tiles)
@@ -168,7 +170,7 @@ def test_the_plan_of_keys_by_hand():
     """Tiles of 64 keys, and the blocks of 32 queries that need them; queries that do not exist need none."""
     rows_BT = jnp.arange(152, dtype=jnp.int32)[None]
     start_BT = jnp.where(rows_BT < 100, 0, 100)
-    tiles = Tiles(walked=32, warpgroups=2, stages=2, in_turn=False)
+    tiles = Tiles(block_rows=32, warpgroups=2, stages=2, persistent=False)
     assert plan_keys((rows_BT + 1,), tiles, 152).tolist() == [[[0, 5, 5, 5], [2, 5, 5, 5], [4, 5, 5, 5]]]
     assert plan_keys((start_BT, rows_BT + 1), tiles, 152).tolist() == [[[0, 4, 4, 4], [2, 5, 5, 5], [4, 5, 5, 5]]]
     nobody = plan_keys((jnp.zeros_like(rows_BT),), tiles, 152)

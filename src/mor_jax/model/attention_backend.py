@@ -11,7 +11,7 @@ from mor_jax.axes import axis_size, on_shards
 from mor_jax.config import AttentionBackend
 from mor_jax.errors import require
 from mor_jax.model import attention_gpu, attention_hopper
-from mor_jax.model.attention_gpu import visible_runs
+from mor_jax.model.attention_runs import visible_runs
 from mor_jax.model.attention_tpu import resolve_tpu_backend, splash_attention, target_platform
 from mor_jax.model.layer_context import TokenView, attention_mask
 

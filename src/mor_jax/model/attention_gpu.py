@@ -20,13 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from mor_jax.model.attention_gpu_kernels import (
-    NEVER,
     Blocks,
     Tiling,
     forward_kernel,
     grad_keys_kernel,
     grad_queries_kernel,
 )
+from mor_jax.model.attention_runs import NEVER
 
 
 def flash_attention(
@@ -186,32 +186,3 @@ def _grad_keys_call(blocks, interpret, query, key, value, start, end, grad_out, 
         out_specs=[kv, kv],
         out_shape=[jax.ShapeDtypeStruct(key.shape, key.dtype), jax.ShapeDtypeStruct(value.shape, value.dtype)],
     )(query, key, value, *ranges, grad_out, lse, delta, _query_blocks(start, end, blocks, keys))
-
-
-def visible_runs(
-    rows_BT: jax.Array | None, segments_BT: jax.Array | None, key_segments_BS: jax.Array | None, length: int
-) -> tuple[jax.Array | None, jax.Array]:
-    """Describe "key row <= query row, same document" as one run of keys per query.
-
-    Documents must be contiguous in their rows, as packing makes them.
-
-    Args:
-        rows_BT: int32 row of each query among the keys' rows 0..S-1; None when the queries are the keys themselves, and
-            slots are compared.
-        segments_BT: int32 document of each query; None attends across.
-        key_segments_BS: int32 document of each key; the queries' own if ``rows_BT`` is None.
-        length: number of queries.
-
-    Returns:
-        (start, end) for ``flash_attention``, end int32 [1, T] or [B, T].
-    """
-    last_BT = jnp.arange(length, dtype=jnp.int32)[None] if rows_BT is None else rows_BT
-    keys_BS = segments_BT if rows_BT is None else key_segments_BS
-    if segments_BT is None or keys_BS is None:
-        return None, last_BT + 1
-    index_BS = jnp.broadcast_to(jnp.arange(keys_BS.shape[1], dtype=jnp.int32)[None], keys_BS.shape)
-    opens_BS = jnp.pad(keys_BS[:, 1:] != keys_BS[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    start_BS = jax.lax.cummax(jnp.where(opens_BS, index_BS, 0), axis=1)
-    if rows_BT is None:
-        return start_BS, last_BT + 1
-    return jnp.take_along_axis(start_BS, rows_BT, axis=1, mode="clip"), last_BT + 1

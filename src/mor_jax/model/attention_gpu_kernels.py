@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from mor_jax.model.attention_runs import NEVER
+
 _LOG2_E = math.log2(math.e)
 _MASKED = -1e30
-NEVER = 2**30
-"""First key of queries that do not exist: 0 would make their block read all keys from the first."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mor_jax.errors import require
 from mor_jax.model.attention_hopper_kernels import forward_kernel, grad_keys_kernel, grad_queries_kernel
 from mor_jax.model.attention_hopper_place import (
-    NEVER,
     ROWS,
     Shape,
     Tiles,
@@ -33,6 +32,7 @@ from mor_jax.model.attention_hopper_place import (
     query_items,
 )
 from mor_jax.model.attention_hopper_walk import programs
+from mor_jax.model.attention_runs import NEVER
 
 LENGTH_MULTIPLE = 8
 """Lengths are padded to this: the copy engine needs rows of 16 bytes."""
@@ -157,7 +157,7 @@ def _call(
 
     Who calls this is jitted, so that the layers of a model share one trace and one lowering: else 32 took 25 s.
     """
-    staging = () if interpret is None else (_vector(jnp.bfloat16, tiles.warpgroups, ROWS, tiles.walked),)
+    staging = () if interpret is None else (_vector(jnp.bfloat16, tiles.warpgroups, ROWS, tiles.block_rows),)
 
     def body(*refs: Any, scratch: Any, staging: Any) -> None:
         kernel(shape, tiles, refs, scratch, *staging)
@@ -203,7 +203,7 @@ def forward(tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs
     """Output [B, T, N, H], and the base-2 logarithm of the softmax sums, float32 [B, N, T']."""
     shape, dtype, rows = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
     own_rows = _tensor(dtype, tiles.buffers, *rows, shape.width)
-    block = _tensor(dtype, tiles.stages, tiles.walked, shape.width)
+    block = _tensor(dtype, tiles.stages, tiles.block_rows, shape.width)
     run_rows = (_vector(jnp.int32, tiles.buffers, *rows),) * shape.runs
     own, filled, freed = _barriers(tiles, 1 + shape.runs, 1)
     return _call(
@@ -226,7 +226,7 @@ def grad_queries(
     """Gradient of the queries, and the products of output and its gradient, float32 [B, N, T']."""
     shape, dtype, rows = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
     own_rows = _tensor(dtype, tiles.buffers, *rows, shape.width)
-    block = _tensor(dtype, tiles.stages, tiles.walked, shape.width)
+    block = _tensor(dtype, tiles.stages, tiles.block_rows, shape.width)
     own_values, run_rows = (_vector(kind, tiles.buffers, *rows) for kind in (jnp.float32, jnp.int32))
     return _call(
         grad_queries_kernel,
@@ -249,7 +249,7 @@ def grad_keys(
     tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs: Any, grad_out: Any, lse: Any, delta: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of keys and values [B, S, K, H]."""
-    shape, dtype, walked = _shape(query, key, runs), query.dtype, (tiles.stages, tiles.walked)
+    shape, dtype, walked = _shape(query, key, runs), query.dtype, (tiles.stages, tiles.block_rows)
     rows = _tensor(dtype, tiles.buffers, tiles.warpgroups, ROWS, shape.width)
     block = _tensor(dtype, *walked, shape.width)
     values, run_rows = _vector(jnp.float32, *walked), (_vector(jnp.int32, *walked),) * shape.runs

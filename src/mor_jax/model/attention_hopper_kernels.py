@@ -26,7 +26,7 @@ from mor_jax.model.attention_hopper_place import (
     query_items,
     visible,
 )
-from mor_jax.model.attention_hopper_walk import Copy, over_keys, pass_over, work
+from mor_jax.model.attention_hopper_walk import Copy, over_keys, over_queries, work
 
 _LOG2_E = math.log2(math.e)
 _MASKED = -1e30
@@ -78,7 +78,7 @@ def _copy_keys(tiles: Tiles, pairs: list[tuple[Any, Any]]) -> Copy:
     """What copies a step's block of keys (and values), the last block first."""
 
     def copy(place: Place, step: Any, slot: Any, barrier: Any) -> None:
-        rows = pl.ds((place.stop - 1 - step) * tiles.walked, tiles.walked)
+        rows = pl.ds((place.stop - 1 - step) * tiles.block_rows, tiles.block_rows)
         for ref, smem in pairs:
             plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, place.kv_head], smem.at[slot], barrier)
 
@@ -103,7 +103,7 @@ def _copy_queries(shape: Shape, tiles: Tiles, pairs: list[Any], values: list[Any
     def copy(place: Place, step: Any, slot: Any, barrier: Any) -> None:
         count = place.stop - place.begin
         head = place.kv_head * shape.groups + lax.div(step, count)
-        rows = pl.ds((place.begin + lax.rem(step, count)) * tiles.walked, tiles.walked)
+        rows = pl.ds((place.begin + lax.rem(step, count)) * tiles.block_rows, tiles.block_rows)
         for ref, smem in pairs:
             plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, head], smem.at[slot], barrier)
         for ref, smem in values:
@@ -128,14 +128,18 @@ def forward_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging:
             sums, top, total = carry
             slot = lax.rem(index, tiles.stages)
             plgpu.barrier_wait(filled[0].at[slot])
-            scores = _product(query, key_smem.at[slot].transpose((1, 0)), tiles.walked)
+            scores = _product(query, key_smem.at[slot].transpose((1, 0)), tiles.block_rows)
             plgpu.barrier_arrive(freed[0].at[slot])
-            mask = visible(place.tile * ROWS, block * tiles.walked, runs, (ROWS, tiles.walked), 0) if masked else None
+            mask = (
+                visible(place.tile * ROWS, block * tiles.block_rows, runs, (ROWS, tiles.block_rows), 0)
+                if masked
+                else None
+            )
             if mask is not None:
                 scores = jnp.where(mask, scores, _MASKED)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scale)
             shrink = jnp.exp2(top - new_top)
-            weights = jnp.exp2(scores * scale - _rows(new_top, tiles.walked))
+            weights = jnp.exp2(scores * scale - _rows(new_top, tiles.block_rows))
             if mask is not None and runs:  # a query may see nothing of a block
                 weights = jnp.where(mask, weights, 0.0)
             total = total * shrink + jnp.sum(weights, axis=1)
@@ -191,13 +195,13 @@ def grad_queries_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, sta
                     plgpu.wgmma(scores_acc, query, key_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(grad_weights_acc, grad_out, value_smem.at[slot].transpose((1, 0)))
                     scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
-                    weights = jnp.exp2(scores * scale - _rows(lse, tiles.walked))
+                    weights = jnp.exp2(scores * scale - _rows(lse, tiles.block_rows))
                     if masked:
-                        mask = visible(place.tile * ROWS, block * tiles.walked, runs, (ROWS, tiles.walked), 0)
+                        mask = visible(place.tile * ROWS, block * tiles.block_rows, runs, (ROWS, tiles.block_rows), 0)
                         weights = jnp.where(mask, weights, 0.0)
-                    return weights * (grad_weights_acc[...] - _rows(delta, tiles.walked))
+                    return weights * (grad_weights_acc[...] - _rows(delta, tiles.block_rows))
 
-                accumulator = plgpu.ACC((ROWS, tiles.walked), jnp.float32)
+                accumulator = plgpu.ACC((ROWS, tiles.block_rows), jnp.float32)
                 grad_scores = pl.run_scoped(products, accumulator, accumulator).astype(query_ref.dtype)
                 plgpu.wgmma(grad_acc, _operand(grad_scores, staging), key_smem.at[slot])
                 plgpu.wgmma_wait(0)
@@ -231,7 +235,7 @@ def grad_keys_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, stagin
     def compute(place: Place, buffer: Any, done: Any) -> None:
         key, value = key_smem.at[buffer, wg], value_smem.at[buffer, wg]
 
-        def step(index: Any, block: Any, grad_key_acc: Any, grad_value_acc: Any, *, masked: bool) -> None:
+        def add(grad_key_acc: Any, grad_value_acc: Any, index: Any, block: Any, *, masked: bool) -> None:
             slot = lax.rem(index, tiles.stages)
             plgpu.barrier_wait(filled.at[slot])
             query, grad_out = query_smem.at[slot], grad_out_smem.at[slot]
@@ -244,7 +248,7 @@ def grad_keys_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, stagin
                 weights = jnp.exp2(scores * scale - _columns(lse))
                 if masked:
                     runs = [smem.at[slot][...] for smem in run_smem]
-                    mask = visible(block * tiles.walked, place.tile * ROWS, runs, (ROWS, tiles.walked), 1)
+                    mask = visible(block * tiles.block_rows, place.tile * ROWS, runs, (ROWS, tiles.block_rows), 1)
                     weights = jnp.where(mask, weights, 0.0)
                 plgpu.wgmma(grad_value_acc, _operand(weights.astype(query_ref.dtype), staging), grad_out)
                 grad_weights = plgpu.wgmma_accumulator_load(grad_weights_acc, wait_n=1)
@@ -252,27 +256,13 @@ def grad_keys_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, stagin
                 plgpu.wgmma(grad_key_acc, _operand(grad_scores, staging), query)
                 plgpu.wgmma_wait(0)
 
-            accumulator = plgpu.ACC((ROWS, tiles.walked), jnp.float32)
+            accumulator = plgpu.ACC((ROWS, tiles.block_rows), jnp.float32)
             pl.run_scoped(products, accumulator, accumulator)
             plgpu.barrier_arrive(freed.at[slot])
 
         def walk(grad_key_acc: Any, grad_value_acc: Any) -> tuple[jax.Array, jax.Array]:
-            @pl.loop(0, shape.groups)
-            def _head(head: Any) -> None:
-                start = done + head * (place.stop - place.begin)
-                offset = start - place.begin  # step = offset + block
-
-                def over(first: Any, last: Any, masked: bool) -> None:
-                    @pl.loop(first, last)
-                    def _block(block: Any) -> None:
-                        step(offset + block, block, grad_key_acc, grad_value_acc, masked=masked)
-
-                pass_over(tiles, start, offset + place.span.first, [(filled, freed)])
-                over(place.span.first, place.span.whole, True)
-                if not shape.runs:
-                    over(place.span.whole, place.span.last, False)
-                pass_over(tiles, offset + place.span.last, offset + place.stop, [(filled, freed)])
-
+            step = functools.partial(add, grad_key_acc, grad_value_acc)
+            over_queries(shape, tiles, place, [(filled, freed)], done, step)
             return grad_key_acc[...], grad_value_acc[...]
 
         accumulator = plgpu.ACC((ROWS, shape.width), jnp.float32)

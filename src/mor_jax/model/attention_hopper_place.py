@@ -11,29 +11,29 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from mor_jax.model.attention_runs import NEVER
+
 ROWS = 64
 """Rows of a warpgroup's tile: what one wgmma instruction takes."""
-NEVER = 2**30
-"""First key of queries that do not exist: 0 would make their tile read all keys from the first."""
 
 
 @dataclass(frozen=True)
 class Tiles:
     """How one kernel is cut."""
 
-    walked: int
+    block_rows: int
     """Rows of a block that is walked over."""
     warpgroups: int
     """Warpgroups that compute."""
     stages: int
     """Blocks in flight."""
-    in_turn: bool
+    persistent: bool
     """Whether a thread block per multiprocessor takes items in turn, rather than a thread block per item."""
 
     @property
     def buffers(self) -> int:
         """Items whose rows are in shared memory."""
-        return 2 if self.in_turn else 1
+        return 2 if self.persistent else 1
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def place_queries(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any)
     def span(unit: Any) -> Span:
         tile = lax.div(unit, shape.groups)
         if plan_ref is None:
-            rest = lax.div(tile * ROWS, tiles.walked)
-            return Span(0, 0, rest, jnp.minimum(rest + 1, pl.cdiv(shape.keys, tiles.walked)))
+            rest = lax.div(tile * ROWS, tiles.block_rows)
+            return Span(0, 0, rest, jnp.minimum(rest + 1, pl.cdiv(shape.keys, tiles.block_rows)))
         return _read(plan_ref, batch, tile, shape.queries)
 
     own = unit + wg
@@ -126,8 +126,8 @@ def place_keys(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any) ->
 
     def span(tile: Any) -> Span:
         if plan_ref is None:
-            last = pl.cdiv(shape.queries, tiles.walked)
-            first = jnp.minimum(lax.div(tile * ROWS, tiles.walked), last)
+            last = pl.cdiv(shape.queries, tiles.block_rows)
+            first = jnp.minimum(lax.div(tile * ROWS, tiles.block_rows), last)
             return Span(first, jnp.minimum(first + 1, last), last, last)
         return _read(plan_ref, batch, tile, shape.keys)
 
@@ -159,22 +159,22 @@ def _tiled(x_BT: jax.Array, size: int, value: int) -> jax.Array:
 def plan_queries(runs: tuple[jax.Array, ...], tiles: Tiles) -> jax.Array:
     """int32 [B, tiles of queries, 4]: the span of blocks of keys of every tile."""
     end = _tiled(runs[-1], ROWS, 0)
-    last, rest = pl.cdiv(end.max(axis=2), tiles.walked), end.min(axis=2) // tiles.walked
+    last, rest = pl.cdiv(end.max(axis=2), tiles.block_rows), end.min(axis=2) // tiles.block_rows
     first = whole = jnp.zeros_like(last)
     if len(runs) == 2:
         start = _tiled(runs[0], ROWS, NEVER)
-        first, whole = start.min(axis=2) // tiles.walked, pl.cdiv(start.max(axis=2), tiles.walked)
+        first, whole = start.min(axis=2) // tiles.block_rows, pl.cdiv(start.max(axis=2), tiles.block_rows)
     first, whole = jnp.minimum(first, last), jnp.minimum(whole, last)
     return jnp.stack([first, whole, jnp.maximum(rest, whole), last], axis=2)
 
 
 def plan_keys(runs: tuple[jax.Array, ...], tiles: Tiles, keys: int) -> jax.Array:
     """int32 [B, tiles of keys, 4]: the span of blocks of queries of every tile, all of them with a mask."""
-    end = _tiled(runs[-1], tiles.walked, 0)
+    end = _tiled(runs[-1], tiles.block_rows, 0)
     lowest = ROWS * jnp.arange(pl.cdiv(keys, ROWS), dtype=jnp.int32)[None, :, None]
     needed_BJI = end.max(axis=2)[:, None, :] > lowest
     if len(runs) == 2:
-        needed_BJI &= _tiled(runs[0], tiles.walked, NEVER).min(axis=2)[:, None, :] < lowest + ROWS
+        needed_BJI &= _tiled(runs[0], tiles.block_rows, NEVER).min(axis=2)[:, None, :] < lowest + ROWS
     index = jnp.arange(end.shape[1], dtype=jnp.int32)
     last = jnp.max(jnp.where(needed_BJI, index + 1, 0), axis=2)
     first = jnp.minimum(jnp.min(jnp.where(needed_BJI, index, end.shape[1]), axis=2), last)

@@ -1,8 +1,8 @@
 """How a kernel of ``attention_hopper`` takes its work: warpgroups that compute, and one that copies for them.
 
 All computing warpgroups of a thread block walk over the same blocks; one passes over those that only its neighbours
-need. Where there are fewer thread blocks than items of work they take them in turn, and the rows of the next item are
-copied meanwhile. Letters as in ``attention_hopper``.
+need. In a persistent kernel a thread block takes items of work in turn, and the rows of the next one are copied
+meanwhile. Letters as in ``attention_hopper``.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
 def programs(tiles: Tiles, items: int) -> int:
     """Thread blocks of a kernel on this process's GPU; on an H100 where there is none."""
     multiprocessors = getattr(jax.devices()[0], "core_count", None) or 132
-    return min(items, multiprocessors) if tiles.in_turn else items
+    return min(items, multiprocessors) if tiles.persistent else items
 
 
 Copy = Callable[[Place, Any, Any, Any], None]
@@ -143,3 +143,38 @@ def over_keys(
     if shape.runs:
         pass_over(tiles, at(span.first), at(place.begin), barriers)
     return carry
+
+
+def over_queries(
+    shape: Shape,
+    tiles: Tiles,
+    place: Place,
+    barriers: list[tuple[Any, Any]],
+    done: Any,
+    step: Callable[..., None],
+) -> None:
+    """Walk over a tile's blocks of queries, head by head, from the first to the last.
+
+    Args:
+        shape: lengths.
+        tiles: how the kernel is cut.
+        place: of the warpgroup.
+        barriers: (of filled, of freed) slots.
+        done: steps of the items before.
+        step: function of the step over all items, the block and ``masked``.
+    """
+    span = place.span
+
+    @pl.loop(0, shape.groups)
+    def _head(head: Any) -> None:
+        start = done + head * (place.stop - place.begin)
+        offset = start - place.begin  # step = offset + block
+
+        def over(first: Any, last: Any, masked: bool) -> None:
+            pl.loop(first, last)(lambda block: step(offset + block, block, masked=masked))
+
+        pass_over(tiles, start, offset + span.first, barriers)
+        over(span.first, span.whole, True)
+        if not shape.runs:
+            over(span.whole, span.last, False)
+        pass_over(tiles, offset + span.last, offset + place.stop, barriers)
