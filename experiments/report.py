@@ -13,7 +13,7 @@ from report_claims import claims_table, not_run
 from report_figures import DOCS, HERE, depth_figure, figures
 from report_tables import Result, depth_table, gap_summary, machines, router_table, runs_table, source_table
 
-SCALES = ("large", "long", "mini", "small")
+SCALES = ("large", "long", "smollm2", "mini", "small")
 """Of the comparisons, the one that says most first; experiments may have others of their own."""
 DRAWN = {"long": "", "large": "-large"}
 """Scales that figures are drawn of, with what the names of the figures end in."""
@@ -40,6 +40,9 @@ _CARE = {
 N_r = 3.""",
     "long": """8 layers of width 256 on one GPU, past the point where MoR's lead at the start of training is gone
 (figure "Loss over training").""",
+    "smollm2": """SmolLM2-135M-Instruct (30 layers of width 576, imported from 4-bit weights) made recursive and trained
+on 13M tokens with one GPU: uptraining of a model that somebody else pretrained. One seed, and what seeds do was not
+measured: a few thousandths between two strategies decide nothing.""",
     "mini": """8 layers of width 64 on one CPU core, 0.3M tokens: fewer than two a parameter, and the loss still falls
 steeply. What it can say: the gap between topk and threshold, which is a difference within one trained model and so free
 of what seeds do to the loss (they move the gap too: its own spread stands beside it); how the boundary decides; dead

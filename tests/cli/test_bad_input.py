@@ -174,6 +174,12 @@ def test_a_sweep_is_refused_before_its_first_run(mor: Mor, flags, words, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "sweep.json"]
 
 
+def test_a_sweep_loads_the_weights_that_a_run_names(mor: Mor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"runs": [{"name": "a", "set": {"init.source": "absent"}}]}')
+    _refused(mor("sweep", "sweep.json"), "absent is no folder")
+
+
 def test_a_half_written_checkpoint_is_passed_over(trained: Trained, mor: Mor, tmp_path):
     _copy(trained, tmp_path)
     checkpoints = tmp_path / "tiny" / "checkpoints"

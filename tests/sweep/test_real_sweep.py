@@ -29,12 +29,13 @@ def test_branches_and_uptraining_continue_what_they_start_from(tmp_path, monkeyp
         {"name": "branch", "set": full | {"train.steps": 5}, "start": {"run": "trunk", "step": 4}},
         {"name": "tied", "set": common | {"train.steps": 3}, "start": {"run": "trunk", "strategy": "stepwise"}},
     ]
-    path = tmp_path / "sweep.json"
+    path, out = tmp_path / "sweep.json", tmp_path / "runs"
+    runs.append({"name": "named", "set": common | {"train.steps": 3, "init.source": str(out / "trunk")}})
     path.write_text(json.dumps({"runs": runs}))
-    out = tmp_path / "runs"
     assert main(["sweep", str(path), "--out", str(out), "--depth-curve"]) == 0
-    trunk, branch, tied = json.loads((out / "results.json").read_text())
-    assert [result["state"] for result in (trunk, branch, tied)] == ["done"] * 3
+    trunk, branch, tied, named = json.loads((out / "results.json").read_text())
+    assert [result["state"] for result in (trunk, branch, tied, named)] == ["done"] * 4
+    assert named["nll"] == tied["nll"]
     before, after = ([line["loss"] for line in read_metrics(out / n / "metrics.jsonl")] for n in ("trunk", "branch"))
     assert after == before[:5]
     assert branch["nll"] != trunk["nll"]
