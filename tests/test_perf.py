@@ -34,6 +34,13 @@ def test_a_cpu_keeps_the_plain_execution_and_overrides_stay():
     assert (perf.remat, perf.scan_unroll, compiler_options(perf)) == ("full", 0, {"a": "b=c"})
 
 
+def test_compiler_options_are_what_xla_takes():
+    asked = ("xla_cpu_enable_fast_math=false", "xla_embed_ir_in_executable=True", "xla_dump_to=")
+    options = compiler_options(dataclasses.replace(PLAIN, compiler_options=asked))
+    assert options == {"xla_cpu_enable_fast_math": False, "xla_embed_ir_in_executable": True, "xla_dump_to": ""}
+    jax.jit(lambda x: x).lower(1.0).compile(compiler_options=dict(options))
+
+
 def test_rematerialisation_is_the_least_that_fits():
     config = presets.get("vanilla-360m").config
     for rows, memory, wanted in ((16, 75 << 30, "none"), (32, 75 << 30, "names"), (128, 75 << 30, "full")):

@@ -148,11 +148,14 @@ def loss_chunk(perf: PerfConfig) -> int:
 
 
 def compiler_options(perf: PerfConfig) -> dict[str, str | bool]:
-    """XLA options of a resolved ``perf`` as the compiler takes them."""
+    """XLA options of a resolved ``perf`` as the compiler takes them: true and false, in any case, as bools.
+
+    XLA refuses the texts "true" and "false" where it wants a bool.
+    """
     options: dict[str, str | bool] = {}
     for option in perf.compiler_options or ():
         name, _, value = option.partition("=")
-        options[name] = value
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
     return options
 
 

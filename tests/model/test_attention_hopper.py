@@ -99,6 +99,36 @@ def test_packed_documents():
     _check((1, 200, 200, 2, 1, 64), start, end)
 
 
+def _plan(*runs, keys, block_rows=64):
+    tiles = Tiles(block_rows=block_rows, warpgroups=2, stages=2, persistent=False)
+    return np.asarray(plan_keys(runs, tiles, keys))
+
+
+def test_blocks_of_selected_queries_that_see_a_whole_tile_of_keys():
+    """One of them has a query without keys, and the last one ends beyond the array."""
+    end = _selected(1, 168, 256).at[0, 100].set(0)
+    assert _plan(end, keys=256).tolist() == [[[0, 1, 3, 3], [0, 2, 3, 3], [1, 2, 3, 3], [1, 3, 3, 3]]]
+    _check((1, 168, 256, 3, 1, 64), end=end)
+
+
+def test_blocks_of_packed_queries_that_see_a_whole_tile_of_keys():
+    """Between the blocks where queries and keys meet, and the block where the document ends."""
+    start, end = visible_runs(None, (jnp.arange(328)[None] >= 250).astype(jnp.int32), None, 328)
+    want = [[0, 1, 3, 4], [1, 2, 3, 4], [2, 2, 2, 4], [3, 3, 3, 6], [4, 5, 6, 6], [5, 5, 5, 6]]
+    assert _plan(start, end, keys=328).tolist() == [want]
+    _check((1, 328, 328, 2, 1, 64), start, end)
+
+
+def test_runs_in_any_order():
+    """Runs at random, some of them empty; two blocks of queries see tiles that others do not see whole."""
+    start, end = jax.random.randint(jax.random.key(3), (2, 1, 264), 0, 264)
+    start = start.at[:, 64:128].set(0).at[:, 192:].set(0)
+    end = end.at[:, 64:128].set(200).at[:, 192:].set(130)
+    plan = _plan(start, end, keys=264)
+    assert plan[0, 0].tolist() == [0, 3, 5, 5] and plan[0, 2].tolist() == [0, 1, 2, 5]
+    _check((1, 264, 264, 2, 1, 64), start, end)
+
+
 def test_tiles_of_one_thread_block_with_different_walks(monkeypatch):
     """As many key heads as query heads: the warpgroups of a thread block have tiles of queries one behind the other.
 
@@ -171,7 +201,56 @@ def test_the_plan_of_keys_by_hand():
     rows_BT = jnp.arange(152, dtype=jnp.int32)[None]
     start_BT = jnp.where(rows_BT < 100, 0, 100)
     tiles = Tiles(block_rows=32, warpgroups=2, stages=2, persistent=False)
-    assert plan_keys((rows_BT + 1,), tiles, 152).tolist() == [[[0, 5, 5, 5], [2, 5, 5, 5], [4, 5, 5, 5]]]
-    assert plan_keys((start_BT, rows_BT + 1), tiles, 152).tolist() == [[[0, 4, 4, 4], [2, 5, 5, 5], [4, 5, 5, 5]]]
+    assert plan_keys((rows_BT + 1,), tiles, 152).tolist() == [[[0, 2, 5, 5], [2, 4, 5, 5], [4, 5, 5, 5]]]
+    assert plan_keys((start_BT, rows_BT + 1), tiles, 152).tolist() == [[[0, 2, 3, 4], [2, 2, 2, 5], [4, 4, 4, 5]]]
     nobody = plan_keys((jnp.zeros_like(rows_BT),), tiles, 152)
     np.testing.assert_array_equal(nobody[:, :, 0], nobody[:, :, 3])
+
+
+def _random_runs(kind, rows, queries, keys):
+    """(start, end) with every row its own."""
+    start = np.zeros((rows, queries), np.int32)
+    if kind == "selected":
+        return start, np.array(_selected(rows, queries, keys))
+    if kind == "packed":
+        start, end = _documents(rows, queries, 60)
+        return np.array(start), np.array(end)
+    random = np.random.default_rng(0)
+    end = random.integers(-8, keys + 1, (rows, 1)) + random.integers(-40, 40, (rows, queries))
+    if kind == "any runs":
+        start = (end - random.integers(-8, keys, (rows, queries))).astype(np.int32)
+    end = np.where(random.random((rows, queries)) < 0.05, 0, end)
+    for block in range(0, queries, 32):  # blocks that see a lot, in no order
+        often = random.random(rows) < 0.5
+        end[often, block : block + 32] = keys - 3
+        start[often, block : block + 32] = 0
+    return start, np.clip(end, -8, keys).astype(np.int32)
+
+
+@pytest.mark.parametrize("block_rows", [32, 64])
+@pytest.mark.parametrize("kind", ["selected", "packed", "one run", "any runs"])
+def test_the_plan_of_keys_against_what_is_visible(kind, block_rows):
+    """No block beyond the span sees the tile, and no block that goes without a mask needs one; runs that ascend have
+    no other blocks with a mask."""
+    rows, queries = 40, 232
+    keys = queries if kind == "packed" else 300
+    start, end = _random_runs(kind, rows, queries, keys)
+    runs = (start, end) if kind in ("packed", "any runs") else (end,)
+    plan = _plan(*(jnp.asarray(x) for x in runs), keys=keys, block_rows=block_rows)
+    key = np.arange(-(-keys // 64) * 64)
+    visible = (key >= start[:, :, None]) & (key < end[:, :, None])
+    visible = np.pad(visible, ((0, 0), (0, -queries % block_rows), (0, 0)))
+    visible = visible.reshape(rows, -1, block_rows, len(key) // 64, 64)
+    alone = ~visible.any(axis=(3, 4), keepdims=True)  # queries without keys
+    index = np.arange(visible.shape[1])
+    first, whole, rest, last = (plan[:, :, i, None] for i in range(4))
+    needed, clear = np.any(visible, axis=(2, 4)), np.all(visible | alone, axis=(2, 4))
+    needed, clear = np.swapaxes(needed, 1, 2), np.swapaxes(clear, 1, 2)
+    plain = (index >= whole) & (index < rest)
+    assert (first <= whole).all() and (whole <= rest).all() and (rest <= last).all()
+    assert ((index >= first) & (index < last))[needed].all()
+    assert clear[plain].all() and plain.any()
+    if kind in ("selected", "packed"):
+        np.testing.assert_array_equal(plain, needed & clear)
+    if len(runs) == 1:
+        np.testing.assert_array_equal(rest, last)

@@ -200,7 +200,7 @@ def _lengthened(shape: Shape) -> jax.ShapeDtypeStruct:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def forward(tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs: Any) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H], and the base-2 logarithm of the softmax sums, float32 [B, N, T']."""
+    """Output [B, T, N, H], and the base-2 logarithm of the softmax sums, float32 [B, N, T']: 1e30 without keys."""
     shape, dtype, rows = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
     own_rows = _tensor(dtype, tiles.buffers, *rows, shape.width)
     block = _tensor(dtype, tiles.stages, tiles.block_rows, shape.width)

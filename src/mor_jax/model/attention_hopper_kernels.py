@@ -155,7 +155,8 @@ def forward_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging:
             jnp.zeros((ROWS,), jnp.float32),
         )
         sums, top, total = over_keys(shape, tiles, place, both, done, step, carry)
-        if runs:
+        if runs:  # without keys the output is 0, and so is every weight that the gradients take from this query
+            top = jnp.where(total > 0, top, -_MASKED)
             total = jnp.where(total > 0, total, 1.0)
         query[...] = (sums / _rows(total, shape.width)).astype(query_ref.dtype)
         lse_smem.at[wg][...] = top + jnp.log2(total)

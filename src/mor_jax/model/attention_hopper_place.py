@@ -3,6 +3,7 @@
 An item of work is a tile for each warpgroup of a thread block that computes. Letters as in ``attention_hopper``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,16 +170,35 @@ def plan_queries(runs: tuple[jax.Array, ...], tiles: Tiles) -> jax.Array:
 
 
 def plan_keys(runs: tuple[jax.Array, ...], tiles: Tiles, keys: int) -> jax.Array:
-    """int32 [B, tiles of keys, 4]: the span of blocks of queries of every tile, all of them with a mask."""
-    end = _tiled(runs[-1], tiles.block_rows, 0)
-    lowest = ROWS * jnp.arange(pl.cdiv(keys, ROWS), dtype=jnp.int32)[None, :, None]
-    needed_BJI = end.max(axis=2)[:, None, :] > lowest
-    if len(runs) == 2:
-        needed_BJI &= _tiled(runs[0], tiles.block_rows, NEVER).min(axis=2)[:, None, :] < lowest + ROWS
-    index = jnp.arange(end.shape[1], dtype=jnp.int32)
-    last = jnp.max(jnp.where(needed_BJI, index + 1, 0), axis=2)
-    first = jnp.minimum(jnp.min(jnp.where(needed_BJI, index, end.shape[1]), axis=2), last)
-    return jnp.stack([first, last, last, last], axis=2)
+    """int32 [B, tiles of keys, 4]: the span of blocks of queries of every tile.
+
+    A block needs no mask if all of its queries see the whole tile. Those without keys do not count, as they have no
+    weight anywhere (``forward_kernel``). With one run ``rest`` is ``last``: if ``end`` ascends, blocks that need a mask
+    come first. If runs do not ascend, only the last such blocks in a row go without.
+    """
+    end_BIT = _tiled(runs[-1], tiles.block_rows, 0)
+    start_BIT = _tiled(runs[0], tiles.block_rows, NEVER) if len(runs) == 2 else jnp.zeros_like(end_BIT)
+    seeing_BIT = end_BIT > jnp.maximum(start_BIT, 0)
+
+    def bound(reduce: Callable[..., jax.Array], x_BIT: jax.Array, otherwise: int) -> jax.Array:
+        """[B, 1, I]: over the queries of a block that see something."""
+        return reduce(jnp.where(seeing_BIT, x_BIT, otherwise), axis=2)[:, None, :]
+
+    low_J = ROWS * jnp.arange(pl.cdiv(keys, ROWS), dtype=jnp.int32)[None, :, None]
+    high_J = low_J + ROWS
+    needed_BJI = (bound(jnp.max, end_BIT, 0) > low_J) & (bound(jnp.min, start_BIT, NEVER) < high_J)
+    clear_BJI = (bound(jnp.min, end_BIT, NEVER) >= high_J) & (bound(jnp.max, start_BIT, 0) <= low_J)
+    index = jnp.arange(end_BIT.shape[1], dtype=jnp.int32)[None, None, :]
+
+    def past(blocks_BJI: jax.Array) -> jax.Array:
+        """One past the last of these blocks."""
+        return jnp.max(jnp.where(blocks_BJI, index + 1, 0), axis=2)
+
+    last = past(needed_BJI)
+    first = jnp.minimum(jnp.min(jnp.where(needed_BJI, index, index.size), axis=2), last)
+    rest = last if len(runs) == 1 else jnp.maximum(past(needed_BJI & clear_BJI), first)
+    whole = jnp.maximum(past(~clear_BJI & (index < rest[:, :, None])), first)
+    return jnp.stack([first, whole, rest, last], axis=2)
 
 
 def visible(query: Any, key: Any, runs: list[jax.Array], shape: tuple[int, int], query_axis: int) -> jax.Array:

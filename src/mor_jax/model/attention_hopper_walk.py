@@ -153,7 +153,7 @@ def over_queries(
     done: Any,
     step: Callable[..., None],
 ) -> None:
-    """Walk over a tile's blocks of queries, head by head, from the first to the last.
+    """Walk over a tile's blocks of queries, head by head, from the first to the last, with a mask where one is needed.
 
     Args:
         shape: lengths.
@@ -175,6 +175,7 @@ def over_queries(
 
         pass_over(tiles, start, offset + span.first, barriers)
         over(span.first, span.whole, True)
-        if not shape.runs:
-            over(span.whole, span.last, False)
+        over(span.whole, span.rest, False)
+        if shape.runs == 2:
+            over(span.rest, span.last, True)
         pass_over(tiles, offset + span.last, offset + place.stop, barriers)
