@@ -13,7 +13,16 @@ import pytest
 from mor_jax.errors import UserError
 from mor_jax.model import attention_hopper, attention_hopper_walk
 from mor_jax.model.attention_hopper import Tiling, flash_attention
-from mor_jax.model.attention_hopper_place import Tiles, plan_keys, plan_queries
+from mor_jax.model.attention_hopper_place import (
+    Shape,
+    Tiles,
+    key_items,
+    place_keys,
+    place_queries,
+    plan_keys,
+    plan_queries,
+    query_items,
+)
 from mor_jax.model.attention_runs import visible_runs
 
 ROUNDING = 5e-3
@@ -141,9 +150,32 @@ def test_tiles_of_one_thread_block_with_different_walks(monkeypatch):
     )
 
 
-def test_a_warpgroup_without_a_tile_writes_nothing():
-    """Two tiles for the three warpgroups of an item, and another head behind."""
-    _check((1, 128, 128, 2, 2, 64))
+@pytest.mark.parametrize("length", [128, 200])
+def test_a_warpgroup_without_a_tile_writes_nothing(length):
+    """Two or four tiles for the three warpgroups of items, and another head behind."""
+    _check((1, length, length, 2, 2, 64))
+
+
+@pytest.mark.parametrize("head_dim", attention_hopper.TILINGS)
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("length", [64, 136, 256, 1368])
+def test_the_causal_walks_of_all_warpgroups_lie_within_their_thread_block_s(length, groups, head_dim):
+    """Also those of warpgroups without a tile: a step too many would wait for a block that nobody copies."""
+    tiling, shape = attention_hopper.TILINGS[head_dim], Shape(1, length, length, groups, 1, head_dim, 0)
+    for tiles, items, place in (
+        (tiling.forward, query_items, place_queries),
+        (tiling.grad_queries, query_items, place_queries),
+        (tiling.grad_keys, key_items, place_keys),
+    ):
+        item, wg = jnp.meshgrid(jnp.arange(items(shape, tiles)), jnp.arange(tiles.warpgroups))
+
+        def bounds(item, wg, tiles=tiles, place=place):
+            here = place(shape, tiles, None, item, wg)
+            span = here.span
+            return jnp.stack([here.begin, span.first, span.whole, span.rest, span.last, here.stop])
+
+        found = jax.vmap(bounds)(item.ravel(), wg.ravel())
+        assert (jnp.diff(found, axis=1) >= 0).all() and (found <= -(-length // tiles.block_rows)).all()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +211,7 @@ def test_compiled_kernels_at_the_size_of_training(kind):
     if kind == "packed":
         start, end = _documents(2, tokens, 300)
     if kind in ("alone", "pairs"):
-        shape = (2, 512, 512, 4, 4 if kind == "alone" else 2, 64)
+        shape = (2, selected, selected, 4, 4 if kind == "alone" else 2, 64)
     if kind == "wide":
         shape = (2, tokens, tokens, 4, 4, 128)
     _check(shape, start, end, tolerance=3.5e-3)

@@ -109,8 +109,9 @@ def place_queries(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any)
     def span(unit: Any) -> Span:
         tile = lax.div(unit, shape.groups)
         if plan_ref is None:
-            rest = lax.div(tile * ROWS, tiles.block_rows)
-            return Span(0, 0, rest, jnp.minimum(rest + 1, pl.cdiv(shape.keys, tiles.block_rows)))
+            blocks = pl.cdiv(shape.keys, tiles.block_rows)
+            rest = jnp.minimum(lax.div(tile * ROWS, tiles.block_rows), blocks)  # warpgroups without a tile lie beyond
+            return Span(0, 0, rest, jnp.minimum(rest + 1, blocks))
         return _read(plan_ref, batch, tile, shape.queries)
 
     own = unit + wg
