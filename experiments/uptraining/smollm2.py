@@ -11,7 +11,7 @@ from mor_jax import presets
 from mor_jax.config import Config, DataConfig, InitConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.errors import require
 from mor_jax.model.sharing import Strategy
-from mor_jax.sweep.recipes import seeded
+from mor_jax.sweep.recipes import quiet, seeded
 from mor_jax.sweep.runs import SweepRun
 
 SOURCE = "smollm2"
@@ -31,17 +31,7 @@ def _config(learning_rate: float, source: InitConfig, **model: Any) -> Config:
         model=dataclasses.replace(config.model, rope_theta=1e5, **model),
         data=DataConfig(source=CORPUS),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=learning_rate, warmup_steps=40),
-        train=TrainConfig(
-            steps=_STEPS,
-            batch_size=16,
-            eval_rows=128,
-            eval_every=0,
-            save_every=0,
-            log_every=20,
-            keep=1,
-            tensorboard=False,
-            pictures=False,
-        ),
+        train=quiet(TrainConfig(steps=_STEPS, batch_size=16, eval_rows=128, log_every=20)),
         init=source,
     )
 

@@ -1,6 +1,5 @@
 """``mor sweep FILE``: a list of runs, one after another, resumable, with one table at the end."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,11 @@ import tyro
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError
-from mor_jax.interop.uptrain import initial_weights
 from mor_jax.sweep.execute import SweepOptions, run_sweep
 from mor_jax.sweep.measure import measurer
 from mor_jax.sweep.results import write_json
 from mor_jax.sweep.runs import first_of_groups, load_sweep
 from mor_jax.sweep.table import group_table, markdown_table
-from mor_jax.train.loop import train
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     runs = first_of_groups(runs) if options.one_seed else runs
     if options.list:
         for each in runs:
-            model, schedule = each.config.model, each.config.train
-            print(f"{each.name:32s} {schedule.steps:6d} steps x {schedule.batch_size} x {model.context_length} tokens")
+            train, model = each.config.train, each.config.model
+            print(f"{each.name:32s} {train.steps:6d} steps x {train.batch_size} x {model.context_length} tokens")
         return 0
     enable_compilation_cache()
     measure = measurer(options.text, depth_curve=options.depth_curve, calibration_rows=options.calibrate)
@@ -64,8 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     sweep = SweepOptions(out, _share(options.share), options.limit_seconds)
     report = options.results or out / "results.json"
     report.parent.mkdir(parents=True, exist_ok=True)  # better refused before the runs than after them
-    train_run = functools.partial(train, initial_weights=initial_weights)
-    results = run_sweep(runs, sweep, train=train_run, measure=measure)
+    results = run_sweep(runs, sweep, measure=measure)
     write_json(report, results)
     table = markdown_table(results)
     groups = group_table(results)

@@ -7,6 +7,7 @@ same command on one machine share its runs. Hosts without a common file system t
 
 import dataclasses
 import fcntl
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ import jax
 from mor_jax import config_io
 from mor_jax.config import Config
 from mor_jax.errors import UserError, require
+from mor_jax.interop.uptrain import initial_weights
 from mor_jax.sweep.results import RESULT, failed_result, finished_result, read_result, write_json
 from mor_jax.sweep.runs import SweepRun
 from mor_jax.sweep.start import prepare_start
@@ -32,6 +34,8 @@ _POLL_SECONDS = 1.0
 Train = Callable[[Config], Path]
 Measure = Callable[[Path], dict[str, Any]]
 """Further measurements of a finished run folder, added to its result."""
+_train: Train = functools.partial(train, initial_weights=initial_weights)
+"""As ``mor train`` does, from the weights that ``init`` names."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class SweepOptions:
 
 
 def run_sweep(
-    runs: Sequence[SweepRun], options: SweepOptions, *, train: Train = train, measure: Measure | None = None
+    runs: Sequence[SweepRun], options: SweepOptions, *, train: Train = _train, measure: Measure | None = None
 ) -> list[dict[str, Any]]:
     """Run what is not done yet.
 

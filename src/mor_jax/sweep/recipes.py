@@ -43,7 +43,7 @@ def _debug() -> Config:
         config,
         model=dataclasses.replace(model, recursion=RecursionConfig(), routing=RoutingConfig()),
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=2),
-        train=_quiet(TrainConfig(steps=10, batch_size=8, eval_rows=8, log_every=5)),
+        train=quiet(TrainConfig(steps=10, batch_size=8, eval_rows=8, log_every=5)),
         perf=PerfConfig(loss_chunk=64),
     )
 
@@ -66,7 +66,7 @@ def _mini() -> Config:
         model=model,
         data=DataConfig(source=MINI_CORPUS),
         optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=30),
-        train=_quiet(TrainConfig(steps=300, batch_size=4, eval_rows=128, log_every=50)),
+        train=quiet(TrainConfig(steps=300, batch_size=4, eval_rows=128, log_every=50)),
     )
 
 
@@ -79,7 +79,7 @@ def _small() -> Config:
         model=model,
         data=DataConfig(source=CORPUS),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
-        train=_quiet(TrainConfig(steps=800, batch_size=64, eval_rows=512, log_every=50)),
+        train=quiet(TrainConfig(steps=800, batch_size=64, eval_rows=512, log_every=50)),
         perf=PerfConfig(scan_unroll=1),  # a run lasts under a minute: compiling unrolled layers would take longer
     )
 
@@ -93,7 +93,7 @@ def _long() -> Config:
         model=model,
         data=DataConfig(source=CORPUS),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
-        train=_quiet(TrainConfig(steps=3000, batch_size=32, eval_rows=512, log_every=100)),
+        train=quiet(TrainConfig(steps=3000, batch_size=32, eval_rows=512, log_every=100)),
     )
 
 
@@ -106,11 +106,11 @@ def _large() -> Config:
         model=model,
         data=DataConfig(source=LARGE_CORPUS),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=150),
-        train=_quiet(TrainConfig(steps=2400, batch_size=32, eval_rows=256, log_every=100)),
+        train=quiet(TrainConfig(steps=2400, batch_size=32, eval_rows=256, log_every=100)),
     )
 
 
-def _quiet(train: TrainConfig) -> TrainConfig:
+def quiet(train: TrainConfig) -> TrainConfig:
     """One validation and one checkpoint at the end, nothing else."""
     return dataclasses.replace(train, eval_every=0, save_every=0, keep=1, tensorboard=False, pictures=False)
 
