@@ -33,6 +33,7 @@ from mor_jax.model.attention_hopper_place import (
 )
 from mor_jax.model.attention_hopper_walk import programs
 from mor_jax.model.attention_runs import NEVER
+from mor_jax.model.hopper import is_hopper, launch, tiled_smem
 
 LENGTH_MULTIPLE = 8
 """Lengths are padded to this: the copy engine needs rows of 16 bytes."""
@@ -58,8 +59,7 @@ TILINGS = {
 
 def is_available(dtype: str, head_dim: int) -> bool:
     """Whether this process's device is a Hopper GPU, and the kernels take such arrays."""
-    hopper = str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
-    return hopper and jax.default_backend() == "gpu" and dtype == "bfloat16" and head_dim in TILINGS
+    return is_hopper() and dtype == "bfloat16" and head_dim in TILINGS
 
 
 def flash_attention(
@@ -141,11 +141,6 @@ def _shape(query: jax.Array, key: jax.Array, runs: Any) -> Shape:
     return Shape(batch, length, key.shape[1], heads, key.shape[2], width, len(runs))
 
 
-def _tensor(dtype: Any, *shape: int) -> Any:
-    """Shared memory of tiles, laid out as wgmma reads them."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
 def _vector(dtype: Any, *shape: int) -> Any:
     return plgpu.SMEM(shape, dtype)
 
@@ -153,28 +148,22 @@ def _vector(dtype: Any, *shape: int) -> Any:
 def _call(
     kernel: Callable[..., None], name: str, items: int, shape: Shape, tiles: Tiles, interpret: Any, **parts: Any
 ) -> Any:
-    """Run a kernel on ``items`` of work; ``parts``: its operands, out types and scratch.
-
-    Who calls this is jitted, so that the layers of a model share one trace and one lowering: else 32 took 25 s.
-    """
+    """Run a kernel on ``items`` of work; ``parts``: its operands, out types and scratch."""
     staging = () if interpret is None else (_vector(jnp.bfloat16, tiles.warpgroups, ROWS, tiles.block_rows),)
 
     def body(*refs: Any, scratch: Any, staging: Any) -> None:
         kernel(shape, tiles, refs, scratch, *staging)
 
-    body.__name__ = name
-    extra = {} if interpret is None else {"interpret": interpret}
-    return plgpu.kernel(
+    return launch(
         body,
-        out_type=parts["out"],
-        scratch_types={"scratch": parts["scratch"], "staging": staging},
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        grid=(programs(tiles, items),),
-        grid_names=("block",),
-        num_threads=tiles.warpgroups + 1,
-        thread_name="wg",
-        **extra,
-    )(*parts["operands"])
+        name,
+        operands=parts["operands"],
+        out=parts["out"],
+        scratch={"scratch": parts["scratch"], "staging": staging},
+        programs=programs(tiles, items),
+        warpgroups=tiles.warpgroups,
+        interpret=interpret,
+    )
 
 
 def _barriers(tiles: Tiles, own: int, walked: int) -> tuple[Any, Any, Any]:
@@ -202,8 +191,8 @@ def _lengthened(shape: Shape) -> jax.ShapeDtypeStruct:
 def forward(tiles: Tiles, interpret: Any, query: Any, key: Any, value: Any, runs: Any) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, H], and the base-2 logarithm of the softmax sums, float32 [B, N, T']: 1e30 without keys."""
     shape, dtype, rows = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
-    own_rows = _tensor(dtype, tiles.buffers, *rows, shape.width)
-    block = _tensor(dtype, tiles.stages, tiles.block_rows, shape.width)
+    own_rows = tiled_smem(dtype, tiles.buffers, *rows, shape.width)
+    block = tiled_smem(dtype, tiles.stages, tiles.block_rows, shape.width)
     run_rows = (_vector(jnp.int32, tiles.buffers, *rows),) * shape.runs
     own, filled, freed = _barriers(tiles, 1 + shape.runs, 1)
     return _call(
@@ -225,8 +214,8 @@ def grad_queries(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradient of the queries, and the products of output and its gradient, float32 [B, N, T']."""
     shape, dtype, rows = _shape(query, key, runs), query.dtype, (tiles.warpgroups, ROWS)
-    own_rows = _tensor(dtype, tiles.buffers, *rows, shape.width)
-    block = _tensor(dtype, tiles.stages, tiles.block_rows, shape.width)
+    own_rows = tiled_smem(dtype, tiles.buffers, *rows, shape.width)
+    block = tiled_smem(dtype, tiles.stages, tiles.block_rows, shape.width)
     own_values, run_rows = (_vector(kind, tiles.buffers, *rows) for kind in (jnp.float32, jnp.int32))
     return _call(
         grad_queries_kernel,
@@ -250,8 +239,8 @@ def grad_keys(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of keys and values [B, S, K, H]."""
     shape, dtype, walked = _shape(query, key, runs), query.dtype, (tiles.stages, tiles.block_rows)
-    rows = _tensor(dtype, tiles.buffers, tiles.warpgroups, ROWS, shape.width)
-    block = _tensor(dtype, *walked, shape.width)
+    rows = tiled_smem(dtype, tiles.buffers, tiles.warpgroups, ROWS, shape.width)
+    block = tiled_smem(dtype, *walked, shape.width)
     values, run_rows = _vector(jnp.float32, *walked), (_vector(jnp.int32, *walked),) * shape.runs
     plan = plan_keys(runs, tiles, shape.keys) if runs else None
     return _call(

@@ -8,22 +8,18 @@ meanwhile. Letters as in ``attention_hopper``.
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mor_jax.model.attention_hopper_place import Place, Shape, Tiles
-
-REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32)}
-"""By the number of computing warpgroups: registers per thread of those, and of the one that copies."""
+from mor_jax.model.hopper import REGISTERS, multiprocessors
 
 
 def programs(tiles: Tiles, items: int) -> int:
     """Thread blocks of a kernel on this process's GPU; on an H100 where there is none."""
-    multiprocessors = getattr(jax.devices()[0], "core_count", None) or 132
-    return min(items, multiprocessors) if tiles.persistent else items
+    return min(items, multiprocessors()) if tiles.persistent else items
 
 
 Copy = Callable[[Place, Any, Any, Any], None]
