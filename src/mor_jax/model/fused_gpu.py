@@ -21,7 +21,10 @@ ROWS = 4
 """Rows of a norm in registers at once."""
 WARPS = 4
 """Of a norm's programs."""
-_CHUNK = 64
+GRAD_ROWS = 4
+"""Rows of a norm's gradient in registers at once."""
+GRAD_WARPS = 4
+GRAD_CHUNK = 32
 """Rows per program of the norm's gradient: each writes one partial sum of the scale's gradient."""
 _SWIGLU_ROWS = 8
 
@@ -114,11 +117,11 @@ def _norm_gradient_kernel(
 ) -> None:
     rows, width, epsilon = size
     scale = scale_ref[...][None, :]
-    first = pl.program_id(0) * _CHUNK
+    first = pl.program_id(0) * GRAD_CHUNK
 
     def step(index: Any, grad_scale: Any) -> Any:
-        block = (pl.ds(index * ROWS, ROWS), slice(None))
-        inside = _inside(first + index * ROWS, (ROWS, x_ref.shape[1]), rows, width)
+        block = (pl.ds(index * GRAD_ROWS, GRAD_ROWS), slice(None))
+        inside = _inside(first + index * GRAD_ROWS, (GRAD_ROWS, x_ref.shape[1]), rows, width)
         load = lambda ref: plt.load(ref.at[block], mask=inside, other=0.0).astype(jnp.float32)  # noqa: E731
         x, grad = load(x_ref), load(grad_ref)
         inverse = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / width + epsilon)[:, None]
@@ -130,16 +133,16 @@ def _norm_gradient_kernel(
         return grad_scale + jnp.sum(grad * unit, axis=0)
 
     zero = jnp.zeros((x_ref.shape[1],), jnp.float32)
-    grad_scale_ref[...] = jax.lax.fori_loop(0, _CHUNK // ROWS, step, zero)
+    grad_scale_ref[...] = jax.lax.fori_loop(0, GRAD_CHUNK // GRAD_ROWS, step, zero)
 
 
 def _norm_gradient(epsilon, x_MD, scale_D, skip_MD, grad_MD):
     rows, width = x_MD.shape
-    padded, programs = pl.next_power_of_2(width), pl.cdiv(rows, _CHUNK)
-    block = pl.BlockSpec((_CHUNK, padded), lambda i: (i, 0))
+    padded, programs = pl.next_power_of_2(width), pl.cdiv(rows, GRAD_CHUNK)
+    block = pl.BlockSpec((GRAD_CHUNK, padded), lambda i: (i, 0))
     grad_x, grad_scale = call_kernel(
         functools.partial(_norm_gradient_kernel, size=(rows, width, epsilon)),
-        WARPS,
+        GRAD_WARPS,
         "mor_norm_gradient",
         grid=(programs,),
         in_specs=[block, pl.BlockSpec((padded,), lambda _: (0,)), block, block],
