@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from mor_jax.infer.prefill import _piece, prefill
 from mor_jax.infer.stages import dispatch
 from mor_jax.infer.state import empty_control, init_state
 from mor_jax.infer.weights import prepare_weights
-from mor_jax.model import attention_hopper
+from mor_jax.model import attention_hopper, swiglu_hopper
 from mor_jax.model.attention import Attention
 from mor_jax.model.attention_backend import attend
 from mor_jax.model.attention_gpu import flash_attention
 from mor_jax.model.fused_gpu import add_norm, skip_norm, swiglu
 from mor_jax.model.layer_context import TokenView
+from mor_jax.model.layers import SwiGLU
 from mor_jax.model.recursion import make_context
 from mor_jax.model.transformer import init_params
 from mor_jax.parallel import make_mesh, on_mesh
@@ -96,6 +98,42 @@ def test_hopper_attention_works_on_every_cards_share():
         text = function.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line)
     assert ": (tensor<1x256x3x64xbf16>, tensor<1x256x1x64xbf16>, tensor<1x256x1x64xbf16>" in call
+
+
+@pytest.mark.parametrize("tokens", [1368, 1001])
+def test_the_feed_forward_has_swiglu_within_two_of_its_six_products(tokens):
+    """A second layer calls the same kernels; rows are filled up to a whole number of eight where they are not one."""
+    config = presets.get("mor-360m-expert-r3").config.model
+    layer = SwiGLU(config, PerfConfig(fusion="mosaic"))
+    params = {"gate_up": _array(960, 2, 2560), "down": _array(2560, 960)}
+
+    def loss(params, x_BCD):
+        for _ in range(2):
+            out_BCD: Any = layer.apply({"params": params}, x_BCD)
+            x_BCD = out_BCD
+        return jnp.sum(x_BCD.astype(jnp.float32))
+
+    function = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    text = function.trace(params, _array(3, tokens, 960)).lower(lowering_platforms=("cuda",)).as_text()
+    names = re.findall(r"(mor_hopper\w+)_mosaic_gpu", text)
+    assert len(names) == text.count("custom_call @mosaic_gpu_v2")
+    assert sorted(names) == ["mor_hopper_gate_up_gradient_product", "mor_hopper_gated_product"]
+    # outputs (the loss's gradient needs the first layer's only), gradients of inputs, of the weights
+    hidden, weights = f"3x{tokens}x960", ["960x2x2560", "2560x960"]
+    assert _products(text) == sorted([hidden, *2 * [hidden, *weights]])
+    assert ("stablehlo.pad" in text) == (tokens == 1001)
+
+
+def test_the_feed_forward_works_on_every_cards_share():
+    """Two rows and 1,024 of the feed-forward on four cards: each one's kernels have one row and 512."""
+    with on_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
+        function = jax.jit(jax.grad(lambda *a: jnp.sum(swiglu_hopper.feed_forward(*a).astype(jnp.float32)), (0, 1, 2)))
+        arrays = (_array(2, 256, 128), _array(128, 2, 1024), _array(1024, 128))
+        text = function.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line]
+    assert len(calls) == 2
+    assert ": (tensor<256x128xbf16>, tensor<128x1024xbf16>" in calls[0]
+    assert ": (tensor<256x128xbf16>, tensor<512x128xbf16>, tensor<256x2x512xbf16>" in calls[1]
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -7,10 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from mor_jax import perf as perf_module
 from mor_jax import presets
 from mor_jax.bench.measure import random_batch
 from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.errors import UserError
+from mor_jax.model import swiglu_hopper
 from mor_jax.parallel import make_mesh
 from mor_jax.perf import PLAIN, activation_bytes, block_parameters, compiler_options, resolve_perf, state_bytes
 from mor_jax.train.state import init_train_state
@@ -32,6 +36,43 @@ def test_a_cpu_keeps_the_plain_execution_and_overrides_stay():
     asked = dataclasses.replace(config.perf, remat="full", scan_unroll=0, compiler_options=("a=b=c",))
     perf = resolve_perf(dataclasses.replace(config, perf=asked), mesh)
     assert (perf.remat, perf.scan_unroll, compiler_options(perf)) == ("full", 0, {"a": "b=c"})
+
+
+def test_swiglu_within_products_where_device_widths_and_remat_allow_it(monkeypatch):
+    config = presets.get("vanilla-360m").config
+    monkeypatch.setattr(perf_module, "resolve_backend", lambda *_: "xla")
+    monkeypatch.setattr(swiglu_hopper, "is_hopper", lambda: True)
+
+    def fusion(kind: str = "gpu", tensor: int = 1, **changes: Any):
+        changed = dataclasses.replace(
+            config,
+            mesh=dataclasses.replace(config.mesh, tensor=tensor),
+            perf=dataclasses.replace(config.perf, **changes),
+        )
+        return resolve_perf(changed, _mesh("a GPU", kind)).fusion
+
+    assert fusion() == fusion(remat="full") == fusion(tensor=2) == "mosaic"
+    assert fusion(remat="names") == fusion(remat="dots") == fusion(tensor=4) == "triton"  # 640 is no multiple of 256
+    assert fusion("tpu") == "xla"
+    assert fusion(fusion="mosaic") == "mosaic"
+    batch = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=32))
+    mesh = _mesh("a GPU", "gpu", 75 << 30)  # too little for `none`: `names` by itself, `full` beside these kernels
+    for asked, remat, chosen in (("auto", "names", "triton"), ("mosaic", "full", "mosaic")):
+        perf = resolve_perf(dataclasses.replace(batch, perf=dataclasses.replace(config.perf, fusion=asked)), mesh)
+        assert (perf.remat, perf.fusion) == (remat, chosen)
+    refused: tuple[tuple[str, dict[str, Any]], ...] = (("tpu", {}), ("gpu", {"remat": "names"}), ("gpu", {"tensor": 4}))
+    for kind, changes in refused:
+        with pytest.raises(UserError, match=r"perf.fusion='mosaic' needs a Hopper GPU"):
+            fusion(kind, fusion="mosaic", **changes)
+    monkeypatch.setattr(swiglu_hopper, "is_hopper", lambda: False)
+    assert fusion() == "triton"
+
+
+def test_a_cpu_refuses_kernels_for_hopper():
+    config = presets.get("debug").config
+    config = dataclasses.replace(config, perf=dataclasses.replace(config.perf, fusion="mosaic"))
+    with pytest.raises(UserError, match=r"perf.fusion='mosaic' needs a Hopper GPU.*not device='cpu'"):
+        resolve_perf(config, make_mesh(config.mesh, jax.devices()[:1]))
 
 
 def test_compiler_options_are_what_xla_takes():

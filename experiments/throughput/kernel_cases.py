@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mor_jax.model import attention_gpu, attention_hopper, fused_gpu, rotary_gpu
+from mor_jax.model import attention_gpu, attention_hopper, fused_gpu, rotary_gpu, swiglu_hopper
 from mor_jax.model.attention import project_qkv
 from mor_jax.model.attention_runs import visible_runs
 from mor_jax.model.fused_gpu import skip_norm
@@ -31,6 +31,7 @@ class Shape:
     selected: int = 1368
     """Tokens of a row in the second recursion."""
     width: int = 960
+    ffn: int = 2560
     heads: int = 15
     kv_heads: int = 5
     head_dim: int = 64
@@ -89,6 +90,21 @@ def _skip_norm(shape: Shape) -> Case:
         "kernel": lambda x_BCD, scale_D: skip_norm(x_BCD, scale_D, _EPSILON)[1],
     }
     return Case(variants, (x_BCD, scale_D), 2 * x_BCD.nbytes)
+
+
+def _norm_gradient(shape: Shape, tokens: int) -> Case:
+    """The gradients of the residual stream's two uses, added, and of the scale."""
+    x_BCD, scale_D, *_ = _inputs(shape, tokens)
+    grads = (_normal(5, *x_BCD.shape, dtype=shape.dtype), _normal(6, *x_BCD.shape, dtype=shape.dtype))
+
+    def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x_BCD, scale_D, grads: jax.vjp(function, x_BCD, scale_D)[1](grads)
+
+    variants = {
+        "xla": gradient(lambda x_BCD, scale_D: (x_BCD, rms_norm(x_BCD, scale_D, _EPSILON))),
+        "kernel": gradient(lambda x_BCD, scale_D: skip_norm(x_BCD, scale_D, _EPSILON)),
+    }
+    return Case(variants, (x_BCD, scale_D, grads), 4 * x_BCD.nbytes)
 
 
 def _split_rotate(shape: Shape, *, backward: bool) -> Case:
@@ -182,12 +198,37 @@ def _attention(shape: Shape, kind: str, *, backward: bool) -> Case:
     return Case(variants, tuple(tensors))
 
 
+def _feed_forward(shape: Shape, tokens: int, *, backward: bool) -> Case:
+    """The gated feed-forward; with ``backward`` also the gradients of input and weights."""
+    width, ffn, dtype = shape.width, shape.ffn, shape.dtype
+    arguments = (
+        _normal(0, shape.rows, tokens, width, dtype=dtype),
+        0.02 * _normal(1, width, 2, ffn, dtype=dtype),
+        0.02 * _normal(2, ffn, width, dtype=dtype),
+    )
+
+    def separate(x_BCD: jax.Array, gate_up_DXF: jax.Array, down_FD: jax.Array) -> jax.Array:
+        hidden_BCXF = jnp.einsum("BCD,DXF->BCXF", x_BCD, gate_up_DXF)
+        return jnp.einsum("BCF,FD->BCD", fused_gpu.swiglu(hidden_BCXF), down_FD)
+
+    variants: dict[str, Callable[..., Any]] = {"separate": separate, "within": swiglu_hopper.feed_forward}
+    if not backward:
+        return Case(variants, arguments)
+    grads = _cotangents(separate, arguments)
+    return Case({name: _with_gradients(f, 3) for name, f in variants.items()}, (*arguments, grads))
+
+
 CASES: dict[str, Callable[[Shape], Case]] = {
     "skip_norm": _skip_norm,
+    "norm_gradient": lambda shape: _norm_gradient(shape, shape.tokens),
+    "norm_gradient_selected": lambda shape: _norm_gradient(shape, shape.selected),
     "split_rotate": lambda shape: _split_rotate(shape, backward=False),
     "split_rotate_gradient": lambda shape: _split_rotate(shape, backward=True),
     "projection": lambda shape: _projection(shape, shape.tokens),
     "projection_selected": lambda shape: _projection(shape, shape.selected),
+    "feed_forward": lambda shape: _feed_forward(shape, shape.tokens, backward=False),
+    "feed_forward_gradient": lambda shape: _feed_forward(shape, shape.tokens, backward=True),
+    "feed_forward_gradient_selected": lambda shape: _feed_forward(shape, shape.selected, backward=True),
     **{
         f"attention_{kind}{'_gradient' if backward else ''}": functools.partial(
             _attention, kind=kind, backward=backward
@@ -198,9 +239,12 @@ CASES: dict[str, Callable[[Shape], Case]] = {
 }
 """The pieces, by name."""
 
+_NORM_SIZES = (fused_gpu, {"GRAD_ROWS": (1, 2, 4), "GRAD_CHUNK": (16, 32, 48, 64), "GRAD_WARPS": (2, 4, 8)})
 _ROTARY_SIZES = (rotary_gpu, {"ROWS": (8, 16, 32, 64), "HEADS": (5, 25), "WARPS": (2, 4, 8)})
 TUNABLE: dict[str, tuple[ModuleType, Mapping[str, tuple[int, ...]]]] = {
     "skip_norm": (fused_gpu, {"ROWS": (1, 2, 4, 8), "WARPS": (2, 4, 8)}),
+    "norm_gradient": _NORM_SIZES,
+    "norm_gradient_selected": _NORM_SIZES,
     "split_rotate": _ROTARY_SIZES,
     "split_rotate_gradient": _ROTARY_SIZES,
 }

@@ -15,7 +15,9 @@ import jax
 from jax.sharding import Mesh
 
 from mor_jax.axes import BATCH_AXES
-from mor_jax.config import AttentionBackend, Config, ModelConfig, PerfConfig, Remat
+from mor_jax.config import AttentionBackend, Config, Fusion, ModelConfig, PerfConfig, Remat
+from mor_jax.errors import require
+from mor_jax.model import swiglu_hopper
 from mor_jax.model.attention_backend import resolve_backend
 from mor_jax.model.flops import count_parameters, layer_passes
 from mor_jax.model.transformer import init_params
@@ -57,6 +59,9 @@ _USABLE = 0.85
 """Share of the memory that estimates may fill: allocators fragment and kernels need workspace."""
 _WHOLE_BLOCK = 0.1
 """Share of the memory that the whole weights of a shared block may take."""
+_MOSAIC_REMAT: tuple[Remat, ...] = ("none", "full")
+"""Rematerialisation beside SwiGLU within its products: others keep named tensors or XLA's products, which the results
+of those kernels are not, and would run them again as a whole."""
 _CHUNK_TOKENS = 4096
 """Positions x rows of one loss chunk on an accelerator: products that fill the chip, logits that stay small."""
 
@@ -70,6 +75,9 @@ def resolve_perf(config: Config, mesh: Mesh) -> PerfConfig:
 
     Returns:
         ``config.perf`` without `auto` or None (the attention backend stays `auto` where the model chooses it).
+
+    Raises:
+        UserError: kernels were asked for where they cannot run.
     """
     device = mesh.devices.flat[0]
     shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
@@ -80,22 +88,53 @@ def resolve_perf(config: Config, mesh: Mesh) -> PerfConfig:
         chosen = _fill(perf, PLAIN)
     else:
         whole_block = _whole_block_fits(config, device) if perf.whole_block is None else perf.whole_block
+        remat = perf.remat
+        if remat == "auto":
+            remat = _least_remat(config, rows / mesh.shape.get("context", 1), device, whole_block=whole_block)
         defaults = PerfConfig(
-            remat=_least_remat(config, rows / mesh.shape.get("context", 1), device, whole_block=whole_block)
-            if perf.remat == "auto"
-            else perf.remat,
+            remat=remat,
             scan_unroll=0 if platform == "gpu" else 1,
             loss_chunk=max(1, _CHUNK_TOKENS // rows),
             slot_multiple=8 if platform == "gpu" else 1,
             logits_dtype="bfloat16" if platform == "gpu" and half else "float32",
-            fusion="triton" if platform == "gpu" and half and mesh.shape.get("context", 1) == 1 else "xla",
+            fusion=_fusion(config, mesh, remat),
             whole_block=whole_block,
             attention_backend=_attention(config, mesh, platform),
             compiler_options=tuple(COMPILER_OPTIONS.get(platform, ())),
         )
         chosen = _fill(perf, defaults)
+    if perf.fusion == "mosaic":
+        _require_mosaic_fits(config, mesh, chosen.remat)
     _report(platform, perf, chosen)
     return chosen
+
+
+def _mosaic_fits(config: Config, mesh: Mesh, remat: Remat) -> bool:
+    """Whether SwiGLU can be computed within its products."""
+    model, platform = config.model, mesh.devices.flat[0].platform
+    ffn, rows_whole = model.d_ff // config.mesh.tensor, mesh.shape.get("context", 1) == 1
+    available = platform == "gpu" and swiglu_hopper.is_available(model.dtype, model.d_model, ffn)
+    return available and rows_whole and remat in _MOSAIC_REMAT
+
+
+def _require_mosaic_fits(config: Config, mesh: Mesh, remat: Remat) -> None:
+    """Refuse ``fusion=mosaic`` where it cannot run."""
+    model = config.model
+    require(
+        _mosaic_fits(config, mesh, remat),
+        "perf.fusion='mosaic' needs a Hopper GPU, bfloat16, d_model in multiples of 64, d_ff per device of 256,"
+        f" mesh.context=1 and perf.remat of {' or '.join(_MOSAIC_REMAT)}; not"
+        f" device={mesh.devices.flat[0].platform!r}, dtype={model.dtype!r}, d_model={model.d_model},"
+        f" d_ff={model.d_ff // config.mesh.tensor}, context={mesh.shape.get('context', 1)}, remat={remat!r}",
+    )
+
+
+def _fusion(config: Config, mesh: Mesh, remat: Remat) -> Fusion:
+    """Kernels that suit device, mesh, model and rematerialisation."""
+    platform = mesh.devices.flat[0].platform
+    if platform != "gpu" or config.model.dtype != "bfloat16" or mesh.shape.get("context", 1) != 1:
+        return "xla"
+    return "mosaic" if _mosaic_fits(config, mesh, remat) else "triton"
 
 
 def _attention(config: Config, mesh: Mesh, platform: str) -> AttentionBackend:
@@ -229,7 +268,7 @@ def _least_remat(config: Config, rows: float, device: Device, *, whole_block: bo
     left = _USABLE * memory - state_bytes(config, max(1, config.mesh.fsdp * config.mesh.tensor)) - loss_bytes
     if whole_block and config.mesh.fsdp > 1 and config.model.recursion.repeats_block:
         left -= _whole_block_bytes(config)
-    candidates: tuple[Remat, ...] = ("none", "names")
+    candidates: tuple[Remat, ...] = ("none",) if config.perf.fusion == "mosaic" else ("none", "names")
     for remat in candidates:
         if activation_bytes(config.model, rows, remat) <= left:
             return remat

@@ -9,7 +9,7 @@ from mor_jax.errors import require
 Execution = Literal["gather", "scan"]
 Remat = Literal["auto", "none", "full", "dots", "names"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "mosaic", "splash"]
-Fusion = Literal["auto", "xla", "triton"]
+Fusion = Literal["auto", "xla", "triton", "mosaic"]
 LogitsDtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -41,13 +41,19 @@ class PerfConfig:
     bfloat16 model on a GPU (as the release rounds them), float32 elsewhere."""
     fusion: Fusion = "auto"
     """Norms, SwiGLU, the projections' gradients and the softmax of the loss: as XLA fuses them, or this project's
-    kernels (GPUs, rows whole)."""
+    kernels (GPUs, rows whole). `mosaic` has SwiGLU inside its products, too: on Hopper, with remat none or full, where
+    the feed-forward has no low-rank updates."""
     whole_block: bool | None = None
     """Under `fsdp`: gather the shared block's weights once per micro-batch, for all recursions, forward and backward,
     and keep them whole in the compute dtype, rather than gather them at every use; None is yes if they take at most
     a tenth of the memory."""
     compiler_options: tuple[str, ...] | None = None
     """XLA options of the train step as `name=value`; None takes the device's (``mor_jax.perf`` gives the reasons)."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether norms, SwiGLU, rotations and the loss's softmax are this project's kernels."""
+        return self.fusion in ("triton", "mosaic")
 
     def __post_init__(self) -> None:
         require_choice("perf.execution", self.execution, Execution)

@@ -61,7 +61,7 @@ class Attention(nn.Module):
         output = self.param("output", normal_init(config, "heads", "head_dim", "embed"), (heads, head_dim, width))
 
         query, key_value, output = (w.astype(x_BCD.dtype) for w in (query, key_value, output))
-        fused = self.perf.fusion == "triton"
+        fused = self.perf.fused
         output = compute_weight(output) if fused else output
         projects_kv = cached is None or context.update is not None or context.fresh_BS is not None
         if fused and projects_kv and _can_fuse_qkv(config, lora):

@@ -32,10 +32,10 @@ class DecoderLayer(nn.Module):
         `norms` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
         low-rank updates, a recursion encoding.
         """
-        fused = self.perf.fusion == "triton"
+        fused = self.perf.fused
         attention_norm = RMSNorm(self.config, fused, name="attention_norm")
         attention = Attention(self.config, self.perf, name="attention")
-        ffn_norm, ffn = RMSNorm(self.config, fused, name="ffn_norm"), SwiGLU(self.config, fused, name="ffn")
+        ffn_norm, ffn = RMSNorm(self.config, fused, name="ffn_norm"), SwiGLU(self.config, self.perf, name="ffn")
         shares = self.repeats > 1 and self.config.recursion.kv_strategy == "shared"
         kv = None
         for repeat in range(self.repeats):

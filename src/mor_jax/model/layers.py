@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.config import ModelConfig
+from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.model.fused_gpu import add_norm, skip_norm, swiglu
 from mor_jax.model.relaxation import low_rank
+from mor_jax.model.swiglu_hopper import feed_forward
 
 Rotary = tuple[jax.Array, jax.Array]
 
@@ -87,8 +88,7 @@ class SwiGLU(nn.Module):
     """Gated feed-forward: (silu(x W_gate) * x W_up) W_down, the first two fused."""
 
     config: ModelConfig
-    fused: bool = False
-    """Whether this project's GPU kernels compute the gradient of the activation."""
+    perf: PerfConfig
 
     @nn.compact
     def __call__(self, x_BCD: jax.Array, lora: Any = None) -> jax.Array:
@@ -99,9 +99,11 @@ class SwiGLU(nn.Module):
         )
         down: Any = self.param("down", normal_init(config, "ffn", "embed"), (config.d_ff, config.d_model))
         gate_up, down = (w.astype(x_BCD.dtype) for w in (gate_up, down))
-        if self.fused:
+        if self.perf.fused:
             gate_up, down = compute_weight(gate_up), compute_weight(down)
+        if self.perf.fusion == "mosaic" and not {"gate_up", "down"} & set(lora or ()):
+            return feed_forward(x_BCD, gate_up, down)
         hidden_BCXF = jnp.einsum("BCD,DXF->BCXF", x_BCD, gate_up) + low_rank(config, lora, "gate_up", x_BCD)
         hidden_BCXF = checkpoint_name(hidden_BCXF, "gate_up")
-        activated_BCF = swiglu(hidden_BCXF) if self.fused else nn.silu(hidden_BCXF[:, :, 0]) * hidden_BCXF[:, :, 1]
+        activated_BCF = swiglu(hidden_BCXF) if self.perf.fused else nn.silu(hidden_BCXF[:, :, 0]) * hidden_BCXF[:, :, 1]
         return jnp.einsum("BCF,FD->BCD", activated_BCF, down) + low_rank(config, lora, "down", activated_BCF)

@@ -105,7 +105,7 @@ def loss_fn(
         chunk=loss_chunk(config.perf),
         z_coefficient=config.train.logit_z_loss,
         logits_dtype=jnp.bfloat16 if config.perf.logits_dtype == "bfloat16" else jnp.float32,
-        fused=config.perf.fusion == "triton",
+        fused=config.perf.fused,
     )
     scale = 1.0 / jnp.maximum(targets, 1.0)
     total = entropy.loss_sum * scale
