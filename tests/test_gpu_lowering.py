@@ -101,7 +101,7 @@ def test_hopper_attention_works_on_every_cards_share():
 
 
 @pytest.mark.parametrize("tokens", [1368, 1001])
-def test_the_feed_forward_has_swiglu_within_two_of_its_six_products(tokens):
+def test_the_feed_forward_has_swiglu_in_the_epilogues_of_two_of_its_six_matmuls(tokens):
     """A second layer calls the same kernels; rows are filled up to a whole number of eight where they are not one."""
     config = presets.get("mor-360m-expert-r3").config.model
     layer = SwiGLU(config, PerfConfig(fusion="mosaic"))
@@ -117,7 +117,7 @@ def test_the_feed_forward_has_swiglu_within_two_of_its_six_products(tokens):
     text = function.trace(params, _array(3, tokens, 960)).lower(lowering_platforms=("cuda",)).as_text()
     names = re.findall(r"(mor_hopper\w+)_mosaic_gpu", text)
     assert len(names) == text.count("custom_call @mosaic_gpu_v2")
-    assert sorted(names) == ["mor_hopper_gate_up_gradient_product", "mor_hopper_gated_product"]
+    assert sorted(names) == ["mor_hopper_gate_up_swiglu", "mor_hopper_gate_up_swiglu_gradient"]
     # outputs (the loss's gradient needs the first layer's only), gradients of inputs, of the weights
     hidden, weights = f"3x{tokens}x960", ["960x2x2560", "2560x960"]
     assert _products(text) == sorted([hidden, *2 * [hidden, *weights]])

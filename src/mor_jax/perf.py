@@ -60,7 +60,7 @@ _USABLE = 0.85
 _WHOLE_BLOCK = 0.1
 """Share of the memory that the whole weights of a shared block may take."""
 _MOSAIC_REMAT: tuple[Remat, ...] = ("none", "full")
-"""Rematerialisation beside SwiGLU within its products: others keep named tensors or XLA's products, which the results
+"""Rematerialisation beside SwiGLU in epilogues: others keep named tensors or XLA's products, which the results
 of those kernels are not, and would run them again as a whole."""
 _CHUNK_TOKENS = 4096
 """Positions x rows of one loss chunk on an accelerator: products that fill the chip, logits that stay small."""
@@ -110,7 +110,7 @@ def resolve_perf(config: Config, mesh: Mesh) -> PerfConfig:
 
 
 def _mosaic_fits(config: Config, mesh: Mesh, remat: Remat) -> bool:
-    """Whether SwiGLU can be computed within its products."""
+    """Whether SwiGLU can be computed in the epilogues of its matrix products."""
     model, platform = config.model, mesh.devices.flat[0].platform
     ffn, rows_whole = model.d_ff // config.mesh.tensor, mesh.shape.get("context", 1) == 1
     available = platform == "gpu" and swiglu_hopper.is_available(model.dtype, model.d_model, ffn)

@@ -37,7 +37,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %fusion.2 = f32[8]{0} fusion(%a), kind=kCustom, calls=%fused.1, metadata={op_name="jvp(T)/first/ffn/dot_general"}
   %fusion.3 = f32[8]{0} fusion(%a), kind=kLoop, calls=%other, metadata={op_name="jvp(T)/block/ffn_norm/mul"}
   %custom-call.4 = f32[8]{0} custom-call(%a), custom_call_target="fmha", metadata={op_name="j/block/attend/fmha"}
-  %custom-call.10 = f32[8]{0} custom-call(%a), metadata={op_name="j/block/ffn/jit(f)/mor_hopper_gated_product/mpmd_map"}
+  %custom-call.10 = f32[8]{0} custom-call(%a), metadata={op_name="j/block/ffn/f/mor_hopper_gate_up_swiglu/mpmd_map"}
   %gather.5 = f32[8]{0} gather(%a, %a), metadata={op_name="jvp(T)/T._recursions/routing/gather"}
   %dot.6 = f32[8]{0} dot(%a, %a), metadata={op_name="jit(f)/jvp(head_loss)/while/body/dot_general"}
   %add.7 = f32[8]{0} add(%a, %a), metadata={op_name="jit(f)/optimiser/add"}

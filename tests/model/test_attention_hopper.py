@@ -3,13 +3,12 @@
 They run in Pallas' interpreter where it can run them, and compiled on a Hopper GPU.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conftest import gpu_interpreter
 from mor_jax.errors import UserError
 from mor_jax.model import attention_hopper, attention_hopper_walk
 from mor_jax.model.attention_hopper import Tiling, flash_attention
@@ -27,17 +26,6 @@ from mor_jax.model.attention_runs import visible_runs
 
 ROUNDING = 5e-3
 """Relative norm of what rounding probabilities and gradients to bfloat16 for the products may cost."""
-
-
-def _interpreter() -> Any:
-    """Parameters of the interpreter; the compiled kernels on a GPU."""
-    if jax.default_backend() == "gpu":
-        return None
-    if jax.__version_info__ < (0, 12):
-        pytest.skip("Pallas' GPU interpreter of jax < 0.12 cannot run these kernels; they are lowered in any case")
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not yet exported
-
-    return InterpretGPUParams()
 
 
 def _softmax(query_BTNH, key_BSKH, value_BSKH, mask_BTS):
@@ -68,7 +56,7 @@ def _check(shape, start=None, end=None, tolerance=ROUNDING, **options):
         return _softmax(query, key, value, mask_BTS)
 
     def fused(query, key, value):
-        return flash_attention(query, key, value, start, end, interpret=_interpreter(), **options)
+        return flash_attention(query, key, value, start, end, interpret=gpu_interpreter(), **options)
 
     results = []
     for function, kind in ((plain, "float32"), (fused, "bfloat16")):

@@ -1,4 +1,4 @@
-"""The feed-forward whose products' kernels compute SwiGLU, against the plain one in float32, values and gradients.
+"""The feed-forward with SwiGLU in the epilogues of its matmuls, against the plain one in float32, values and gradients.
 
 They run in Pallas' interpreter where it can run them, and compiled on a Hopper GPU.
 """
@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from conftest import gpu_interpreter
 from mor_jax.config import MeshConfig, ModelConfig, PerfConfig
 from mor_jax.errors import UserError
-from mor_jax.model import layers, product_hopper, swiglu_hopper
+from mor_jax.model import layers, matmul_hopper, swiglu_hopper
 from mor_jax.model.layers import SwiGLU
-from mor_jax.model.swiglu_hopper import feed_forward, gate_up_gradient, gated_product
+from mor_jax.model.swiglu_hopper import feed_forward, gate_up_swiglu, gate_up_swiglu_gradient
 from mor_jax.parallel import make_mesh, on_mesh
 
 RAGGED = (2, 100, 192, 512)
@@ -24,17 +25,6 @@ FEW = (1, 8, 320, 256)
 """A warpgroup without rows; five blocks through four slots."""
 ROUNDING = 4e-3
 """Relative norm of what rounding gate, up, activation and results to bfloat16 may cost."""
-
-
-def _interpreter() -> Any:
-    """Parameters of the interpreter; the compiled kernels on a GPU."""
-    if jax.default_backend() == "gpu":
-        return None
-    if jax.__version_info__ < (0, 12):
-        pytest.skip("Pallas' GPU interpreter of jax < 0.12 cannot run these kernels; they are lowered in any case")
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not yet exported
-
-    return InterpretGPUParams()
 
 
 def _plain(x_BCD, gate_up_DXF, down_FD):
@@ -66,15 +56,15 @@ def _compare(fused, inputs, tolerance=ROUNDING):
 @pytest.mark.parametrize(
     ("shape", "multiprocessors"),
     [
-        # tiles that end outside the rows; 8 and 4 of them for three thread blocks in turn, two of which begin late
+        # tiles that end outside the rows; 8 and 4 of them for three thread blocks in turn, two of which start late
         (RAGGED, 3),
         (SHALLOW, 132),
         (FEW, 1),
     ],
 )
 def test_values_and_gradients(shape, multiprocessors, monkeypatch):
-    monkeypatch.setattr(product_hopper, "multiprocessors", lambda: multiprocessors)
-    _compare(functools.partial(feed_forward, interpret=_interpreter()), _inputs(*shape))
+    monkeypatch.setattr(matmul_hopper, "multiprocessors", lambda: multiprocessors)
+    _compare(functools.partial(feed_forward, interpret=gpu_interpreter()), _inputs(*shape))
 
 
 @pytest.mark.gpu
@@ -92,9 +82,9 @@ def _check_gates():
     gates = jnp.array([-1e30, -300, -100, -5, 0, 5, 300, 1e30], "bfloat16")
     x_BCD = jnp.zeros((1, 8, 64), "bfloat16").at[0, :, 0].set(gates).at[:, :, 1].set(1)
     gate_up_DXF = jnp.zeros((64, 2, 256), "bfloat16").at[0, 0].set(1).at[1, 1].set(1)
-    gated, hidden = gated_product(_interpreter(), x_BCD, gate_up_DXF)
+    gated, hidden = gate_up_swiglu(gpu_interpreter(), x_BCD, gate_up_DXF)
     down_FD = jnp.zeros((256, 64), "bfloat16").at[:, 1].set(1)
-    grads = gate_up_gradient(_interpreter(), x_BCD, down_FD, hidden).astype(jnp.float32)
+    grads = gate_up_swiglu_gradient(gpu_interpreter(), x_BCD, down_FD, hidden).astype(jnp.float32)
     gates = gates.astype(jnp.float32)
     silu, slope = jax.nn.silu(gates), jax.vmap(jax.grad(jax.nn.silu))(gates)
     for got, want in ((gated[0, :, 7], silu), (grads[0, :, 0, 9], slope), (grads[0, :, 1, 200], silu)):
@@ -104,7 +94,7 @@ def _check_gates():
 def test_the_layer_takes_it_where_perf_says_so(monkeypatch):
     """The layer's own weights, gate first; its result is that of the plain layer."""
     config = ModelConfig(d_model=64, d_ff=256, dtype="bfloat16")
-    kernels = functools.partial(feed_forward, interpret=_interpreter())
+    kernels = functools.partial(feed_forward, interpret=gpu_interpreter())
     calls = []
     monkeypatch.setattr(layers, "feed_forward", lambda *arguments: calls.append(1) or kernels(*arguments))
     x_BCD, gate_up_DXF, down_FD, grad_BCD = _inputs(1, 40, 64, 256)
@@ -142,18 +132,18 @@ def test_low_rank_updates_of_the_feed_forward_keep_it_apart(target, expected, mo
 def test_shares_of_several_devices_make_the_whole(mesh, monkeypatch):
     """Who gets which share, and sums over shares; the interpreter has one device, so products stand for the kernels."""
 
-    def gated_product(_, x_BCD, gate_up_DXF):
+    def gate_up_swiglu(_, x_BCD, gate_up_DXF):
         hidden_BCXF = jnp.einsum("BCD,DXF->BCXF", x_BCD, gate_up_DXF)
         shares.append((x_BCD.shape, gate_up_DXF.shape))
         return jax.nn.silu(hidden_BCXF[:, :, 0]) * hidden_BCXF[:, :, 1], hidden_BCXF
 
-    def gate_up_gradient(_, grad_BCD, down_FD, hidden_BCXF):
+    def gate_up_swiglu_gradient(_, grad_BCD, down_FD, hidden_BCXF):
         gradient = jax.vjp(lambda h: jax.nn.silu(h[:, :, 0]) * h[:, :, 1], hidden_BCXF)[1]
         return gradient(jnp.einsum("BCD,FD->BCF", grad_BCD, down_FD))[0]
 
     shares = []
-    monkeypatch.setattr(swiglu_hopper, "gated_product", gated_product)
-    monkeypatch.setattr(swiglu_hopper, "gate_up_gradient", gate_up_gradient)
+    monkeypatch.setattr(swiglu_hopper, "gate_up_swiglu", gate_up_swiglu)
+    monkeypatch.setattr(swiglu_hopper, "gate_up_swiglu_gradient", gate_up_swiglu_gradient)
     with on_mesh(make_mesh(mesh, jax.devices()[:4])):
         _compare(feed_forward, _inputs(4, 24, 64, 512), tolerance=1e-2)  # gate and up are rounded before silu here
     rows = 4 // (mesh.data * mesh.fsdp)

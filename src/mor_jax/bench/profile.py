@@ -24,8 +24,8 @@ KINDS: Sequence[str] = (
     "optimiser",
     "other",
 )
-"""`block other` is what layers do beside matrix products and attention: norms, rotary embedding, SwiGLU where it is not
-computed by its products' kernels, residuals."""
+"""`block other` is what layers do beside matrix products and attention: norms, rotary embedding, SwiGLU where it is no
+matmul's epilogue, residuals."""
 
 _STEPS = 3
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?[\])}] ?([\w\-]+)\(")
@@ -33,7 +33,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 _GEMM = re.compile(r'custom_call_target="__cublas|__triton_gemm|__triton_nested_gemm|custom_call_target="__cutlass')
-_PRODUCT = re.compile(r"/mor_hopper_\w+_product/")
+_MATMUL_KERNEL = re.compile(r"/mor_hopper_gate_up_swiglu(_gradient)?/")
 _LAYER = re.compile(r"/(block|first|last)/|/(attention|ffn|attention_norm|ffn_norm)/")
 
 
@@ -90,7 +90,7 @@ def kind_of(instruction: Instruction | None) -> str:
     ):
         if part in scope:
             return kind
-    if _PRODUCT.search(scope) or (instruction.is_matmul and "routing" not in scope):
+    if _MATMUL_KERNEL.search(scope) or (instruction.is_matmul and "routing" not in scope):
         return "block matmuls"
     if _LAYER.search(scope):
         return "block other"

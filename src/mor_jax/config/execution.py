@@ -41,8 +41,8 @@ class PerfConfig:
     bfloat16 model on a GPU (as the release rounds them), float32 elsewhere."""
     fusion: Fusion = "auto"
     """Norms, SwiGLU, the projections' gradients and the softmax of the loss: as XLA fuses them, or this project's
-    kernels (GPUs, rows whole). `mosaic` has SwiGLU inside its products, too: on Hopper, with remat none or full, where
-    the feed-forward has no low-rank updates."""
+    kernels (GPUs, rows whole). `mosaic` has SwiGLU in the epilogues of its matmuls, too: on Hopper, with remat none or
+    full, where the feed-forward has no low-rank updates."""
     whole_block: bool | None = None
     """Under `fsdp`: gather the shared block's weights once per micro-batch, for all recursions, forward and backward,
     and keep them whole in the compute dtype, rather than gather them at every use; None is yes if they take at most

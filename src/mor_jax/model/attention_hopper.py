@@ -33,10 +33,8 @@ from mor_jax.model.attention_hopper_place import (
 )
 from mor_jax.model.attention_hopper_walk import programs
 from mor_jax.model.attention_runs import NEVER
-from mor_jax.model.hopper import is_hopper, launch, tiled_smem
+from mor_jax.model.hopper import COPY_MULTIPLE, is_hopper, launch, pad_axis, tiled_smem
 
-LENGTH_MULTIPLE = 8
-"""Lengths are padded to this: the copy engine needs rows of 16 bytes."""
 VECTOR_MULTIPLE = 128
 """Arrays of one value per query are padded to this, no block being longer: they are copied beyond a row's end."""
 
@@ -95,10 +93,12 @@ def flash_attention(
         end_BT = jnp.broadcast_to(jnp.arange(1, query_BTNH.shape[1] + 1, dtype=jnp.int32)[None], start_BT.shape)
     length = query_BTNH.shape[1]
     run_padding = ((start_BT, NEVER), (end_BT, 0))
-    runs = tuple(_pad(x, VECTOR_MULTIPLE, value) for x, value in run_padding if x is not None)
+    runs = tuple(pad_axis(x, 1, VECTOR_MULTIPLE, value) for x, value in run_padding if x is not None)
+    # queries without keys (causal ones are cut off), keys that no query sees
+    tensors = (pad_axis(x, 1, COPY_MULTIPLE) for x in (query_BTNH, key_BSKH, value_BSKH))
     tiling = tiling or TILINGS[query_BTNH.shape[3]]
     attention: Any = _attention
-    return attention(tiling, interpret, *map(_pad, (query_BTNH, key_BSKH, value_BSKH)), runs)[:, :length]
+    return attention(tiling, interpret, *tensors, runs)[:, :length]
 
 
 def _check(query_BTNH: jax.Array, key_BSKH: jax.Array, *, causal: bool) -> None:
@@ -107,13 +107,6 @@ def _check(query_BTNH: jax.Array, key_BSKH: jax.Array, *, causal: bool) -> None:
     require(head_dim in TILINGS, f"attention on Hopper: head_dim={head_dim} must be one of {tuple(TILINGS)}")
     require(heads % kv_heads == 0, f"attention on Hopper: {heads} heads must be a multiple of {kv_heads} key heads")
     require(not causal or queries == keys, f"attention on Hopper: {queries} causal queries, but {keys} keys")
-
-
-def _pad(x_BT: jax.Array, multiple: int = LENGTH_MULTIPLE, value: int = 0) -> jax.Array:
-    """Lengthen axis 1: queries without keys (causal ones are cut off), keys that no query sees."""
-    missing = -x_BT.shape[1] % multiple
-    widths = [(0, 0), (0, missing)] + [(0, 0)] * (x_BT.ndim - 2)
-    return jnp.pad(x_BT, widths, constant_values=value) if missing else x_BT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,4 +1,4 @@
-"""The gated feed-forward for Hopper GPUs: SwiGLU inside the matrix products beside it (Pallas, Mosaic GPU).
+"""The gated feed-forward for Hopper GPUs: SwiGLU in the epilogues of its matrix products (Pallas, Mosaic GPU).
 
 The kernel that multiplies by the weights of gate and up writes both and their activation, so that none is read again
 for it. The kernel that multiplies the output's gradient by the down projection reads gate and up and writes their
@@ -19,20 +19,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mor_jax.axes import axis_size, on_shards
 from mor_jax.errors import require
-from mor_jax.model.hopper import is_hopper
-from mor_jax.model.product_hopper import (
+from mor_jax.model.hopper import COPY_MULTIPLE, is_hopper, pad_axis
+from mor_jax.model.matmul_hopper import (
     BLOCK_ROWS,
     COLUMNS,
     DEPTH,
-    ROW_MULTIPLE,
-    Ring,
-    call_product,
+    call_matmul,
+    matmul_tile,
     own_rows,
     piece_columns,
     plan_tiles,
     run_tiles,
     store,
-    tile_product,
 )
 
 _HIDDEN, _GATED, _PAIR = ("batch", "sequence", None), ("batch", "sequence", "ffn"), ("batch", "sequence", None, "ffn")
@@ -79,7 +77,7 @@ def _feed_forward(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array, down
 
 
 def _forward(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array, down_FD: jax.Array) -> tuple[jax.Array, Any]:
-    local = functools.partial(gated_product, interpret)
+    local = functools.partial(gate_up_swiglu, interpret)
     gated_BCF, hidden_BCXF = on_shards(local, (_HIDDEN, (None, None, "ffn")), (_GATED, _PAIR))(x_BCD, gate_up_DXF)
     out_BCD = jnp.einsum("BCF,FD->BCD", gated_BCF, down_FD)
     return out_BCD, (x_BCD, gate_up_DXF, down_FD, gated_BCF, hidden_BCXF)
@@ -87,7 +85,7 @@ def _forward(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array, down_FD: 
 
 def _backward(interpret: Any, residuals: Any, grad_BCD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x_BCD, gate_up_DXF, down_FD, gated_BCF, hidden_BCXF = residuals
-    local = functools.partial(gate_up_gradient, interpret)
+    local = functools.partial(gate_up_swiglu_gradient, interpret)
     shards = on_shards(local, (_HIDDEN, ("ffn", None), _PAIR), _PAIR)
     grad_BCXF = shards(grad_BCD, down_FD, hidden_BCXF)
     return (
@@ -102,9 +100,7 @@ _feed_forward.defvjp(_forward, _backward)
 
 def _flat(x: jax.Array) -> jax.Array:
     """Tokens of all rows on one axis, padded as the copy engine wants them."""
-    x = x.reshape(-1, *x.shape[2:])
-    missing = -x.shape[0] % ROW_MULTIPLE
-    return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
+    return pad_axis(x.reshape(-1, *x.shape[2:]), 0, COPY_MULTIPLE)
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:
@@ -120,7 +116,7 @@ def _interleave(gate_up_DXF: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gated_product(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array) -> tuple[jax.Array, jax.Array]:
+def gate_up_swiglu(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return silu(gate) * up [B, C, F], and gate and up [B, C, 2, F], of one device's share; all bfloat16.
 
     Args:
@@ -133,11 +129,9 @@ def gated_product(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array) -> t
     rows = x_MD.shape[0]
     walk = plan_tiles(rows, width, 2 * ffn)
 
-    def body(x_ref, weight_ref, gated_ref, hidden_ref, *, a_smem, b_smem, out_smem, filled, freed, late) -> None:
-        ring = Ring(filled, freed, late)
-
-        def copy(row: Any, column: Any, block: Any, slot: Any, barrier: Any, at_end: bool) -> None:
-            assert not at_end
+    def body(x_ref, weight_ref, gated_ref, hidden_ref, *, a_smem, b_smem, out_smem, ring) -> None:
+        def copy(row: Any, column: Any, block: Any, slot: Any, barrier: Any, in_epilogue: bool) -> None:
+            assert not in_epilogue
             depth = pl.ds(block * DEPTH, DEPTH)
             tokens, columns = pl.ds(row * BLOCK_ROWS, BLOCK_ROWS), pl.ds(column * COLUMNS, COLUMNS)
             plgpu.copy_gmem_to_smem(x_ref.at[tokens, depth], a_smem.at[slot], barrier)
@@ -145,7 +139,7 @@ def gated_product(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array) -> t
 
         def compute(row: Any, column: Any, done: Any) -> None:
             multiply = lambda acc, slot: plgpu.wgmma(acc, a_smem.at[slot, own_rows()], b_smem.at[slot])  # noqa: E731
-            product, tokens = tile_product(walk, ring, done, multiply), own_rows(row)
+            product, tokens = matmul_tile(walk, ring, done, multiply), own_rows(row)
             for piece in range(COLUMNS // 2 // DEPTH):
                 gate, up = (product[:, (2 * piece + x) * DEPTH :][:, :DEPTH] for x in range(2))
                 columns = piece_columns(column, COLUMNS // 2, piece)
@@ -160,9 +154,9 @@ def gated_product(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array) -> t
         jax.ShapeDtypeStruct((rows, 2, ffn), x_BCD.dtype),
     )
     operands = (x_MD, _interleave(gate_up_DXF))
-    gated, hidden = call_product(
+    gated, hidden = call_matmul(
         body,
-        "mor_hopper_gated_product",
+        "mor_hopper_gate_up_swiglu",
         walk,
         operands=operands,
         out=out,
@@ -174,7 +168,9 @@ def gated_product(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array) -> t
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gate_up_gradient(interpret: Any, grad_BCD: jax.Array, down_FD: jax.Array, hidden_BCXF: jax.Array) -> jax.Array:
+def gate_up_swiglu_gradient(
+    interpret: Any, grad_BCD: jax.Array, down_FD: jax.Array, hidden_BCXF: jax.Array
+) -> jax.Array:
     """Return the gradient of gate and up [B, C, 2, F] of one device's share; all bfloat16.
 
     Args:
@@ -186,14 +182,12 @@ def gate_up_gradient(interpret: Any, grad_BCD: jax.Array, down_FD: jax.Array, hi
     batch, length, width = grad_BCD.shape
     ffn, grad_MD = down_FD.shape[0], _flat(grad_BCD)
     rows, pieces = grad_MD.shape[0], COLUMNS // DEPTH
-    walk = plan_tiles(rows, width, ffn, end_blocks=pieces)
+    walk = plan_tiles(rows, width, ffn, epilogue_blocks=pieces)
 
-    def body(grad_ref, weight_ref, hidden_ref, out_ref, *, a_smem, b_smem, out_smem, filled, freed, late) -> None:
-        ring = Ring(filled, freed, late)
-
-        def copy(row: Any, column: Any, block: Any, slot: Any, barrier: Any, at_end: bool) -> None:
+    def body(grad_ref, weight_ref, hidden_ref, out_ref, *, a_smem, b_smem, out_smem, ring) -> None:
+        def copy(row: Any, column: Any, block: Any, slot: Any, barrier: Any, in_epilogue: bool) -> None:
             tokens = pl.ds(row * BLOCK_ROWS, BLOCK_ROWS)
-            if at_end:  # gate and up go where blocks of the operands go
+            if in_epilogue:  # gate and up go where blocks of the operands go
                 columns = piece_columns(column, COLUMNS, block - walk.depth_blocks)
                 gate, up = (hidden_ref.at[tokens, x, columns] for x in range(2))
                 plgpu.copy_gmem_to_smem(gate, a_smem.at[slot], barrier)
@@ -207,7 +201,7 @@ def gate_up_gradient(interpret: Any, grad_BCD: jax.Array, down_FD: jax.Array, hi
             plgpu.wgmma(accumulator, a_smem.at[slot, own_rows()], b_smem.at[slot].transpose((1, 0)))
 
         def compute(row: Any, column: Any, done: Any) -> None:
-            product, tokens = tile_product(walk, ring, done, multiply), own_rows(row)
+            product, tokens = matmul_tile(walk, ring, done, multiply), own_rows(row)
             for piece in range(pieces):
                 step = done + walk.depth_blocks + piece
                 slot = ring.wait(step)
@@ -224,9 +218,9 @@ def gate_up_gradient(interpret: Any, grad_BCD: jax.Array, down_FD: jax.Array, hi
 
     out = jax.ShapeDtypeStruct((rows, 2, ffn), grad_BCD.dtype)
     operands = (grad_MD, down_FD, _flat(hidden_BCXF))
-    grad = call_product(
+    grad = call_matmul(
         body,
-        "mor_hopper_gate_up_gradient_product",
+        "mor_hopper_gate_up_swiglu_gradient",
         walk,
         operands=operands,
         out=out,

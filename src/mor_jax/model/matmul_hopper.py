@@ -1,4 +1,4 @@
-"""Matrix products with something at their end, for Hopper GPUs in Pallas (Mosaic GPU): the walk that they share.
+"""Matrix products (GEMMs) with an epilogue, for Hopper GPUs in Pallas (Mosaic GPU): what such kernels share.
 
 A thread block takes tiles of [128, 256] of the product in turn. Two warpgroups compute 64 rows each, a third asks the
 copy engine (TMA) for blocks of both operands, 64 deep, ahead over the ends of tiles. The engine reads rows beyond an
@@ -30,12 +30,10 @@ STAGES = 4
 """Blocks of operands in shared memory; three are 10% slower, five do not fit."""
 SLOTS = 2
 """Pieces of a warpgroup's results in shared memory."""
-ROW_MULTIPLE = 8
-"""Rows of arrays are padded to this: the copy engine takes no other number."""
-LATE_GROUPS = 4
-"""Groups of thread blocks that begin one after the other where tiles have blocks at their end."""
-LATE_COPIES = 5
-"""By how many copies of a block, each waited for, a group begins later than the one before."""
+STAGGER_GROUPS = 4
+"""Groups of thread blocks that start one after the other where the epilogue reads blocks."""
+STAGGER_COPIES = 5
+"""By how many copies of a block, each waited for, a group starts later than the one before."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,14 @@ class Walk:
     column_tiles: int
     depth_blocks: int
     """Blocks of the operands for a tile."""
-    end_blocks: int
-    """Further blocks that its end needs. Then thread blocks do not begin together: else all are at such an end, which
-    the memory's speed limits, at once, and so at products, which leave the memory idle (6 to 8%)."""
+    epilogue_blocks: int
+    """Blocks that its epilogue reads. Then thread blocks start staggered: else all are in the epilogue, which the
+    memory's speed limits, at once, and so at products, which leave the memory idle (6 to 8%)."""
 
     @property
     def steps(self) -> int:
         """Blocks copied for a tile."""
-        return self.depth_blocks + self.end_blocks
+        return self.depth_blocks + self.epilogue_blocks
 
     @property
     def programs(self) -> int:
@@ -61,20 +59,20 @@ class Walk:
         return min(self.row_tiles * self.column_tiles, multiprocessors())
 
 
-def plan_tiles(rows: int, depth: int, columns: int, end_blocks: int = 0) -> Walk:
+def plan_tiles(rows: int, depth: int, columns: int, epilogue_blocks: int = 0) -> Walk:
     """Of a product [rows, columns] of operands ``depth`` deep; columns and depth in whole blocks."""
     assert depth % DEPTH == 0
     assert columns % COLUMNS == 0
-    return Walk(-(-rows // BLOCK_ROWS), columns // COLUMNS, depth // DEPTH, end_blocks)
+    return Walk(-(-rows // BLOCK_ROWS), columns // COLUMNS, depth // DEPTH, epilogue_blocks)
 
 
 @dataclass(frozen=True)
 class Ring:
-    """Barriers of blocks of operands in shared memory: filled, free again; and of the copies that late groups make."""
+    """Barriers of blocks of operands in shared memory: filled, free again; and of the copies of a staggered start."""
 
     filled: Any
     freed: Any
-    late: Any
+    late_start: Any
 
     def slot(self, step: Any) -> Any:
         """Where the block of a step, counted over all tiles, lies."""
@@ -97,8 +95,8 @@ def run_tiles(walk: Walk, ring: Ring, copy: Callable[..., None], compute: Callab
     Args:
         walk: tiles and blocks.
         ring: barriers of the slots.
-        copy: asks for a block: (row tile, column tile, block of the tile, slot, barrier, whether it is
-            one for the end).
+        copy: asks for a block: (row tile, column tile, block of the tile, slot, barrier, whether the
+            epilogue reads it).
         compute: a tile of a warpgroup: (row tile, column tile, blocks of the tiles before).
     """
     wg, first, count = lax.axis_index("wg"), lax.axis_index("block"), walk.programs
@@ -117,27 +115,27 @@ def run_tiles(walk: Walk, ring: Ring, copy: Callable[..., None], compute: Callab
     @pl.when(wg == WARPGROUPS)
     def _copy() -> None:
         plgpu.set_max_registers(REGISTERS[WARPGROUPS][1], action="decrease")
-        if walk.end_blocks:
+        if walk.epilogue_blocks:
 
-            @pl.loop(0, lax.rem(first, LATE_GROUPS) * LATE_COPIES)
-            def _late(_: Any) -> None:
-                copy(*tile(0), 0, 0, ring.late, False)
-                plgpu.barrier_wait(ring.late)
+            @pl.loop(0, lax.rem(first, STAGGER_GROUPS) * STAGGER_COPIES)
+            def _start(_: Any) -> None:
+                copy(*tile(0), 0, 0, ring.late_start, False)
+                plgpu.barrier_wait(ring.late_start)
 
         @pl.loop(0, turns)
         def _tile(turn: Any) -> None:
-            def one(block: Any, *, at_end: bool) -> None:
+            def one(block: Any, *, in_epilogue: bool) -> None:
                 step = turn * walk.steps + block
                 slot = ring.slot(step)
                 pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(ring.freed.at[slot]))
-                copy(*tile(turn), block, slot, ring.filled.at[slot], at_end)
+                copy(*tile(turn), block, slot, ring.filled.at[slot], in_epilogue)
 
-            pl.loop(0, walk.depth_blocks)(functools.partial(one, at_end=False))
-            if walk.end_blocks:
-                pl.loop(walk.depth_blocks, walk.steps)(functools.partial(one, at_end=True))
+            pl.loop(0, walk.depth_blocks)(functools.partial(one, in_epilogue=False))
+            if walk.epilogue_blocks:
+                pl.loop(walk.depth_blocks, walk.steps)(functools.partial(one, in_epilogue=True))
 
 
-def tile_product(walk: Walk, ring: Ring, done: Any, multiply: Callable[[Any, Any], None]) -> jax.Array:
+def matmul_tile(walk: Walk, ring: Ring, done: Any, multiply: Callable[[Any, Any], None]) -> jax.Array:
     """A warpgroup's tile [64, 256] of the product, float32; a block is freed while the next is multiplied.
 
     Args:
@@ -182,7 +180,7 @@ def own_rows(tile: Any = 0) -> Any:
     return pl.ds(tile * BLOCK_ROWS + lax.axis_index("wg") * ROWS, ROWS)
 
 
-def call_product(
+def call_matmul(
     body: Callable[..., None],
     name: str,
     walk: Walk,
@@ -195,8 +193,8 @@ def call_product(
     """Run a kernel.
 
     Args:
-        body: sees references to operands and results, to blocks of the first operand in shared memory, of the second
-            and of pieces of the results, and the barriers of the blocks.
+        body: sees references to operands and results, and by name `a_smem`, `b_smem` (blocks of the first and of the
+            second operand in shared memory), `out_smem` (pieces of the results) and `ring`.
         name: of the compiled kernel.
         walk: over tiles.
         operands: arrays.
@@ -205,13 +203,17 @@ def call_product(
         interpret: parameters of Pallas' GPU interpreter; None compiles.
     """
     dtype = operands[0].dtype
+
+    def with_ring(*refs: Any, filled: Any, freed: Any, late_start: Any, **smem: Any) -> None:
+        body(*refs, ring=Ring(filled, freed, late_start), **smem)
+
     scratch = {
         "a_smem": tiled_smem(dtype, STAGES, BLOCK_ROWS, DEPTH),
         "b_smem": tiled_smem(dtype, STAGES, *block),
         "out_smem": tiled_smem(dtype, WARPGROUPS, SLOTS, ROWS, DEPTH),
         "filled": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         "freed": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
-        "late": plgpu.Barrier(num_arrivals=2),
+        "late_start": plgpu.Barrier(num_arrivals=2),
     }
     options = {"programs": walk.programs, "warpgroups": WARPGROUPS, "interpret": interpret}
-    return launch(body, name, operands=operands, out=out, scratch=scratch, **options)
+    return launch(with_ring, name, operands=operands, out=out, scratch=scratch, **options)
