@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 _PLATFORM = os.environ.get("MOR_TEST_PLATFORM", "cpu")  # cuda, with -m gpu
 os.environ["JAX_PLATFORMS"] = _PLATFORM
@@ -24,17 +23,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def gpu_interpreter() -> Any:
-    """Parameters of Pallas' interpreter for Mosaic GPU kernels; None, which compiles them, on a GPU."""
-    if jax.default_backend() == "gpu":
-        return None
-    if jax.__version_info__ < (0, 12):
-        pytest.skip("Pallas' GPU interpreter of jax < 0.12 cannot run these kernels; they are lowered in any case")
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not yet exported
-
-    return InterpretGPUParams()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import gpu_interpreter
+from gpu_interpreter import gpu_interpreter
 from mor_jax.errors import UserError
 from mor_jax.model import attention_hopper, attention_hopper_walk
 from mor_jax.model.attention_hopper import Tiling, flash_attention

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conftest import gpu_interpreter
+from gpu_interpreter import gpu_interpreter
 from mor_jax.config import MeshConfig, ModelConfig, PerfConfig
 from mor_jax.errors import UserError
 from mor_jax.model import layers, matmul_hopper, swiglu_hopper
