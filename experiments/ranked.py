@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mor_jax import config_io
 from mor_jax.config import PerfConfig
+from mor_jax.config import io as config_io
 from mor_jax.sweep.isoflop import with_steps
 from mor_jax.sweep.results import failed_result, write_json
 from mor_jax.sweep.runs import SweepRun, load_sweep

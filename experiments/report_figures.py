@@ -8,13 +8,13 @@ from typing import Any
 
 from ranked import HERE, run_key
 
-from mor_jax import config_io
 from mor_jax.config import Config
+from mor_jax.config import io as config_io
 from mor_jax.errors import UserError
 from mor_jax.evaluate.analysis_plots import plot_correlates
 from mor_jax.evaluate.correlates import Correlate, Group
 from mor_jax.sweep.fit import fit_isoflop
-from mor_jax.sweep.plots import plot_curves, plot_depth_curves, plot_isoflop, plot_pareto
+from mor_jax.sweep.isoflop_plots import plot_curves, plot_depth_curves, plot_isoflop, plot_pareto
 from mor_jax.sweep.results import reaching_shares, serving_flops_per_token
 
 DOCS = HERE.parent / "docs"

@@ -29,12 +29,12 @@ from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.config import Config, PerfConfig
 from mor_jax.errors import UserError, require
 from mor_jax.model.flops import train_flops_per_token
+from mor_jax.runs.metrics import read_metrics
 from mor_jax.sweep.execute import SweepOptions, placed, run_sweep
 from mor_jax.sweep.isoflop import with_steps
-from mor_jax.sweep.measure import Measure, measurer
+from mor_jax.sweep.measurement import Measure, measurer
 from mor_jax.sweep.results import RESULT, failed_result, read_result, write_json
 from mor_jax.train.loop import DivergedError, train
-from mor_jax.train.metrics import read_metrics
 
 _log = logging.getLogger("mor_jax.ranked")
 PLAIN_KERNELS = PerfConfig(fusion="xla", attention_backend="xla", scan_unroll=1)

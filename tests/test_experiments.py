@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mor_jax import config_io
+from mor_jax.config import io as config_io
 from mor_jax.model.flops import count_parameters
 from mor_jax.sweep.execute import placed
 from mor_jax.sweep.recipes import SCALES

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 import fake_bucket
-from mor_jax import config_io
 from mor_jax.config import Config, DataConfig, TrainConfig
+from mor_jax.config import io as config_io
 from mor_jax.data.corpus import open_corpora
 from mor_jax.data.prepare import prepare
 from mor_jax.errors import UserError
 from mor_jax.evaluate.plots import plot_loss
 from mor_jax.paths import is_remote, to_path
-from mor_jax.train import metrics
-from mor_jax.train.metrics import BucketJsonlWriter, make_writers, read_metrics
-from mor_jax.train.run_folder import check_run_folder, claim_run_folder
+from mor_jax.runs import metrics
+from mor_jax.runs.folder import check_run_folder, claim_run_folder
+from mor_jax.runs.metrics import BucketJsonlWriter, make_writers, read_metrics
 
 
 @pytest.fixture

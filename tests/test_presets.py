@@ -2,8 +2,9 @@
 
 import pytest
 
-from mor_jax import config_io, presets
+from mor_jax import presets
 from mor_jax.config import Config
+from mor_jax.config import io as config_io
 from mor_jax.errors import UserError
 from mor_jax.model.flops import count_parameters, paper_flops_per_token
 

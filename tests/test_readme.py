@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mor_jax import config_io, presets
+from mor_jax import presets
+from mor_jax.config import io as config_io
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mor_jax.distributed import DistributedConfig, initialize
 from mor_jax.errors import UserError, require
+from mor_jax.mesh.processes import DistributedConfig, initialize
 from mor_jax.paths import to_path
 
 

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mor_jax import config_io
 from mor_jax.config import Config
+from mor_jax.config import io as config_io
 from mor_jax.data.pipeline import make_dataset
 from mor_jax.errors import UserError
 from mor_jax.evaluate.bigram import bigram_bits_per_byte, count_bigrams
 from mor_jax.evaluate.validation import first_rows
-from mor_jax.train.metrics import read_metrics
+from mor_jax.runs.metrics import read_metrics
 
 KEYS = {
     "threshold": "MoR, threshold (causal)",

@@ -9,10 +9,10 @@ from typing import Any
 
 from mor_jax.config import Config
 from mor_jax.errors import UserError
-from mor_jax.parallel import make_mesh
-from mor_jax.train.checkpoint import Checkpoints
-from mor_jax.train.fingerprint import fingerprints
-from mor_jax.train.state import abstract_train_state
+from mor_jax.mesh.mesh import make_mesh
+from mor_jax.runs.checkpoint import Checkpoints
+from mor_jax.runs.fingerprint import fingerprints
+from mor_jax.runs.state import abstract_train_state
 
 Damage = Callable[[Path, random.Random], None]
 

@@ -28,8 +28,8 @@ from mor_jax import presets
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.config import Config
 from mor_jax.data.pipeline import make_dataset
+from mor_jax.runs.metrics import read_metrics
 from mor_jax.train.loop import train
-from mor_jax.train.metrics import read_metrics
 
 STEPS, SAVE_EVERY, PAUSE = 60, 5, 0.03
 PHASES = ("training", "saving", "restoring")

@@ -21,11 +21,11 @@ import numpy as np
 
 from mor_jax import presets
 from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.mesh.mesh import make_mesh, shard_batch
 from mor_jax.model.flops import count_parameters, paper_flops_per_token, train_flops
-from mor_jax.parallel import make_mesh, shard_batch
 from mor_jax.plan.hlo import parse
 from mor_jax.plan.hlo_flops import matrix_flops
-from mor_jax.train.state import init_train_state
+from mor_jax.runs.state import init_train_state
 from mor_jax.train.step import compile_train_step
 
 RESULTS = Path(__file__).parent / "results"

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 import mor_jax
-from mor_jax.forward import forward
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.request import Request, Token
+from mor_jax.model.forward import forward
 
 REQUESTS, MARGIN = 200, 1e-4
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     model = mor_jax.load(arguments.run).model
-    from mor_jax.evaluate.restore import restore_run
+    from mor_jax.runs.restore import restore_run
 
     restored, config = restore_run(arguments.run), model.config
     length, rng = config.context_length, np.random.default_rng(0)

@@ -20,16 +20,16 @@ import numpy as np
 import tyro
 
 from mor_jax import presets
-from mor_jax.bench.serve_setup import ServeSettings, random_model
+from mor_jax.bench.serving_setup import ServeSettings, random_model
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import CacheShape, init_cache, kv_layout
 from mor_jax.infer.compilations import compilations
+from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.request import Request, Token
-from mor_jax.infer.weights import DecodeModel
 
 RECURSIONS = 3
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import tyro
 
-from mor_jax.bench.serve_setup import parse_model
+from mor_jax.bench.serving_setup import parse_model
 from mor_jax.errors import UserError, require
 
 

@@ -22,12 +22,12 @@ import tyro
 from tune_runs import AttentionRun, HeadRun, ProductRun, products, tiles
 
 from mor_jax import presets
-from mor_jax.bench.serve_profile import trace_kernels
+from mor_jax.bench.serving_profile import trace_kernels
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
-from mor_jax.infer.decode_kernel import Reads
 from mor_jax.infer.head_kernel import HeadTile, head_tile_for
 from mor_jax.infer.product_kernel import MAX_ROWS
+from mor_jax.kernels.decode_attention import Reads
 
 Row = dict[str, Any]
 Run = Callable[[], Any]

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import ModelConfig
-from mor_jax.infer.decode_kernel import Reads, decode_attention
 from mor_jax.infer.head_kernel import HeadTile, sample_head
 from mor_jax.infer.product_kernel import TICKETS, Tile, product, tile_for
 from mor_jax.infer.sampling import SamplingRows
+from mor_jax.kernels.decode_attention import Reads, decode_attention
 
 _FEW = ((16, 128, 4, 4), (16, 64, 4, 4), (16, 256, 4, 3), (16, 64, 4, 8), (32, 64, 4, 5), (32, 128, 4, 4),
         (32, 128, 8, 3), (64, 64, 4, 4))  # fmt: skip

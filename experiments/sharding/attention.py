@@ -25,9 +25,9 @@ from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
 from mor_jax.config import MeshConfig
-from mor_jax.model.attention_backend import attend
+from mor_jax.kernels.attention.backend import attend
+from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.layer_context import TokenView
-from mor_jax.parallel import make_mesh
 from mor_jax.plan.collectives import bytes_by_kind, collectives
 from mor_jax.plan.hlo import parse
 

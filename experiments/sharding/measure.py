@@ -32,7 +32,7 @@ from mor_jax.config import (
     RoutingConfig,
     TrainConfig,
 )
-from mor_jax.parallel import make_mesh
+from mor_jax.mesh.mesh import make_mesh
 from mor_jax.plan.collectives import Collective, bytes_by_kind, collectives
 from mor_jax.plan.hlo import parse
 from mor_jax.train.step import compile_train_step

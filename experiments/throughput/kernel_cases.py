@@ -12,12 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mor_jax.model import attention_gpu, attention_hopper, fused_gpu, rotary_gpu, swiglu_hopper
+from mor_jax.kernels import norm as fused_gpu
+from mor_jax.kernels import rotary as rotary_gpu
+from mor_jax.kernels import swiglu_hopper
+from mor_jax.kernels.attention import hopper as attention_hopper
+from mor_jax.kernels.attention import triton as attention_gpu
+from mor_jax.kernels.attention.runs import visible_runs
+from mor_jax.kernels.norm import skip_norm
+from mor_jax.kernels.rotary import split_rotate
 from mor_jax.model.attention import project_qkv
-from mor_jax.model.attention_runs import visible_runs
-from mor_jax.model.fused_gpu import skip_norm
 from mor_jax.model.layers import apply_rotary, compute_weight, rms_norm, rotary_tables
-from mor_jax.model.rotary_gpu import split_rotate
 
 _EPSILON = 1e-5
 

@@ -25,13 +25,14 @@ import numpy as np
 import tyro
 
 from mor_jax import presets
-from mor_jax.bench.serve_profile import trace_kernels
+from mor_jax.bench.serving_profile import trace_kernels
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
+from mor_jax.kernels import cross_entropy as loss_gpu
+from mor_jax.kernels.cross_entropy import RowTile
+from mor_jax.model import loss
+from mor_jax.model.loss_shards import VocabularyShard
 from mor_jax.plan.report import versions
-from mor_jax.train import loss, loss_gpu
-from mor_jax.train.loss_gpu import RowTile
-from mor_jax.train.loss_shards import VocabularyShard
 
 Row = dict[str, Any]
 TILES = tuple(

@@ -3,19 +3,20 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mor_jax.forward import ModelOutput, forward  # at once: its module has the name of the function
-
 if TYPE_CHECKING:
     from mor_jax.data.pipeline import make_dataset
     from mor_jax.infer.language_model import load
-    from mor_jax.train.state import TrainState, init_train_state
+    from mor_jax.model.forward import ModelOutput, forward
+    from mor_jax.runs.state import TrainState, init_train_state
     from mor_jax.train.step import train_step
 
 __all__ = ["ModelOutput", "TrainState", "forward", "init_train_state", "load", "make_dataset", "train_step"]
 
 _HOME = {
-    "TrainState": "train.state",
-    "init_train_state": "train.state",
+    "ModelOutput": "model.forward",
+    "TrainState": "runs.state",
+    "forward": "model.forward",
+    "init_train_state": "runs.state",
     "load": "infer.language_model",
     "make_dataset": "data.pipeline",
     "train_step": "train.step",

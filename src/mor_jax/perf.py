@@ -14,14 +14,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mor_jax.axes import BATCH_AXES
 from mor_jax.config import AttentionBackend, Config, Fusion, ModelConfig, PerfConfig, Remat
 from mor_jax.errors import require
-from mor_jax.model import swiglu_hopper
-from mor_jax.model.attention_backend import resolve_backend
+from mor_jax.kernels import swiglu_hopper
+from mor_jax.kernels.attention.backend import resolve_backend
+from mor_jax.mesh.axes import BATCH_AXES
+from mor_jax.mesh.mesh import Device
 from mor_jax.model.flops import count_parameters, layer_passes
 from mor_jax.model.transformer import init_params
-from mor_jax.parallel import Device
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from mor_jax.model import rotary_gpu
+from mor_jax.kernels import rotary as rotary_gpu
 
 FILE = Path(__file__).parents[2] / "experiments" / "throughput" / "kernels.py"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mor_jax.config import ModelConfig
-from mor_jax.train import loss_gpu
-from mor_jax.train.loss_gpu import RowTile
+from mor_jax.kernels import cross_entropy as loss_gpu
+from mor_jax.kernels.cross_entropy import RowTile
 
 TINY = ModelConfig(96, 2, 32, 4, 2, 16, 48, 64, dtype="float32")
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from mor_jax.bench import serve
-from mor_jax.bench.serve_profile import summarize
-from mor_jax.bench.serve_setup import (
+from mor_jax.bench import serving as serve
+from mor_jax.bench.serving_profile import summarize
+from mor_jax.bench.serving_setup import (
     Scenario,
     ServeSettings,
     bytes_per_position,
@@ -20,8 +20,8 @@ from mor_jax.bench.serve_setup import (
 from mor_jax.cli.bench_serve import line
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import UserError
+from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.replicas import EngineMesh
-from mor_jax.infer.weights import DecodeModel
 from mor_jax.model.transformer import init_params
 
 VANILLA = ModelConfig(64, 6, 16, 2, 1, 8, 24, 64)

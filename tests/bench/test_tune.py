@@ -16,11 +16,11 @@ import pytest
 from mor_jax import presets
 from mor_jax.config import ModelConfig
 from mor_jax.infer import product_kernel
-from mor_jax.infer.attention import PagedStore
-from mor_jax.infer.decode_kernel import Reads
 from mor_jax.infer.head_kernel import HeadTile
+from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.infer.product_kernel import Tile
 from mor_jax.infer.sampling import sample
+from mor_jax.kernels.decode_attention import Reads
 from mor_jax.model.layers import rms_norm
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "serving"

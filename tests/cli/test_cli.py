@@ -10,9 +10,9 @@ import pytest
 
 from mor_jax import presets
 from mor_jax.config import Config
-from mor_jax.config_io import load
+from mor_jax.config.io import load
 from mor_jax.model.flops import count_parameters
-from mor_jax.sweep.measure import measurer
+from mor_jax.sweep.measurement import measurer
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])

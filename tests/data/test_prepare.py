@@ -14,8 +14,8 @@ import pytest
 from mor_jax.data import shards
 from mor_jax.data.corpus import open_corpus
 from mor_jax.data.manifest import check_shards, read_manifest
+from mor_jax.data.packed_rows import RowSource
 from mor_jax.data.prepare import PrepareArguments, prepare, run
-from mor_jax.data.rows import RowSource
 from mor_jax.errors import UserError
 
 CONTEXT = 32  # of the corpus fixtures

@@ -11,8 +11,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from mor_jax.data.inputs import open_sources
 from mor_jax.data.readers import read_documents
-from mor_jax.data.sources import open_sources
 from mor_jax.errors import UserError
 
 TEXTS = ["first text", "zweiter Text, größer", "third " * 2000]

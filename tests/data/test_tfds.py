@@ -8,8 +8,8 @@ import pytest
 
 from mor_jax.config import DataConfig
 from mor_jax.data.corpus import open_corpus
+from mor_jax.data.packed_rows import RowSource
 from mor_jax.data.pipeline import make_dataset
-from mor_jax.data.rows import RowSource
 from mor_jax.errors import UserError
 
 CONTEXT = 32  # of the corpus fixtures

@@ -14,9 +14,9 @@ from mor_jax.evaluate.analysis import ROUTER_METRICS, analyse, router_history
 from mor_jax.evaluate.correlates import RoutedText, as_csv, character_kind, correlates, spearman, word_pieces
 from mor_jax.evaluate.hidden import hidden_changes
 from mor_jax.evaluate.inspect import text_rows
-from mor_jax.evaluate.restore import RestoredRun
 from mor_jax.evaluate.routing import RoutedRow
-from mor_jax.forward import forward
+from mor_jax.model.forward import forward
+from mor_jax.runs.restore import RestoredRun
 
 
 def _row(text, depths):

@@ -8,9 +8,9 @@ import pytest
 from evaluation_examples import T, batch, config, params
 
 from mor_jax.errors import UserError
-from mor_jax.evaluate.attention import FIGURES, attention_by_pass
-from mor_jax.evaluate.forward import inputs_of
-from mor_jax.forward import forward
+from mor_jax.evaluate.attention_by_pass import FIGURES, attention_by_pass
+from mor_jax.evaluate.passes import inputs_of
+from mor_jax.model.forward import forward
 from mor_jax.model.layers import apply_rotary, rms_norm, rotary_tables
 
 

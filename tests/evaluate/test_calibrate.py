@@ -8,8 +8,8 @@ from evaluation_examples import batch, config, params
 
 from mor_jax.errors import UserError
 from mor_jax.evaluate.calibrate import _cut, calibrate, with_boundaries
-from mor_jax.evaluate.forward import inputs_of, trace_pass
-from mor_jax.model.router import has_boundary
+from mor_jax.evaluate.passes import inputs_of, trace_pass
+from mor_jax.model.routing.router import has_boundary
 
 
 def test_a_cut_is_halfway_between_what_is_in_and_what_is_out():

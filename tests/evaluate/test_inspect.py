@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from evaluation_examples import TEXT, Rows, T, batch, config
 
-from mor_jax import config_io
 from mor_jax.config import MeshConfig
+from mor_jax.config import io as config_io
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
 from mor_jax.evaluate import inspect
-from mor_jax.evaluate.restore import restore_run
 from mor_jax.evaluate.validation import validation_losses
-from mor_jax.parallel import make_mesh
-from mor_jax.train.checkpoint import Checkpoints
-from mor_jax.train.state import init_train_state
+from mor_jax.mesh.mesh import make_mesh
+from mor_jax.runs.checkpoint import Checkpoints
+from mor_jax.runs.restore import restore_run
+from mor_jax.runs.state import init_train_state
 
 CONFIG = dataclasses.replace(config(), mesh=MeshConfig(data=1, fsdp=2))
 

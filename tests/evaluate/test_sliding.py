@@ -15,11 +15,11 @@ from mor_jax.data.packing import Row, expand_row
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
 from mor_jax.evaluate.depth_cap import cap_depth
-from mor_jax.evaluate.forward import trace_pass
+from mor_jax.evaluate.passes import trace_pass
 from mor_jax.evaluate.sliding import sliding_losses, text_stream, windows
-from mor_jax.evaluate.text import read_streams, text_summary
+from mor_jax.evaluate.text_loss import read_streams, text_summary
 from mor_jax.evaluate.validation import validation_losses
-from mor_jax.forward import forward
+from mor_jax.model.forward import forward
 from mor_jax.model.transformer import init_params
 
 DOCUMENTS = [np.random.default_rng(i).integers(0, 256, length) for i, length in enumerate((20, 33, 11))]

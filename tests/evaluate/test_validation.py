@@ -12,11 +12,11 @@ from evaluation_examples import Bytes, Rows, T, batch, config, params
 
 from mor_jax.config import MeshConfig
 from mor_jax.errors import UserError
-from mor_jax.evaluate.forward import Mode, spread, token_lengths, totals_pass
+from mor_jax.evaluate.passes import Mode, spread, token_lengths, totals_pass
 from mor_jax.evaluate.validation import modes_of, summary, threshold_refusal, validation_losses
+from mor_jax.mesh.mesh import make_mesh, params_shardings
 from mor_jax.model.parameters import head_matrix
 from mor_jax.model.transformer import apply_trunk, logical_axes
-from mor_jax.parallel import make_mesh, params_shardings
 
 ZERO_BIAS = jnp.zeros(2)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
-from mor_jax.forward import forward
 from mor_jax.infer.cache import kv_layout
-from mor_jax.infer.weights import DecodeModel, prepare_weights
+from mor_jax.infer.decode_model import DecodeModel, prepare_weights
+from mor_jax.model.forward import forward
 from mor_jax.model.transformer import init_params
 
 VOCABULARY = 31

@@ -9,8 +9,8 @@ from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import UserError
 from mor_jax.infer.cache import CacheShape, init_cache, kv_layout, kv_usage, release, reserve
 from mor_jax.infer.calibrate import calibrate_boundaries
+from mor_jax.infer.decode_model import decoding_refusal, prepare_weights
 from mor_jax.infer.prefill import prefill
-from mor_jax.infer.weights import decoding_refusal, prepare_weights
 
 
 def test_reserving_takes_pages_only_where_the_last_is_full():

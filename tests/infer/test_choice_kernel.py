@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mor_jax.infer.engine_state import DONE, ENTERING, LEAVING, RUNNING, EngineState
 from mor_jax.infer.stages import _choose
-from mor_jax.infer.state import DONE, ENTERING, LEAVING, RUNNING, EngineState
 
 
 def _state(phase_S: Any, since_S: Any, order_S: Any, step: int) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from decode_examples import decode_model, full_forward, model_config, tokens
 
-from mor_jax.infer import attention
+from mor_jax.infer import paged_attention as attention
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.prefill import prefill
 

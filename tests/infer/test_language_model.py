@@ -9,16 +9,16 @@ import pytest
 from decode_examples import make_params, model_config
 
 import mor_jax
-from mor_jax import config_io
 from mor_jax.cli import generate
 from mor_jax.config import Config, RoutingConfig
+from mor_jax.config import io as config_io
 from mor_jax.data.tokenizer import Tokenizer, train_bpe
 from mor_jax.errors import UserError
+from mor_jax.infer.growing_text import GrowingText
 from mor_jax.infer.language_model import LanguageModel, Speed
-from mor_jax.infer.text import GrowingText
-from mor_jax.parallel import make_mesh
-from mor_jax.train.checkpoint import Checkpoints
-from mor_jax.train.state import init_train_state
+from mor_jax.mesh.mesh import make_mesh
+from mor_jax.runs.checkpoint import Checkpoints
+from mor_jax.runs.state import init_train_state
 
 MODEL = model_config("expert", "middle_cycle", vocab_size=257, num_layers=5, context_length=32)
 

@@ -8,11 +8,11 @@ from engine_examples import OPTIONS, make_requests, serve
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
 from mor_jax.infer.compilations import compilations
+from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.language_model import LanguageModel
 from mor_jax.infer.replicas import EngineMesh, Replicas
 from mor_jax.infer.request import Request
-from mor_jax.infer.weights import prepare_weights
 
 MODELS = {"vanilla": ("none", "none", "recursion"), "expert": ("expert", "middle_cycle", "recursion")}
 MESH = EngineMesh(data=2, tensor=2)

@@ -10,16 +10,16 @@ from engine_examples import OPTIONS, make_requests, serve
 
 from mor_jax.config import MeshConfig
 from mor_jax.errors import UserError
-from mor_jax.infer import attention
+from mor_jax.infer import paged_attention as attention
 from mor_jax.infer.compilations import compilations
+from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import engine_shape
+from mor_jax.infer.engine_state import empty_control
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.sampling import Sampling
 from mor_jax.infer.stages import dispatch
-from mor_jax.infer.state import empty_control
-from mor_jax.infer.weights import prepare_weights
-from mor_jax.parallel import make_mesh, on_mesh
+from mor_jax.mesh.mesh import make_mesh, on_mesh
 from mor_jax.plan.collectives import collectives
 from mor_jax.plan.hlo import parse
 

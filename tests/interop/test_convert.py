@@ -13,7 +13,8 @@ from mor_jax.cli import main
 from mor_jax.config import RecursionConfig, RelaxationConfig, RoutingConfig
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
-from mor_jax.interop import official, weights
+from mor_jax.interop import official
+from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.sources import detect, open_model
 
 EXPERT = dataclasses.replace(

@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from mor_jax.config import ModelConfig, RecursionConfig, RelaxationConfig, RoutingConfig
 from mor_jax.errors import UserError
-from mor_jax.forward import forward
 from mor_jax.interop import llama
 from mor_jax.interop.assemble import leaf_shapes
 from mor_jax.interop.tensor_files import INDEX, TensorFiles, write_shards
+from mor_jax.model.forward import forward
 from mor_jax.model.transformer import init_params
 
 TINY = ModelConfig(

@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from mor_jax.forward import forward
 from mor_jax.interop import official
 from mor_jax.interop.parity import compare
+from mor_jax.model.forward import forward
 
 QUICK = {
     "vanilla_L2_padded",

@@ -14,11 +14,12 @@ from test_llama import TINY, random_params, write
 from mor_jax.config import RecursionConfig, RoutingConfig
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
-from mor_jax.evaluate.restore import restore_run
-from mor_jax.interop import convert, llama, official, weights
+from mor_jax.interop import convert, llama, official
+from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.assemble import LazyLeaf
 from mor_jax.interop.sources import open_model
 from mor_jax.interop.tensor_files import TensorFiles, write_shards
+from mor_jax.runs.restore import restore_run
 
 EXPERT = dataclasses.replace(
     TINY, num_layers=8, recursion=RecursionConfig(3, "middle_cycle"), routing=RoutingConfig("expert")

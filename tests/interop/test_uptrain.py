@@ -11,15 +11,15 @@ from test_llama import TINY, random_params, write
 
 from mor_jax.config import Config, InitConfig, LoraTarget, ModelConfig, RecursionConfig, RelaxationConfig, RoutingConfig
 from mor_jax.errors import UserError
-from mor_jax.interop import weights
+from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.uptrain import initial_weights
+from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.relaxation import update_of
-from mor_jax.model.router_state import ROUTER_STATE
+from mor_jax.model.routing.router_state import ROUTER_STATE
 from mor_jax.model.sharing import share_layers, unrolled_sources
 from mor_jax.model.transformer import init_params
-from mor_jax.parallel import make_mesh
+from mor_jax.runs.state import init_train_state, place_weights
 from mor_jax.train.loop import train
-from mor_jax.train.state import init_train_state, place_weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from tiny_runs import dataset_maker, read_lines, tiny_config  # pyright: ignore[reportMissingImports]

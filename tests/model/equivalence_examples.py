@@ -10,8 +10,8 @@ import plain_routing
 from plain_reference import plain_model, read_rows
 
 from mor_jax.config import Execution, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig
-from mor_jax.model.capacity import routed_tokens
 from mor_jax.model.parameters import head_matrix
+from mor_jax.model.routing.capacity import routed_tokens
 from mor_jax.model.transformer import apply_trunk, init_params
 
 EXPERT = RoutingConfig("expert")

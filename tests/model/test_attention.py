@@ -11,12 +11,12 @@ import pytest
 
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.errors import UserError
-from mor_jax.model import attention_backend
+from mor_jax.kernels.attention import backend as attention_backend
+from mor_jax.kernels.attention.backend import attend, resolve_backend
 from mor_jax.model.attention import Attention
-from mor_jax.model.attention_backend import attend, resolve_backend
 from mor_jax.model.layer_context import TokenView, attention_mask
 from mor_jax.model.layers import apply_rotary, rotary_tables
-from mor_jax.model.recursion import make_context
+from mor_jax.model.recurse import make_context
 
 
 def _view(rows, positions=None, segments=None, valid=None) -> TokenView:

@@ -25,7 +25,7 @@ from equivalence_examples import (
 )
 
 from mor_jax.config import ModelConfig, RecursionConfig
-from mor_jax.model.capacity import routed_tokens, token_seats
+from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.model.transformer import init_params
 
 SHARINGS = ("cycle", "sequence", "middle_cycle", "middle_sequence")

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from mor_jax.config import Config, KvStrategy, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.flops import (
     LayerPass,
     forward_flops,
@@ -15,7 +16,6 @@ from mor_jax.model.flops import (
     paper_flops_per_token,
     train_flops,
 )
-from mor_jax.parallel import make_mesh
 from mor_jax.plan.hlo import parse
 from mor_jax.plan.hlo_flops import matrix_flops
 from mor_jax.train.step import compile_train_step

@@ -8,7 +8,7 @@ import pytest
 
 from mor_jax.config import ModelConfig, RecursionConfig, RelaxationConfig, RoutingConfig
 from mor_jax.errors import UserError
-from mor_jax.forward import forward
+from mor_jax.model.forward import forward
 from mor_jax.model.transformer import init_params, logical_axes
 
 MODEL = ModelConfig(

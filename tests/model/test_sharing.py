@@ -11,10 +11,10 @@ import pytest
 
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import UserError
-from mor_jax.forward import forward
 from mor_jax.interop import official
 from mor_jax.interop.description import describe
 from mor_jax.interop.tensors import tensors
+from mor_jax.model.forward import forward
 from mor_jax.model.sharing import full_config, kept_layers, share_layers, source_layers
 from mor_jax.model.transformer import init_params
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import Config, MeshConfig, RecursionConfig, RoutingConfig
+from mor_jax.mesh.mesh import make_mesh, params_shardings, shard_batch
 from mor_jax.model.transformer import init_params, logical_axes
-from mor_jax.parallel import make_mesh, params_shardings, shard_batch
 from mor_jax.plan.collectives import Collective, collectives
 from mor_jax.plan.hlo import Module, parse
 from mor_jax.train.step import loss_fn

@@ -10,10 +10,10 @@ import pytest
 from sharded_programs import tiny_runs
 
 from mor_jax.config import Config, MeshConfig
-from mor_jax.parallel import make_mesh, shard_batch
-from mor_jax.train.checkpoint import Checkpoints
-from mor_jax.train.fingerprint import fingerprints
-from mor_jax.train.state import abstract_train_state, init_train_state
+from mor_jax.mesh.mesh import make_mesh, shard_batch
+from mor_jax.runs.checkpoint import Checkpoints
+from mor_jax.runs.fingerprint import fingerprints
+from mor_jax.runs.state import abstract_train_state, init_train_state
 from mor_jax.train.step import compile_train_step
 
 STEPS = 20

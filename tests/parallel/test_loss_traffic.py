@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from mor_jax.axes import partition_spec
 from mor_jax.config import MeshConfig
-from mor_jax.parallel import make_mesh
+from mor_jax.mesh.axes import partition_spec
+from mor_jax.mesh.mesh import make_mesh
+from mor_jax.model.loss import fused_cross_entropy, token_nll
 from mor_jax.plan.collectives import Collective, collectives
 from mor_jax.plan.hlo import parse
-from mor_jax.train.loss import fused_cross_entropy, token_nll
 
 B, T, D, V, CHUNK = 16, 40, 32, 64, 5
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)

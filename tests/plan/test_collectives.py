@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mor_jax.config import MeshConfig
-from mor_jax.parallel import make_mesh
+from mor_jax.mesh.mesh import make_mesh
 from mor_jax.plan.collectives import bytes_by_kind, collectives
 from mor_jax.plan.hlo import parse
 

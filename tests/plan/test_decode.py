@@ -11,9 +11,9 @@ from mor_jax.cli import main
 from mor_jax.config import Config, MeshConfig
 from mor_jax.errors import UserError
 from mor_jax.infer.cache import kv_layout
+from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineOptions, engine_shape
-from mor_jax.infer.weights import prepare_weights
 from mor_jax.model.flops import count_parameters
 from mor_jax.model.transformer import init_params
 from mor_jax.plan import decode as decode_module

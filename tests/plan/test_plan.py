@@ -20,7 +20,7 @@ from mor_jax.plan.report import print_report, report
 from mor_jax.plan.roofline import estimate_received, memory_traffic, roofline, step_flops
 from mor_jax.plan.search import advise, candidates
 from mor_jax.plan.topology import GENERATIONS, GIB, Topology
-from mor_jax.train.state import TrainState, abstract_train_state
+from mor_jax.runs.state import TrainState, abstract_train_state
 
 
 def _config(name: str = "debug", **mesh: int) -> Config:

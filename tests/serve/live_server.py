@@ -15,8 +15,8 @@ from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.language_model import LanguageModel
 from mor_jax.model.transformer import init_params
-from mor_jax.serve.options import ServeOptions
 from mor_jax.serve.server import Server, bind
+from mor_jax.serve.server_options import ServeOptions
 
 MODEL = ModelConfig(
     vocab_size=257, num_layers=5, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24, context_length=96,

@@ -17,15 +17,15 @@ import jax
 import pytest
 from live_server import MODEL
 
-from mor_jax import config_io
 from mor_jax.cli import serve
 from mor_jax.cli.options import parse
 from mor_jax.config import Config
+from mor_jax.config import io as config_io
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
-from mor_jax.parallel import make_mesh
-from mor_jax.train.checkpoint import Checkpoints
-from mor_jax.train.state import init_train_state
+from mor_jax.mesh.mesh import make_mesh
+from mor_jax.runs.checkpoint import Checkpoints
+from mor_jax.runs.state import init_train_state
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from mor_jax.infer.sampling import Sampling
 from mor_jax.serve.completion_request import CompletionRequest, parse_completion_request
-from mor_jax.serve.errors import ApiError
+from mor_jax.serve.http_errors import ApiError
 
 
 def _parse(body):

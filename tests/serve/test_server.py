@@ -13,8 +13,8 @@ from live_server import ENGINE, NAME, running, tiny_model
 from mor_jax.errors import UserError
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine
-from mor_jax.serve.options import ServeOptions
 from mor_jax.serve.server import bind
+from mor_jax.serve.server_options import ServeOptions
 
 
 @pytest.fixture(scope="module")

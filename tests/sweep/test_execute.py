@@ -6,13 +6,13 @@ import json
 import pytest
 
 from mor_jax.errors import UserError
+from mor_jax.runs.folder import claim_run_folder, run_folder
 from mor_jax.sweep.execute import SweepOptions, placed, run_sweep
 from mor_jax.sweep.recipes import expert, seeded, token, vanilla
 from mor_jax.sweep.results import reaching_shares, read_result, serving_flops_per_token
 from mor_jax.sweep.runs import Start, SweepRun, first_of_groups, load_sweep
 from mor_jax.sweep.table import group_summary, group_table, markdown_table
 from mor_jax.train.loop import DivergedError
-from mor_jax.train.run_folder import claim_run_folder, run_folder
 
 VANILLA, EXPERT = vanilla("debug"), expert("debug", 2)
 

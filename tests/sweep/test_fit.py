@@ -5,7 +5,7 @@ import pytest
 
 from mor_jax.errors import UserError
 from mor_jax.sweep.fit import fit_isoflop, fit_parabola, fit_path
-from mor_jax.sweep.plots import pareto_front, plot_depth_curves, plot_isoflop, plot_pareto
+from mor_jax.sweep.isoflop_plots import pareto_front, plot_depth_curves, plot_isoflop, plot_pareto
 
 BUDGETS = (1e15, 4e15, 1.6e16)
 SIZES = np.geomspace(2e6, 5e8, 7)

@@ -7,9 +7,9 @@ import pytest
 from mor_jax import presets
 from mor_jax.errors import UserError
 from mor_jax.model.flops import paper_flops_per_token, train_flops_per_token
+from mor_jax.runs.optimizer import make_schedule
 from mor_jax.sweep.isoflop import plan_isoflop, steps_for
 from mor_jax.sweep.recipes import at_flops_of, expert, recursive, vanilla
-from mor_jax.train.optimizer import make_schedule
 
 DEBUG = vanilla("debug")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mor_jax.cli import main
-from mor_jax.train.metrics import read_metrics
+from mor_jax.runs.metrics import read_metrics
 
 MODEL = {"model.num_layers": 4, "model.d_model": 16, "model.d_ff": 32, "model.head_dim": 8, "model.context_length": 32}
 VANILLA = {"model.recursion": {"num_recursions": 1, "sharing": "none"}, "model.routing": {"kind": "none"}}

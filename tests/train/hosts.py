@@ -86,7 +86,7 @@ def batch_rows(folder: Path) -> set[str]:
 
 def _lose_state_of(lost: int) -> None:
     """Make this process unable to read the arrays of a checkpoint, as a host with a bad mount is."""
-    from mor_jax.train.checkpoint import Checkpoints, DamagedCheckpointError
+    from mor_jax.runs.checkpoint import Checkpoints, DamagedCheckpointError
 
     read = Checkpoints._read
 
@@ -104,7 +104,7 @@ def _main(options: dict[str, Any]) -> None:
 
     from mor_jax.compilation_cache import enable_compilation_cache
     from mor_jax.config import MeshConfig
-    from mor_jax.distributed import DistributedConfig, initialize
+    from mor_jax.mesh.processes import DistributedConfig, initialize
     from mor_jax.train.loop import train
 
     folder = Path(options["folder"])

@@ -10,9 +10,9 @@ import pytest
 from hosts import Hosts, batch_rows, free_port
 from tiny_runs import read_lines, saved_fingerprints
 
-from mor_jax.distributed import DistributedConfig, find_place
 from mor_jax.errors import UserError
-from mor_jax.rollcall import Place, roll_call
+from mor_jax.mesh.processes import DistributedConfig, find_place
+from mor_jax.mesh.rollcall import Place, roll_call
 
 DEVICES = 4
 MESH = {"data": 2, "fsdp": 2}

@@ -9,11 +9,11 @@ import pytest
 from tiny_runs import TinyDataset, dataset_maker, read_lines, saved_fingerprints, tiny_config
 
 from mor_jax.config import Config, MeshConfig
-from mor_jax.parallel import make_mesh
-from mor_jax.train.checkpoint import Checkpoints
-from mor_jax.train.fingerprint import fingerprints
+from mor_jax.mesh.mesh import make_mesh
+from mor_jax.runs.checkpoint import Checkpoints
+from mor_jax.runs.fingerprint import fingerprints
+from mor_jax.runs.state import abstract_train_state
 from mor_jax.train.loop import train
-from mor_jax.train.state import abstract_train_state
 
 STEPS, SAVE_EVERY = 20, 7
 MESHES = ((8, MeshConfig(data=4, fsdp=2)), (4, MeshConfig(fsdp=2, tensor=2)), (2, MeshConfig(fsdp=2)))

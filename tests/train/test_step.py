@@ -12,8 +12,8 @@ from tiny_runs import make_batch, tiny_config, with_train
 
 from mor_jax.config import Config, PerfConfig, RoutingConfig
 from mor_jax.errors import UserError
-from mor_jax.parallel import make_mesh, shard_batch
-from mor_jax.train.state import TrainState, init_train_state
+from mor_jax.mesh.mesh import make_mesh, shard_batch
+from mor_jax.runs.state import TrainState, init_train_state
 from mor_jax.train.step import compile_train_step, count_targets, loss_fn, train_step
 
 EXPERT, FREE = RoutingConfig(kind="expert"), RoutingConfig(kind="token", balancing="loss_free", score="softmax")

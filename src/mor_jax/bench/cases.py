@@ -7,7 +7,7 @@ from typing import Any
 
 from mor_jax import presets
 from mor_jax.config import Config
-from mor_jax.config_io import from_dict, to_dict
+from mor_jax.config.io import from_dict, to_dict
 from mor_jax.errors import UserError
 
 _NEXT_FIELD = re.compile(r",(?=[a-z_.0-9]+=)")

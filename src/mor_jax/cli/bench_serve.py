@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from mor_jax.bench.serve import bench_serve
-from mor_jax.bench.serve_setup import ServeSettings
+from mor_jax.bench.serving import bench_serve
+from mor_jax.bench.serving_setup import ServeSettings
 from mor_jax.cli.options import parse
 from mor_jax.errors import require
 

@@ -12,9 +12,9 @@ from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import require
 from mor_jax.evaluate.inspect import calibrated, evaluate_run
-from mor_jax.evaluate.restore import RestoredRun, restore_run
 from mor_jax.evaluate.validation import summary
 from mor_jax.paths import to_path
+from mor_jax.runs.restore import RestoredRun, restore_run
 
 _BATCH_SIZE = 32
 
@@ -104,7 +104,7 @@ def _restored(options: EvalArguments) -> RestoredRun:
 
 
 def _text(options: EvalArguments) -> None:
-    from mor_jax.evaluate.text import text_losses, text_summary
+    from mor_jax.evaluate.text_loss import text_losses, text_summary
 
     restored = _restored(options)
     losses = text_losses(restored, options.text, stride=options.stride, max_depth=options.max_depth)

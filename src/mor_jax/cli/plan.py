@@ -21,7 +21,7 @@ from mor_jax.plan.decode_report import decode_report, print_decode_report
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.search import advise, search
 from mor_jax.plan.topology import GIB, Topology, describe_topology
-from mor_jax.train.state import abstract_train_state
+from mor_jax.runs.state import abstract_train_state
 
 _DESCRIPTION = (
     "Compile the real train step ahead of time for TPUs that need not be there, and tell what it will take: memory, "
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     """Print the plan."""
     jax.config.update("jax_platforms", "cpu")  # a host that has a TPU keeps it for others
     # shapes are traced for this host too, whose attention is of no interest; the plan names the one that was compiled
-    logging.getLogger("mor_jax.model.attention_backend").setLevel(logging.WARNING)
+    logging.getLogger("mor_jax.kernels.attention.backend").setLevel(logging.WARNING)
     config, flags = preset_and_flags(arguments, "plan", _DESCRIPTION, PlanFlags)
     require(flags.decode or flags.engine == EngineOptions(), "--engine.* sizes an engine: it needs --decode")
     require(not (flags.decode and flags.search), "--search tries meshes of a train step; it does not go with --decode")

@@ -11,11 +11,11 @@ import tyro
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError
-from mor_jax.infer.attention import DecodeBackend
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.language_model import LanguageModel, load
+from mor_jax.infer.paged_attention import DecodeBackend
 from mor_jax.infer.replicas import EngineMesh
-from mor_jax.serve.options import ServeOptions
+from mor_jax.serve.server_options import ServeOptions
 
 
 @dataclass(frozen=True)

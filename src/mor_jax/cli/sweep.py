@@ -11,7 +11,7 @@ from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError
 from mor_jax.sweep.execute import SweepOptions, run_sweep
-from mor_jax.sweep.measure import measurer
+from mor_jax.sweep.measurement import measurer
 from mor_jax.sweep.results import write_json
 from mor_jax.sweep.runs import first_of_groups, load_sweep
 from mor_jax.sweep.table import group_table, markdown_table

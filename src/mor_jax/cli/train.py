@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from mor_jax.cli.options import preset_and_group
 from mor_jax.compilation_cache import enable_compilation_cache
-from mor_jax.distributed import DistributedConfig, initialize
 from mor_jax.interop.uptrain import initial_weights
+from mor_jax.mesh.processes import DistributedConfig, initialize
 from mor_jax.train.loop import DivergedError, train
 
 _DESCRIPTION = "Train, or continue, a run; the last line printed is its folder."

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mor_jax.config import DataConfig
+from mor_jax.data.inputs import TFDS_PREFIX, open_sources, sources_hash
 from mor_jax.data.manifest import TOKENIZER, Manifest, Split, check_shards, load_tokenizer, read_manifest
 from mor_jax.data.prepare import prepare
 from mor_jax.data.remote import local_copy
-from mor_jax.data.sources import TFDS_PREFIX, open_sources, sources_hash
 from mor_jax.data.tokenizer import Tokenizer, spec_identity
 from mor_jax.errors import require
 

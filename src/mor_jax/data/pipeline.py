@@ -9,7 +9,7 @@ import numpy as np
 from mor_jax.config import DataConfig
 from mor_jax.data.corpus import Corpus, open_corpora
 from mor_jax.data.manifest import Split, SplitTotals
-from mor_jax.data.rows import PaddedSource, RowsOfBatches, RowSource
+from mor_jax.data.packed_rows import PaddedSource, RowsOfBatches, RowSource
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 

@@ -17,14 +17,14 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mor_jax import config_io
+from mor_jax.config import io as config_io
 from mor_jax.data import manifest as manifests
 from mor_jax.data import shards, spill
 from mor_jax.data.files import replacing
+from mor_jax.data.inputs import Source, open_sources, sources_hash
 from mor_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, Settings, Split
 from mor_jax.data.packing import Packing
 from mor_jax.data.readers import Document
-from mor_jax.data.sources import Source, open_sources, sources_hash
 from mor_jax.data.tokenizer import Tokenizer, parse_spec, spec_identity, train_bpe
 from mor_jax.errors import UserError, require
 

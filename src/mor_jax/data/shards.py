@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mor_jax import config_io
+from mor_jax.config import io as config_io
 from mor_jax.data.files import file_hash, replacing
 from mor_jax.data.manifest import TOKENIZER, Shard, Split, count_rows
 from mor_jax.data.packing import Packing, Row, encode_row, pack

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from mor_jax.data.corpus import Corpus, open_corpus
 from mor_jax.data.manifest import Split
-from mor_jax.data.rows import RowSource
+from mor_jax.data.packed_rows import RowSource
 
 _FEATURES = ("tokens", "segment_ids", "positions")
 

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from mor_jax.evaluate.analysis_plots import plot_attention, plot_correlates, plot_hidden, plot_router
-from mor_jax.evaluate.attention import attention_by_pass
+from mor_jax.evaluate.attention_by_pass import attention_by_pass
 from mor_jax.evaluate.correlates import RoutedText, as_csv, as_json, correlates
-from mor_jax.evaluate.forward import Mode
 from mor_jax.evaluate.hidden import hidden_changes
+from mor_jax.evaluate.passes import Mode
 from mor_jax.evaluate.pictures import trace_rows
-from mor_jax.evaluate.restore import RestoredRun
 from mor_jax.evaluate.routing import depth_by_token, tokens_per_depth
 from mor_jax.evaluate.scoring import Scorer
 from mor_jax.evaluate.validation import modes_of
-from mor_jax.train.metrics import read_metrics
-from mor_jax.train.run_folder import writing_to
+from mor_jax.runs.folder import writing_to
+from mor_jax.runs.metrics import read_metrics
+from mor_jax.runs.restore import RestoredRun
 
 _TOKENS_LISTED = 200
 _LEAST_COUNT = 5

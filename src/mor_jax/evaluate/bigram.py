@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mor_jax.config import ModelConfig
-from mor_jax.evaluate.forward import Tokenizer
-from mor_jax.train.loss import target_mask
+from mor_jax.evaluate.passes import Tokenizer
+from mor_jax.model.loss import target_mask
 
 END = 256
 SYMBOLS = 257

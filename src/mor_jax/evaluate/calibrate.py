@@ -14,9 +14,9 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config
-from mor_jax.distributed import to_host
 from mor_jax.errors import require
-from mor_jax.evaluate.forward import inputs_of, trace_pass
+from mor_jax.evaluate.passes import inputs_of, trace_pass
+from mor_jax.mesh.processes import to_host
 
 
 def calibrate(config: Config, params: Params, batches: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.evaluate.forward import Tokenizer
+from mor_jax.evaluate.passes import Tokenizer
 from mor_jax.evaluate.routing import RoutedRow
 
 _BINS = 8

@@ -15,9 +15,9 @@ from flax import struct
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config, ModelConfig, PerfConfig
-from mor_jax.distributed import to_host
 from mor_jax.errors import require
-from mor_jax.evaluate.forward import Mode
+from mor_jax.evaluate.passes import Mode
+from mor_jax.mesh.processes import to_host
 from mor_jax.model.transformer import apply_trunk
 
 

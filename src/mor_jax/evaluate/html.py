@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mor_jax.evaluate.colours import depth_colours
-from mor_jax.evaluate.forward import Tokenizer
+from mor_jax.evaluate.passes import Tokenizer
 from mor_jax.evaluate.routing import (
     RoutedRow,
     TokenDepth,

@@ -14,11 +14,11 @@ from mor_jax.errors import require
 from mor_jax.evaluate.analysis import analyse
 from mor_jax.evaluate.calibrate import calibrate, with_boundaries
 from mor_jax.evaluate.depth_cap import cap_depth
-from mor_jax.evaluate.forward import inputs_of
+from mor_jax.evaluate.passes import inputs_of
 from mor_jax.evaluate.pictures import run_title, write_pictures
-from mor_jax.evaluate.restore import RestoredRun, restore_run
 from mor_jax.evaluate.validation import first_rows, validation_losses
-from mor_jax.train.metrics import read_metrics
+from mor_jax.runs.metrics import read_metrics
+from mor_jax.runs.restore import RestoredRun, restore_run
 
 
 def inspect_run(

@@ -9,14 +9,14 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config
-from mor_jax.distributed import is_primary, to_host
-from mor_jax.evaluate.forward import MODE_NOTES, Mode, Tokenizer, inputs_of, spread, trace_pass
 from mor_jax.evaluate.html import Section, routing_page
+from mor_jax.evaluate.passes import MODE_NOTES, Mode, Tokenizer, inputs_of, spread, trace_pass
 from mor_jax.evaluate.plots import plot_depth, plot_loss
 from mor_jax.evaluate.routing import RoutedRow, routed_rows
 from mor_jax.evaluate.validation import HeldOut, first_rows, modes_of
-from mor_jax.train.metrics import read_metrics
-from mor_jax.train.run_folder import writing_to
+from mor_jax.mesh.processes import is_primary, to_host
+from mor_jax.runs.folder import writing_to
+from mor_jax.runs.metrics import read_metrics
 
 _PAGE_TOKENS = 2048
 """Tokens shown per selection mode; more make the page slow to scroll."""

@@ -17,12 +17,12 @@ from flax import struct
 
 from mor_jax.array_types import Params
 from mor_jax.config import MeshConfig, ModelConfig, PerfConfig
-from mor_jax.distributed import to_host
 from mor_jax.errors import require
-from mor_jax.evaluate.forward import Mode, run_trunk, spread
+from mor_jax.evaluate.passes import Mode, run_trunk, spread
 from mor_jax.evaluate.validation import threshold_refusal
+from mor_jax.mesh.mesh import make_mesh, replicated
+from mor_jax.mesh.processes import to_host
 from mor_jax.model.parameters import head_matrix
-from mor_jax.parallel import make_mesh, replicated
 
 _CHUNK = 128
 

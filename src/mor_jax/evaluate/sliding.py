@@ -18,10 +18,10 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.errors import require
 from mor_jax.evaluate.depth_cap import cap_depth
-from mor_jax.evaluate.forward import Mode, token_lengths
+from mor_jax.evaluate.passes import Mode, token_lengths
 from mor_jax.evaluate.scoring import Scorer
 from mor_jax.evaluate.validation import modes_of
-from mor_jax.train.loss import target_mask
+from mor_jax.model.loss import target_mask
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config, ModelConfig
-from mor_jax.distributed import to_host
 from mor_jax.errors import require
-from mor_jax.evaluate.forward import MODE_NOTES, BatchTotals, Mode, spread, token_lengths, totals_pass
-from mor_jax.model.router import has_boundary
+from mor_jax.evaluate.passes import MODE_NOTES, BatchTotals, Mode, spread, token_lengths, totals_pass
+from mor_jax.mesh.processes import to_host
+from mor_jax.model.routing.router import has_boundary
 
 
 class HeldOut(Protocol):

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mor_jax.axes import constrain
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.product_kernel import TICKETS
+from mor_jax.mesh.axes import constrain
 from mor_jax.model.layer_context import KeyValue
 
 

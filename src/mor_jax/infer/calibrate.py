@@ -16,8 +16,8 @@ import numpy as np
 
 from mor_jax.errors import require
 from mor_jax.infer.cache import CacheShape, init_cache
+from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.prefill import prefill
-from mor_jax.infer.weights import DecodeModel
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mor_jax.infer.state import ENTERING, WAITING, EngineState, Slots, is_running
+from mor_jax.infer.engine_state import ENTERING, WAITING, EngineState, Slots, is_running
 
 MAX_PLACES = 256
 """All pairs of places are compared in registers."""

@@ -16,13 +16,13 @@ import numpy as np
 
 from mor_jax.errors import require
 from mor_jax.infer.cache import KvUsage, kv_layout, kv_usage
+from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine_options import EngineOptions, engine_shape
+from mor_jax.infer.engine_state import COUNTERS, Control, Emitted, empty_control, make_state
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.request import Request, Token
 from mor_jax.infer.stages import dispatch
-from mor_jax.infer.state import COUNTERS, Control, Emitted, empty_control, make_state
-from mor_jax.infer.weights import DecodeModel
-from mor_jax.parallel import on_mesh
+from mor_jax.mesh.mesh import on_mesh
 
 
 @dataclass

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from mor_jax.errors import require
-from mor_jax.infer.attention import DecodeBackend, decode_backend, products_backend
 from mor_jax.infer.cache import kv_layout
-from mor_jax.infer.state import EngineShape
-from mor_jax.infer.weights import DecodeModel
+from mor_jax.infer.decode_model import DecodeModel
+from mor_jax.infer.engine_state import EngineShape
+from mor_jax.infer.paged_attention import DecodeBackend, decode_backend, products_backend
 
 
 @dataclass(frozen=True)

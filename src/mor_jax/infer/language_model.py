@@ -11,13 +11,13 @@ import jax
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
+from mor_jax.infer.decode_model import DecodeModel, prepare_weights
 from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.growing_text import GrowingText
 from mor_jax.infer.replicas import ONE_DEVICE, AnyEngine, EngineMesh, make_engine
 from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
-from mor_jax.infer.text import GrowingText
-from mor_jax.infer.weights import DecodeModel, prepare_weights
-from mor_jax.model.router_state import split_router_state
+from mor_jax.model.routing.router_state import split_router_state
 
 _MOST_RUNNING = 32
 

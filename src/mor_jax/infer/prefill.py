@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mor_jax.infer.attention import PagedStore
 from mor_jax.infer.cache import Cache, PagedCache, hold_cache, kv_layout, reserve
-from mor_jax.infer.layers import block_pass, decode_context, edge_layer, embed, logits
+from mor_jax.infer.decode_layers import block_pass, decode_context, edge_layer, embed, logits
+from mor_jax.infer.decode_model import DecodeModel
+from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.infer.walk import Walk, advance, boundary_scores, start_walk
-from mor_jax.infer.weights import DecodeModel
-from mor_jax.model.attention_tpu import target_platform
-from mor_jax.model.rows import take_rows
+from mor_jax.kernels.attention.tpu import target_platform
+from mor_jax.model.routing.select import take_rows
 
 
 @struct.dataclass

@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from mor_jax.config import MeshConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import KvUsage
+from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine import Engine, EngineStatistics
 from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_state import EngineShape
 from mor_jax.infer.request import Request, Token
-from mor_jax.infer.state import EngineShape
-from mor_jax.infer.weights import DecodeModel
-from mor_jax.parallel import Device, make_mesh
+from mor_jax.mesh.mesh import Device, make_mesh
 
 
 @dataclass(frozen=True)

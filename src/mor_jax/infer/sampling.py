@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mor_jax.axes import constrain
 from mor_jax.errors import require
+from mor_jax.mesh.axes import constrain
 
 
 @dataclass(frozen=True)

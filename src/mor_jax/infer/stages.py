@@ -15,14 +15,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mor_jax.axes import constrain
-from mor_jax.infer.attention import PagedStore
 from mor_jax.infer.cache import PagedCache, kv_layout, reserve
 from mor_jax.infer.choice_kernel import MAX_PLACES, choose_places
-from mor_jax.infer.head_kernel import sample_head
-from mor_jax.infer.layers import block_pass, decode_context, edge_layer, embed, logits
-from mor_jax.infer.sampling import SamplingRows, sample
-from mor_jax.infer.state import (
+from mor_jax.infer.decode_layers import block_pass, decode_context, edge_layer, embed, logits
+from mor_jax.infer.decode_model import DecodeModel
+from mor_jax.infer.engine_state import (
     DONE,
     ENTERING,
     LEAVING,
@@ -38,8 +35,11 @@ from mor_jax.infer.state import (
     hold_state,
     promote,
 )
+from mor_jax.infer.head_kernel import sample_head
+from mor_jax.infer.paged_attention import PagedStore
+from mor_jax.infer.sampling import SamplingRows, sample
 from mor_jax.infer.walk import Walk, advance, start_walk
-from mor_jax.infer.weights import DecodeModel
+from mor_jax.mesh.axes import constrain
 from mor_jax.model.layer_context import LayerContext
 
 

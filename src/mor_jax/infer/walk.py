@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mor_jax.infer.weights import DecodeModel
-from mor_jax.model import router as routing
-from mor_jax.model.router import RouterParams
+from mor_jax.infer.decode_model import DecodeModel
+from mor_jax.model.routing import router as routing
+from mor_jax.model.routing.router import RouterParams
 
 
 @struct.dataclass

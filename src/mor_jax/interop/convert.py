@@ -13,13 +13,14 @@ import numpy as np
 
 from mor_jax.config import Dtype
 from mor_jax.errors import UserError, require
-from mor_jax.forward import forward
-from mor_jax.interop import llama, official, weights
+from mor_jax.interop import llama, official
+from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.assemble import Progress
 from mor_jax.interop.sources import LoadedModel, open_model
 from mor_jax.interop.tensor_files import write_shards
 from mor_jax.interop.tensors import tensors
-from mor_jax.train.run_folder import writing_to
+from mor_jax.model.forward import forward
+from mor_jax.runs.folder import writing_to
 
 Target = Literal["mor", "hf", "official"]
 _CHECK_TOKENS = (2, 64)

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from mor_jax.config import Execution, ModelConfig
-from mor_jax.forward import IGNORED, ModelOutput, forward
 from mor_jax.interop import official
-from mor_jax.model.capacity import warmup_steps
+from mor_jax.model.forward import IGNORED, ModelOutput, forward
+from mor_jax.model.routing.capacity import warmup_steps
 
 Arrays = Mapping[str, np.ndarray]
 

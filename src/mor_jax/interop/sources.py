@@ -12,10 +12,11 @@ from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
-from mor_jax.evaluate.restore import restore_run
-from mor_jax.interop import llama, official, weights
+from mor_jax.interop import llama, official
+from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.assemble import Progress
-from mor_jax.model.router_state import ROUTER_STATE
+from mor_jax.model.routing.router_state import ROUTER_STATE
+from mor_jax.runs.restore import restore_run
 
 Kind = Literal["run", "weights", "hf", "official"]
 

@@ -9,9 +9,9 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
 from mor_jax.interop.assemble import leaf_shapes
 from mor_jax.interop.sources import open_model
-from mor_jax.model.router_state import split_router_state
+from mor_jax.model.routing.router_state import split_router_state
 from mor_jax.model.sharing import share_layers
-from mor_jax.train.state import InitialWeights
+from mor_jax.runs.state import InitialWeights
 
 
 def initial_weights(config: Config) -> InitialWeights | None:

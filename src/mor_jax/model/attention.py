@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.axes import axis_size, constrain
 from mor_jax.config import ModelConfig, PerfConfig
-from mor_jax.model.attention_backend import attend, resolve_backend
+from mor_jax.kernels.attention.backend import attend, resolve_backend
+from mor_jax.kernels.rotary import can_rotate, split_rotate
+from mor_jax.mesh.axes import axis_size, constrain
 from mor_jax.model.layer_context import KeyValue, KeyValueStore, LayerContext
 from mor_jax.model.layers import Rotary, apply_rotary, compute_weight, normal_init
 from mor_jax.model.relaxation import low_rank
-from mor_jax.model.rotary_gpu import can_rotate, split_rotate
-from mor_jax.model.rows import merge_rows
+from mor_jax.model.routing.select import merge_rows
 
 JOINT_PROJECTION = "query_key_value"
 """Decoding: parameter [D, N + 2K, H] that holds `query` and `key_value` side by side."""

@@ -6,12 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mor_jax.axes import constrain
 from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.mesh.axes import constrain
 from mor_jax.model.attention import Attention
 from mor_jax.model.layer_context import KeyValue, LayerContext
 from mor_jax.model.layers import RMSNorm, SwiGLU
-from mor_jax.model.recursion import Norms
+from mor_jax.model.recurse import Norms
 
 _SAVED_NAMES = ("query", "key", "value", "attention", "gate_up")
 

@@ -14,8 +14,8 @@ from typing import Literal
 import jax
 
 from mor_jax.config import Execution, ModelConfig
-from mor_jax.model.capacity import routed_tokens, token_seats
 from mor_jax.model.relaxation import target_axes
+from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.model.transformer import init_params
 
 AttentionWork = Literal["causal", "full", "flash"]

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mor_jax.axes import constrain
+from mor_jax.mesh.axes import constrain
 from mor_jax.model.layers import Rotary
-from mor_jax.model.rows import Selection, take_rows
+from mor_jax.model.routing.select import Selection, take_rows
 
 KeyValue = tuple[jax.Array, jax.Array]
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.config import ModelConfig, PerfConfig
-from mor_jax.model.fused_gpu import add_norm, skip_norm, swiglu
+from mor_jax.kernels.norm import add_norm, skip_norm, swiglu
+from mor_jax.kernels.swiglu_hopper import feed_forward
 from mor_jax.model.relaxation import low_rank
-from mor_jax.model.swiglu_hopper import feed_forward
 
 Rotary = tuple[jax.Array, jax.Array]
 

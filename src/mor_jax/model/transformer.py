@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.array_types import Params
-from mor_jax.axes import axis_size, constrain, whole_width, without_mesh
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.errors import require
+from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
 from mor_jax.model.decoder_layer import StackedNorms, remat_layer
 from mor_jax.model.layer_context import TokenView
 from mor_jax.model.layers import RMSNorm, normal_init
 from mor_jax.model.parameters import compute_copy, from_tree, to_tree
-from mor_jax.model.recursion import RoutingInputs, make_context, recurse, recurse_scan
-from mor_jax.model.recursion_gather import expert_gather, token_gather
-from mor_jax.model.recursion_scan import expert_scan, token_scan
+from mor_jax.model.recurse import RoutingInputs, make_context, recurse, recurse_scan
 from mor_jax.model.relaxation import Encoding, StackedLora
-from mor_jax.model.router import Router, has_boundary
-from mor_jax.model.trace import RoutingTrace, Stages, TrunkOutput
+from mor_jax.model.routing.gather import expert_gather, token_gather
+from mor_jax.model.routing.router import Router, has_boundary
+from mor_jax.model.routing.scan import expert_scan, token_scan
+from mor_jax.model.routing.trace import RoutingTrace, Stages, TrunkOutput
 
 Mode = Literal["topk", "threshold"]
 

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.errors import UserError
-from mor_jax.parallel import make_mesh
+from mor_jax.mesh.mesh import make_mesh
 from mor_jax.perf import resolve_perf
 from mor_jax.plan import hlo
 from mor_jax.plan.memory import DeviceMemory, measure_memory
 from mor_jax.plan.topology import GIB, Topology
-from mor_jax.train.state import abstract_train_state
+from mor_jax.runs.state import abstract_train_state
 from mor_jax.train.step import compile_train_step
 
 

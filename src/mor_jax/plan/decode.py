@@ -16,13 +16,13 @@ from jax.sharding import SingleDeviceSharding
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
-from mor_jax.infer.attention import TOKEN_BLOCK
 from mor_jax.infer.cache import kv_layout
+from mor_jax.infer.decode_model import DecodeModel, decoding_refusal, prepare_weights
 from mor_jax.infer.engine_options import EngineOptions, engine_shape
+from mor_jax.infer.engine_state import EngineShape, EngineState, empty_control, init_state
+from mor_jax.infer.paged_attention import TOKEN_BLOCK
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.stages import dispatch
-from mor_jax.infer.state import EngineShape, EngineState, empty_control, init_state
-from mor_jax.infer.weights import DecodeModel, decoding_refusal, prepare_weights
 from mor_jax.model.transformer import init_params
 from mor_jax.plan.compile import does_not_fit, is_out_of_memory
 from mor_jax.plan.topology import GIB, Topology

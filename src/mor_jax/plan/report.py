@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from mor_jax import config_io
+from mor_jax.config import io as config_io
 from mor_jax.plan.collectives import bytes_by_kind, collectives
 from mor_jax.plan.compile import CompiledStep
 from mor_jax.plan.hlo_flops import matrix_flops

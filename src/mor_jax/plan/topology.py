@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 
 from mor_jax.errors import UserError, require, suggest
-from mor_jax.parallel import Device
+from mor_jax.mesh.mesh import Device
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask the cloud's metadata server which TPU this host has

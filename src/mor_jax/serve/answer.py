@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mor_jax.serve.completion_request import CompletionRequest
-from mor_jax.serve.errors import ApiError
+from mor_jax.serve.http_errors import ApiError
 from mor_jax.serve.job import Job, Piece, Update
 
 DONE = b"data: [DONE]\n\n"

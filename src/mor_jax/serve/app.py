@@ -21,7 +21,7 @@ from mor_jax.errors import UserError
 from mor_jax.infer import engine
 from mor_jax.serve.answer import Answer, EventStream
 from mor_jax.serve.completion_request import CompletionRequest, Prompt, parse_completion_request
-from mor_jax.serve.errors import CLIENT_LEFT, ApiError, from_user_error
+from mor_jax.serve.http_errors import CLIENT_LEFT, ApiError, from_user_error
 from mor_jax.serve.job import Job
 from mor_jax.serve.middleware import CountRequests, KnownHosts
 from mor_jax.serve.page import Page

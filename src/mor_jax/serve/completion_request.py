@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from mor_jax.errors import UserError, suggest
 from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
-from mor_jax.serve.errors import ApiError, from_user_error, invalid
+from mor_jax.serve.http_errors import ApiError, from_user_error, invalid
 
 Prompt = str | tuple[int, ...]
 _ONLY = {

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mor_jax.infer.growing_text import GrowingText
 from mor_jax.infer.request import Request
-from mor_jax.infer.text import GrowingText
-from mor_jax.serve.errors import ApiError
+from mor_jax.serve.http_errors import ApiError
 
 Finish = Literal["stop", "length", ""]
 

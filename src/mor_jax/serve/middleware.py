@@ -7,8 +7,8 @@ from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mor_jax.serve.errors import ApiError
-from mor_jax.serve.options import ServeOptions
+from mor_jax.serve.http_errors import ApiError
+from mor_jax.serve.server_options import ServeOptions
 
 _HOST = re.compile(r"(\[[^]]*\]|[^:]*)(:\d+)?")
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")

@@ -15,10 +15,10 @@ from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.language_model import LanguageModel
 from mor_jax.serve.app import make_app
-from mor_jax.serve.metrics import Metrics
-from mor_jax.serve.options import ServeOptions
 from mor_jax.serve.page import make_page
+from mor_jax.serve.prometheus import Metrics
 from mor_jax.serve.protocol import bounded_protocol
+from mor_jax.serve.server_options import ServeOptions
 from mor_jax.serve.service import Service
 
 log = logging.getLogger(__name__)

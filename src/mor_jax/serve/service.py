@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mor_jax.infer.growing_text import Decoder, GrowingText
 from mor_jax.infer.replicas import AnyEngine
 from mor_jax.infer.request import Request
-from mor_jax.infer.text import Decoder, GrowingText
 from mor_jax.serve.engine_thread import Batch, EngineThread
-from mor_jax.serve.errors import ApiError
+from mor_jax.serve.http_errors import ApiError
 from mor_jax.serve.job import Job, PromptSequence
-from mor_jax.serve.metrics import EngineReading, Metrics
-from mor_jax.serve.options import ServeOptions
+from mor_jax.serve.prometheus import EngineReading, Metrics
+from mor_jax.serve.server_options import ServeOptions
 
 log = logging.getLogger(__name__)
 _LONGEST_RETRY, _READING_SECONDS = 60, 0.25

@@ -18,15 +18,15 @@ from typing import Any
 
 import jax
 
-from mor_jax import config_io
 from mor_jax.config import Config
+from mor_jax.config import io as config_io
 from mor_jax.errors import UserError, require
 from mor_jax.interop.uptrain import initial_weights
+from mor_jax.runs.metrics import read_metrics
 from mor_jax.sweep.results import RESULT, failed_result, finished_result, read_result, write_json
 from mor_jax.sweep.runs import SweepRun
 from mor_jax.sweep.start import prepare_start
 from mor_jax.train.loop import DivergedError, train
-from mor_jax.train.metrics import read_metrics
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0

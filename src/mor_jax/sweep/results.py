@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mor_jax import config_io
 from mor_jax.config import Config, ModelConfig
+from mor_jax.config import io as config_io
 from mor_jax.errors import UserError
 from mor_jax.model.flops import (
     count_parameters,

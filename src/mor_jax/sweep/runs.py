@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mor_jax import config_io, presets
+from mor_jax import presets
 from mor_jax.config import Config
+from mor_jax.config import io as config_io
 from mor_jax.errors import UserError, require, suggest
 from mor_jax.model.sharing import Strategy
 

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 
 from mor_jax.data.pipeline import make_dataset
 from mor_jax.errors import require
-from mor_jax.evaluate.restore import restore_run
+from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.sharing import Strategy, share_layers
-from mor_jax.parallel import make_mesh
+from mor_jax.runs.checkpoint import Checkpoints
+from mor_jax.runs.folder import claim_run_folder
+from mor_jax.runs.metrics import read_metrics
+from mor_jax.runs.optimizer import make_schedule
+from mor_jax.runs.restore import restore_run
+from mor_jax.runs.state import init_train_state
 from mor_jax.sweep.runs import SweepRun
-from mor_jax.train.checkpoint import Checkpoints
-from mor_jax.train.metrics import read_metrics
-from mor_jax.train.optimizer import make_schedule
-from mor_jax.train.run_folder import claim_run_folder
-from mor_jax.train.state import init_train_state
 
 
 def prepare_start(run: SweepRun, folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mor_jax.config import Config
-from mor_jax.parallel import Device
+from mor_jax.mesh.mesh import Device
 
 ACTIVITIES = ("init", "compile", "data_wait", "step", "checkpoint", "eval")
 

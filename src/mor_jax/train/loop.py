@@ -19,21 +19,21 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.data.pipeline import make_dataset as make_prepared_dataset
-from mor_jax.distributed import barrier, host_names, is_primary, primary_first
 from mor_jax.errors import UserError, require
 from mor_jax.evaluate.pictures import write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
-from mor_jax.model.attention_backend import resolve_backend
-from mor_jax.model.capacity import warmup_steps
-from mor_jax.parallel import Device, check_mesh, local_rows, make_mesh, shard_batch
-from mor_jax.train.checkpoint import Checkpoints
+from mor_jax.kernels.attention.backend import resolve_backend
+from mor_jax.mesh.mesh import Device, check_mesh, local_rows, make_mesh, shard_batch
+from mor_jax.mesh.processes import barrier, host_names, is_primary, primary_first
+from mor_jax.model.routing.capacity import warmup_steps
+from mor_jax.runs.checkpoint import Checkpoints
+from mor_jax.runs.folder import RunLock, check_run_folder, claim_run_folder, writing_to
+from mor_jax.runs.metrics import make_writers
+from mor_jax.runs.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_weights
 from mor_jax.train.goodput import Ledger, Throughput, describe_peak
-from mor_jax.train.metrics import make_writers
 from mor_jax.train.preemption import StopVote
 from mor_jax.train.progress import Reporter
-from mor_jax.train.run_folder import RunLock, check_run_folder, claim_run_folder, writing_to
 from mor_jax.train.signals import StopRequest
-from mor_jax.train.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_weights
 from mor_jax.train.step import Batch, Metrics, compile_train_step
 from mor_jax.train.watchdog import Watchdog
 

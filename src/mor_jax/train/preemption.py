@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mor_jax.parallel import replicated
+from mor_jax.mesh.mesh import replicated
 from mor_jax.train.signals import StopRequest
 
 

@@ -14,17 +14,17 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mor_jax.array_types import Params
-from mor_jax.axes import constrain
 from mor_jax.config import Config
 from mor_jax.errors import UserError
+from mor_jax.mesh.axes import constrain
+from mor_jax.mesh.mesh import batch_sharding, replicated
+from mor_jax.model.loss import fused_cross_entropy, target_mask
 from mor_jax.model.parameters import head_matrix
-from mor_jax.model.trace import RoutingLosses, RoutingStatistics
+from mor_jax.model.routing.trace import RoutingLosses, RoutingStatistics
 from mor_jax.model.transformer import apply_trunk, logical_axes
-from mor_jax.parallel import batch_sharding, replicated
 from mor_jax.perf import compiler_options, loss_chunk, resolve_perf
-from mor_jax.train.loss import fused_cross_entropy, target_mask
-from mor_jax.train.optimizer import make_optimizer, make_schedule
-from mor_jax.train.state import TrainState, abstract_train_state
+from mor_jax.runs.optimizer import make_optimizer, make_schedule
+from mor_jax.runs.state import TrainState, abstract_train_state
 
 Batch = Mapping[str, jax.Array]
 """int32 [B, T+1] arrays `tokens`, `segment_ids` (1-based, 0 = padding) and `positions` (restarting per document)."""

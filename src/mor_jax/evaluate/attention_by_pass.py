@@ -1,0 +1,204 @@
+"""Where the heads of every pass over the shared block look: entropy, distance, share on the first token and on itself.
+
+The layers of a pass are run one by one from the states that the trunk had before it, so that every pass and layer gives
+its own figures although they share their weights. Letters: B rows, T queries, S keys, R recursions, L layers in the
+block, N heads, K kv heads, G = N/K, H head width.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from mor_jax.array_types import Params
+from mor_jax.config import Config, ModelConfig, PerfConfig
+from mor_jax.errors import require
+from mor_jax.evaluate.passes import Mode
+from mor_jax.mesh.processes import to_host
+from mor_jax.model.decoder_layer import DecoderLayer
+from mor_jax.model.layer_context import LayerContext, TokenView, attention_mask
+from mor_jax.model.parameters import compute_copy
+from mor_jax.model.recurse import Norms, at, empty_kv, scan_context
+from mor_jax.model.relaxation import Encoding, StackedLora
+from mor_jax.model.transformer import apply_trunk
+
+FIGURES = ("entropy", "distance", "first", "itself")
+"""Of a head's attention: nats; tokens back; share on the first visible token; share on the token itself."""
+
+
+@struct.dataclass
+class AttentionSums:
+    """Sums over the queries that a pass computed and that see two keys or more."""
+
+    queries_R: Any
+    keys_R: Any
+    """Of the visible keys per query."""
+    figures_RLN: dict[str, Any]
+    """By name of FIGURES."""
+
+
+@cache
+def _pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
+    @jax.jit
+    def run(params: Params, router_bias_R: Any, inputs: Any) -> AttentionSums:
+        names = {"positions_BT": inputs["positions"], "segment_ids_BT": inputs["segment_ids"]}
+        output = apply_trunk(
+            model, perf, params, inputs["tokens"], mode=mode, router_bias_R=router_bias_R, return_stages=True, **names
+        )
+        stages, trace = output.stages, output.trace
+        assert stages is not None
+        embedding = params["embedding"]["embedding"]
+        before = jnp.take(embedding, inputs["tokens"], axis=0).astype(model.dtype)
+        before = before if stages.first is None else stages.first
+        counted_BT = inputs["segment_ids"] > 0
+        passes = _Passes(model, perf, params, _view(model, inputs), counted_BT)
+        for r, stage in enumerate(stages.recursions):
+            computed_BT = jnp.ones_like(counted_BT) if trace is None else trace.selected_RBT[r]
+            passes.run(r, before, None if trace is None else computed_BT)
+            before = jnp.where((computed_BT & counted_BT)[..., None], stage.astype(before.dtype), before)
+        return passes.sums()
+
+    return run
+
+
+def _view(model: ModelConfig, inputs: Any) -> TokenView:
+    rows_BT = jnp.broadcast_to(jnp.arange(inputs["tokens"].shape[1], dtype=jnp.int32), inputs["tokens"].shape)
+    segments = None if model.attend_across_documents else inputs["segment_ids"]
+    return TokenView(rows_BC=rows_BT, positions_BC=inputs["positions"], segments_BC=segments)
+
+
+class _Passes:
+    """Passes over the block, layer by layer, with what their heads did."""
+
+    def __init__(self, model: ModelConfig, perf: PerfConfig, params: Params, view: TokenView, counted_BT: Any) -> None:
+        self.model, self.view, self.counted_BT = model, view, counted_BT
+        weights = compute_copy(model, params)
+        self.block, self.norms = weights["block"], _unshared(model, weights)
+        self.layer = DecoderLayer(model, perf)
+        self.first: list[Any] = []
+        """Keys and values of the first pass by layer, where later passes read them."""
+        self.found: list[tuple[Any, Any, list[dict[str, Any]]]] = []
+
+    def run(self, r: int, x_BTD: jax.Array, selected_BT: jax.Array | None) -> None:
+        """Run pass ``r`` on the states before it; ``selected_BT`` are the tokens that it computes, None is all."""
+        model = self.model
+        shares = model.recursion.kv_strategy != "recursion"
+        empty = jax.tree.map(lambda a_LBTKH: a_LBTKH[0], empty_kv(model, x_BTD)) if shares else None
+        selected = jnp.ones_like(self.counted_BT) if selected_BT is None else selected_BT
+        fresh_BT = jnp.full_like(selected, r == 0)
+        if model.recursion.kv_strategy == "shared_update":
+            fresh_BT = fresh_BT | selected
+        context = scan_context(model, self.view, empty, fresh_BT, selected_BT)
+        mask_BTS = attention_mask(context.queries, context.keys, explicit=True)
+        assert mask_BTS is not None
+        visible_BT = jnp.sum(mask_BTS[:, 0], axis=-1)
+        counts_BT = selected & self.counted_BT & (visible_BT > 1)
+        heads: list[dict[str, Any]] = []
+
+        def observe(query_BTNH: jax.Array, keys_BSKH: jax.Array) -> None:
+            heads.append(_head_sums(query_BTNH, keys_BSKH, mask_BTS[:, 0], counts_BT))
+
+        context = dataclasses.replace(context, observe=observe)
+        for layer in range(model.block_depth):
+            x_BTD, kv = self._layer(r, layer, x_BTD, context, empty if r == 0 else None)
+            if shares and r == 0:
+                self.first.append(kv)
+        self.found.append((jnp.sum(counts_BT), jnp.sum(jnp.where(counts_BT, visible_BT, 0)), heads))
+
+    def _layer(self, r: int, layer: int, x_BTD: jax.Array, context: LayerContext, empty: Any) -> tuple[Any, Any]:
+        cached = empty if empty is not None or not self.first else self.first[layer]
+        norms = at(at(self.norms, r), layer)
+        out: Any = self.layer.apply({"params": at(self.block, layer)}, x_BTD, context, cached, norms)
+        return out
+
+    def sums(self) -> AttentionSums:
+        """Return the sums of all passes."""
+        queries, keys, heads = zip(*self.found, strict=True)
+        by_layer = [jax.tree.map(lambda *a_N: jnp.stack(a_N), *layers) for layers in heads]
+        figures = jax.tree.map(lambda *a_LN: jnp.stack(a_LN), *by_layer)
+        return AttentionSums(queries_R=jnp.stack(queries), keys_R=jnp.stack(keys), figures_RLN=figures)
+
+
+def _unshared(model: ModelConfig, weights: Params) -> Norms | None:
+    """What the passes do not share, leaves [R, L, ...], as the trunk reads it."""
+    own: Norms = dict(weights.get("block_norms", {}))
+    if model.recursion.relaxation.lora_rank:
+        own["lora"] = StackedLora(model).apply({"params": weights["lora"]})
+    if model.recursion.relaxation.encoding:
+        scale_RD: Any = Encoding(model).apply({"params": weights["encoding"]})
+        widths = ((0, 0), (model.block_depth - 1, 0), (0, 0))
+        own["encoding"] = jnp.pad(scale_RD[:, None], widths, constant_values=1.0)
+    return own or None
+
+
+def _head_sums(
+    query_BTNH: jax.Array, keys_BSKH: jax.Array, mask_BTS: jax.Array, counts_BT: jax.Array
+) -> dict[str, jax.Array]:
+    """Sum FIGURES over the queries that count, [N] each; row by row, since the weights [N, T, S] are large."""
+
+    def of_row(row: Any) -> dict[str, jax.Array]:
+        query_TNH, keys_SKH, mask_TS, counts_T = row
+        length, heads, width = query_TNH.shape
+        grouped_TKGH = query_TNH.reshape(length, keys_SKH.shape[1], -1, width).astype(jnp.float32)
+        scores = jnp.einsum("TKGH,SKH->KGTS", grouped_TKGH, keys_SKH.astype(jnp.float32)) * width**-0.5
+        seen_1TS, counts_1T = mask_TS[None], counts_T[None]
+        scores_NTS = jnp.where(seen_1TS, scores.reshape(heads, length, -1), -jnp.inf)
+        log_NTS = jax.nn.log_softmax(jnp.where(counts_1T[..., None], scores_NTS, 0.0), axis=-1)
+        weights_NTS = jnp.exp(log_NTS)
+        back_1TS = (jnp.arange(length)[:, None] - jnp.arange(mask_TS.shape[1])[None, :])[None]
+        first_1T1 = jnp.argmax(seen_1TS, axis=-1)[..., None]
+        by_query = {
+            "entropy": -jnp.sum(jnp.where(seen_1TS, weights_NTS * log_NTS, 0.0), axis=-1),
+            "distance": jnp.sum(jnp.where(seen_1TS, weights_NTS * back_1TS, 0.0), axis=-1),
+            "first": jnp.take_along_axis(weights_NTS, first_1T1, axis=-1)[..., 0],
+            "itself": jnp.diagonal(weights_NTS, axis1=1, axis2=2),
+        }
+        return {name: jnp.sum(jnp.where(counts_1T, figure_NT, 0.0), axis=-1) for name, figure_NT in by_query.items()}
+
+    rows = jax.lax.map(of_row, (query_BTNH, keys_BSKH, mask_BTS, counts_BT))
+    return jax.tree.map(lambda a_BN: jnp.sum(a_BN, axis=0), rows)
+
+
+def attention_by_pass(
+    config: Config, params: Params, router_bias_R: jax.Array | None, batches: Iterable[Mapping[str, Any]], mode: Mode
+) -> list[dict[str, Any]]:
+    """Measure what the heads of every pass attend to.
+
+    Args:
+        config: of the run.
+        params: parameter tree.
+        router_bias_R: loss-free bias of token-choice, or None.
+        batches: text as model inputs, int32 [B, T] ``tokens``, ``segment_ids``, ``positions``.
+        mode: selection mode.
+
+    Returns:
+        Per pass ``queries`` (that it computed, and that see two keys or more), ``keys`` (visible ones per query, on
+        average) and ``layers``: for every layer of the block, by name of FIGURES, the mean of each head. Entropy is at
+        most log ``keys``. A model without shared layers has one pass, of all its layers.
+
+    Raises:
+        UserError: the model repeats layers in place, so it makes no passes over a block.
+    """
+    require(not config.model.recursion.is_sequence, f"sharing={config.model.recursion.sharing!r} has no block passes")
+    plain = dataclasses.replace(config.perf, remat="none", attention_backend="xla", fusion="xla")
+    run = _pass(config.model, plain, mode)
+    total: Any = None
+    for inputs in batches:
+        sums = to_host(run(params, router_bias_R, dict(inputs)))
+        sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    assert total is not None
+    passes = []
+    for r, count in enumerate(total.queries_R):
+        n = max(float(count), 1.0)
+        layers = [
+            {name: (total.figures_RLN[name][r, layer] / n).tolist() for name in FIGURES}
+            for layer in range(config.model.block_depth)
+        ]
+        passes.append({"queries": int(count), "keys": float(total.keys_R[r]) / n, "layers": layers})
+    return passes

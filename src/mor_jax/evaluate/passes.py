@@ -1,0 +1,173 @@
+"""Compiled evaluation passes over rows of tokens, one per (model, execution, selection mode).
+
+Letters: B rows, T positions, R recursions, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+
+from mor_jax.array_types import Params
+from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.mesh.mesh import batch_sharding, batch_shards
+from mor_jax.model.loss import target_mask, token_nll
+from mor_jax.model.parameters import head_matrix
+from mor_jax.model.routing.trace import RoutingTrace, TrunkOutput
+from mor_jax.model.transformer import apply_trunk
+from mor_jax.perf import loss_chunk
+
+Mode = Literal["topk", "threshold"]
+
+MODE_NOTES: dict[Mode, str] = {
+    "topk": "looks ahead: the training selection, which compares a token with later ones",
+    "threshold": "causal: the selection that generation uses",
+}
+
+
+class Tokenizer(Protocol):
+    """What evaluation needs of a tokenizer."""
+
+    vocab_size: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        ...
+
+    def token_bytes(self, token: int, /) -> bytes:
+        """Return the bytes that one token stands for."""
+        ...
+
+
+@struct.dataclass
+class RoutingTotals:
+    """What the router did with the input tokens of one batch (padding left out)."""
+
+    depth_counts: jax.Array
+    """int32 [R+1]: tokens that completed 0, 1, ..., R passes."""
+    active_R: jax.Array
+    """int32 [R]: tokens that recursion r could choose."""
+    agreed_R: jax.Array
+    """float32 [R]: of these, tokens that the causal boundary decides as the selection did."""
+    used_T: jax.Array
+    """bool [T]: whether any row's token at this position was computed by the last recursion."""
+    dropped: jax.Array
+    """float32: tokens that found no seat (token-choice under `gather`)."""
+
+
+@struct.dataclass
+class BatchTotals:
+    """Sums over one batch; they add up to exact figures over many."""
+
+    nll_sum: jax.Array
+    """float32: nats over the target tokens."""
+    tokens: jax.Array
+    """int32: target tokens."""
+    bytes: jax.Array
+    """int32: bytes of the target tokens."""
+    routing: RoutingTotals | None
+    """None without a router."""
+
+
+def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """Bytes of every token, int32 [V]; entries of the embedding beyond the tokenizer's vocabulary count 0."""
+    lengths_V = np.zeros(vocab_size, np.int32)
+    known = min(tokenizer.vocab_size, vocab_size)
+    lengths_V[:known] = [0 if i == tokenizer.eos_id else len(tokenizer.token_bytes(i)) for i in range(known)]
+    return lengths_V
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch without the last token of each row, which is a target only: [B, T] arrays."""
+    return {name: batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions")}
+
+
+def spread(params: Params, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Split a batch's rows over the mesh that the parameters lie on, where they divide; every process passes all rows.
+
+    Args:
+        params: parameter tree.
+        batch: arrays [B, ...], the same in every process.
+
+    Returns:
+        The batch as global arrays; as it came for parameters without a mesh, or rows that its devices cannot share.
+    """
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return batch
+    rows = batch_sharding(sharding.mesh)
+    if any(len(x) % batch_shards(sharding.mesh) for x in batch.values()):
+        return batch
+    return {name: jax.make_array_from_callback(x.shape, rows, x.__getitem__) for name, x in batch.items()}
+
+
+def run_trunk(
+    model: ModelConfig, perf: PerfConfig, mode: Mode, params: Params, router_bias_R: Any, inputs: Any, key: jax.Array
+) -> TrunkOutput:
+    """Apply the trunk to a batch of ``inputs_of``; the key serves a random router only."""
+    return apply_trunk(
+        model,
+        perf,
+        params,
+        inputs["tokens"],
+        mode=mode,
+        positions_BT=inputs["positions"],
+        segment_ids_BT=inputs["segment_ids"],
+        router_bias_R=router_bias_R,
+        key=key if model.routing.random else None,
+    )
+
+
+def _routing_totals(trace: RoutingTrace, counted_BT: jax.Array) -> RoutingTotals:
+    active_R = jnp.sum(trace.active_RBT & counted_BT[None], axis=(1, 2), dtype=jnp.int32)
+    depths = jnp.arange(trace.active_RBT.shape[0] + 1)
+    at_depth_DBT = (trace.depth_BT[None] == depths[:, None, None]) & counted_BT[None]
+    return RoutingTotals(
+        depth_counts=jnp.sum(at_depth_DBT, axis=(1, 2), dtype=jnp.int32),
+        active_R=active_R,
+        agreed_R=trace.statistics.threshold_accuracy_R * active_R,
+        used_T=jnp.any(trace.selected_RBT[-1] & counted_BT, axis=0),
+        dropped=trace.statistics.dropped * jnp.sum(counted_BT),
+    )
+
+
+@cache
+def totals_pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
+    """Return the compiled ``f(params, router_bias_R, batch, lengths_V, key) -> BatchTotals``.
+
+    ``batch`` holds int32 [B, T+1] arrays ``tokens``, ``segment_ids`` and ``positions``; ``lengths_V`` is int32 [V];
+    ``key`` serves a random router only. One compilation serves all batches of a shape.
+    """
+
+    @jax.jit
+    def run(params: Params, router_bias_R: Any, batch: Any, lengths_V: jax.Array, key: jax.Array) -> BatchTotals:
+        targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
+        output = run_trunk(model, perf, mode, params, router_bias_R, inputs_of(batch), key)
+        nll_BT = token_nll(output.hidden_BTD, head_matrix(model, params), targets_BT, chunk=loss_chunk(perf))
+        mask_BT = target_mask(model, segment_ids)
+        trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
+        return BatchTotals(
+            nll_sum=jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)),
+            tokens=jnp.sum(mask_BT, dtype=jnp.int32),
+            bytes=jnp.sum(jnp.where(mask_BT, lengths_V[targets_BT], 0), dtype=jnp.int32),
+            routing=None if trace is None else _routing_totals(trace, counted_BT),
+        )
+
+    return run
+
+
+@cache
+def trace_pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
+    """Return the compiled ``f(params, router_bias_R, inputs, key) -> RoutingTrace | None``; see ``inputs_of``."""
+
+    @jax.jit
+    def run(params: Params, router_bias_R: Any, inputs: Any, key: jax.Array) -> RoutingTrace | None:
+        return run_trunk(model, perf, mode, params, router_bias_R, inputs, key).trace
+
+    return run

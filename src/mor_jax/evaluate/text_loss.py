@@ -1,0 +1,54 @@
+"""`mor eval RUN --text FILE`: loss on any text by a sliding window, by source."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mor_jax.data.packing import Row
+from mor_jax.data.readers import read_documents
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.evaluate.sliding import sliding_losses, text_stream
+from mor_jax.runs.restore import RestoredRun
+
+
+def text_losses(
+    run: RestoredRun, files: Sequence[Path], *, stride: int | None = None, max_depth: int | None = None
+) -> dict[str, Any]:
+    """Measure a run on text files.
+
+    Args:
+        run: of ``restore_run``.
+        files: text, jsonl or parquet, plain or compressed; documents with a field ``source`` are reported by it, the
+            others by the file's name.
+        stride: tokens that the window moves by; None is half the context.
+        max_depth: cap on the passes of a token.
+
+    Returns:
+        See ``sliding_losses``.
+
+    Raises:
+        UserError: a file that cannot be read, or a stride or cap out of range.
+    """
+    streams = read_streams(files, run.tokenizer)
+    return sliding_losses(
+        run.config, run.params, run.router_bias_R, streams, run.tokenizer, stride=stride, max_depth=max_depth
+    )
+
+
+def read_streams(files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Row]:
+    """Read and tokenise files: one stream of joined documents per source."""
+    texts: dict[str, list[str]] = {}
+    for file in files:
+        for document in read_documents(file):
+            texts.setdefault(document.source or file.name, []).append(document.text)
+    return {name: text_stream(tokenizer.encode_batch(documents), tokenizer.eos_id) for name, documents in texts.items()}
+
+
+def text_summary(losses: dict[str, Any]) -> str:
+    """Say a result of ``sliding_losses`` as a table, one line per source."""
+    figures = [name for name in losses["sources"]["all"] if name.endswith(("nll", "bits_per_byte"))]
+    lines = [f"{'source':16s} {'tokens':>10s} " + " ".join(f"{name:>24s}" for name in figures)]
+    for name, values in losses["sources"].items():
+        cells = " ".join(f"{values[figure]:24.4f}" for figure in figures)
+        lines.append(f"{name:16s} {values['tokens']:10d} {cells}")
+    return "\n".join(lines)

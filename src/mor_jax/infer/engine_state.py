@@ -1,0 +1,289 @@
+"""What the engine keeps on the device: the places of sequences, their caches, and what the host asks for.
+
+Letters: S places, C block slots, E exit slots, D width.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from mor_jax.errors import require
+from mor_jax.infer.cache import Cache, CacheShape, hold_cache, init_cache, release_all
+from mor_jax.infer.decode_model import DecodeModel
+from mor_jax.infer.paged_attention import DecodeBackend
+from mor_jax.infer.sampling import SamplingRows
+from mor_jax.infer.walk import Walk, start_walk
+from mor_jax.mesh.axes import constrain
+from mor_jax.mesh.mesh import on_mesh
+
+AnyArray = Any
+"""An array of the device, or of the host before it is handed over."""
+FREE, WAITING, ENTERING, RUNNING, LEAVING, DONE = range(6)
+"""Phases of a place: empty, or being filled by a prompt; read and waiting for its turn; a token before its first layer;
+between two passes of the block; behind its last pass; finished, its pages not yet given back."""
+
+
+@dataclass(frozen=True)
+class EngineShape:
+    """Static sizes of the engine; nothing recompiles while they stay."""
+
+    max_running: int
+    """Sequences decoded at the same time."""
+    block_slots: int
+    """C: tokens that one pass over the block computes."""
+    exit_slots: int
+    """E: tokens that leave together through last layer, head, sampling, embedding and first layer."""
+    exit_at: int
+    """Tokens that make an exit step due; 1 runs one in every step, and no step waits for the host."""
+    places: int
+    """S: sequences that hold pages: those decoded, and those whose prompt is read and that wait."""
+    max_length: int
+    """Tokens of one sequence, prompt and completion."""
+    steps: int = 16
+    """Block passes per dispatch: the host looks in between."""
+    page_size: int = 16
+    """Cache entries per page."""
+    block_pages: int | None = None
+    """See ``CacheShape``."""
+    edge_pages: int | None = None
+    """See ``CacheShape``."""
+    backend: DecodeBackend = "xla"
+    """Decode attention, resolved."""
+    products: DecodeBackend = "xla"
+    """Matrix products of decoded tokens, resolved."""
+    cuts: bool = True
+    """Whether requests may cut the vocabulary."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "block_slots", "exit_slots", "exit_at", "max_length", "steps"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        require(self.places >= self.max_running, f"places={self.places} is fewer than max_running={self.max_running}")
+
+    @property
+    def starves_below(self) -> int:
+        """Tokens between passes below which an exit step is due too: the block would have free slots."""
+        return max(1, min(self.block_slots, self.max_running - self.exit_at))
+
+    @property
+    def cache(self) -> CacheShape:
+        """Sizes of the cache."""
+        return CacheShape(self.places, self.max_length, self.page_size, self.block_pages, self.edge_pages)
+
+
+@struct.dataclass
+class Requests:
+    """What each place's request asks for, all [S]."""
+
+    order: AnyArray
+    """int32: waiting requests start by it, ascending."""
+    remaining: AnyArray
+    """int32: tokens still to generate."""
+    stop_token: AnyArray
+    """int32: token that ends it; -1 is none."""
+    max_depth: AnyArray
+    """int32: budget of passes per token."""
+    sampling: SamplingRows
+
+
+COUNTERS = ("block_steps", "block_used", "block_entries", "exit_steps", "exit_used", "exit_entries")
+"""What a dispatch counts: passes over the block, slots of them that held a token, and cache entries that these attended
+to in each layer of the block; likewise exit steps, with the last layer's entries."""
+
+
+def count(counters_F: jax.Array, **more: jax.Array | int) -> jax.Array:
+    """Add to some of ``COUNTERS``; they are one array, so that it takes one kernel."""
+    return counters_F + jnp.stack([jnp.asarray(more.get(name, 0), jnp.int32) for name in COUNTERS])
+
+
+@struct.dataclass
+class EngineState:
+    """Everything on the device but the weights."""
+
+    cache: Cache
+    phase_S: jax.Array
+    """int32: ``FREE`` to ``DONE``."""
+    since_S: jax.Array
+    """int32: step at which the place began to wait for its stage; the oldest goes first."""
+    token_S: jax.Array
+    """int32: the token being computed."""
+    position_S: jax.Array
+    """int32: its position."""
+    walk_S: Walk
+    """Its way through the recursions, [S, 1, ...]."""
+    requests: Requests
+    step: jax.Array
+    counters_F: jax.Array
+    """int32 [F]: sums since the last dispatch began; see ``COUNTERS``."""
+
+
+@struct.dataclass
+class Control:
+    """What the host asks for between two dispatches, all [S]."""
+
+    cancel: AnyArray
+    """bool: empty the place."""
+    admit: AnyArray
+    """bool: its prompt, but for the last token, has been read; it may start."""
+    token: AnyArray
+    """int32: last token of the prompt."""
+    position: AnyArray
+    """int32: its position."""
+    requests: Requests
+
+
+@struct.dataclass
+class Emitted:
+    """Tokens that one exit step generated, [E]; a dispatch packs those of all its steps."""
+
+    place: jax.Array
+    """int32; -1 is no token."""
+    token: jax.Array
+    depth: jax.Array
+    """int32: passes completed by the token that this one follows."""
+    log_probability: jax.Array
+    finished: jax.Array
+    """bool: whether it is its request's last."""
+
+    @classmethod
+    def none(cls, slots: int) -> "Emitted":
+        """No tokens."""
+        whole = jnp.zeros(slots, jnp.int32)
+        return cls(whole - 1, whole, whole, jnp.zeros(slots, jnp.float32), jnp.zeros(slots, bool))
+
+    def pack(self) -> jax.Array:
+        """All fields as int32 [F, E]: one write and one transfer."""
+        bits = jax.lax.bitcast_convert_type(self.log_probability, jnp.int32)
+        return jnp.stack([self.place, self.token, self.depth, bits, self.finished.astype(jnp.int32)])
+
+    @classmethod
+    def unpack(cls, packed_XFE: np.ndarray) -> "Emitted":
+        """Fields [steps, E] on the host."""
+        place, token, depth, bits, finished = np.moveaxis(packed_XFE, 1, 0)
+        bits = np.ascontiguousarray(bits).view(np.float32)
+        return cls(place, token, depth, bits, finished.astype(bool))  # type: ignore[arg-type]
+
+
+def init_state(model: DecodeModel, shape: EngineShape) -> EngineState:
+    """Make an empty engine."""
+    places = shape.places
+    whole_S = np.zeros(places, np.int32)
+    x_SD = jnp.zeros((places, 1, model.config.d_model), model.config.dtype)
+    return EngineState(
+        cache=init_cache(model.config, shape.cache),
+        phase_S=jnp.asarray(whole_S),
+        since_S=jnp.asarray(whole_S),
+        token_S=jnp.asarray(whole_S),
+        position_S=jnp.asarray(whole_S),
+        walk_S=jax.jit(start_walk)(model, x_SD, jnp.ones((places, 1), jnp.int32)),
+        requests=jax.tree.map(jnp.asarray, empty_requests(places)),
+        step=jnp.zeros((), jnp.int32),
+        counters_F=jnp.zeros(len(COUNTERS), jnp.int32),
+    )
+
+
+def hold_state(state: EngineState) -> EngineState:
+    """Keep the state on the devices as ``init_state`` laid it out: whole on each of them, but for the pools' heads."""
+    return dataclasses.replace(jax.tree.map(constrain, state), cache=hold_cache(state.cache))
+
+
+def make_state(model: DecodeModel, shape: EngineShape) -> EngineState:
+    """``init_state`` on the devices of the model; the pools are made as their shards."""
+    if model.mesh is None:
+        return init_state(model, shape)
+    with on_mesh(model.mesh):
+        return jax.jit(lambda model: hold_state(init_state(model, shape)))(model)
+
+
+def empty_requests(places: int) -> Requests:
+    """Requests of nothing, as arrays of the host."""
+    whole = lambda: np.zeros(places, np.int32)  # noqa: E731
+    number = lambda: np.zeros(places, np.float32)  # noqa: E731
+    rows = SamplingRows(number(), whole(), number(), np.zeros(places, np.uint32))
+    return Requests(order=whole(), remaining=whole(), stop_token=whole(), max_depth=whole(), sampling=rows)
+
+
+def empty_control(places: int) -> Control:
+    """A control that asks for nothing."""
+    flag = lambda: np.zeros(places, bool)  # noqa: E731
+    whole = lambda: np.zeros(places, np.int32)  # noqa: E731
+    return Control(flag(), flag(), whole(), whole(), empty_requests(places))
+
+
+def apply_control(state: EngineState, control: Control) -> EngineState:
+    """Give back what finished or was cancelled, and let new requests wait for their turn."""
+    emptied_S = control.cancel | (state.phase_S == DONE)
+    phase_S = jnp.where(emptied_S, FREE, state.phase_S)
+    take = lambda new, old: jnp.where(control.admit, new, old)  # noqa: E731
+    return dataclasses.replace(
+        state,
+        cache=release_all(state.cache, jnp.asarray(emptied_S)),
+        phase_S=take(WAITING, phase_S),
+        token_S=take(control.token, state.token_S),
+        position_S=take(control.position, state.position_S),
+        requests=jax.tree.map(take, control.requests, state.requests),
+        counters_F=jnp.zeros(len(COUNTERS), jnp.int32),
+    )
+
+
+def ranks(waits_S: jax.Array, key_S: jax.Array) -> jax.Array:
+    """int32 [S]: how many others wait with a smaller key (ties: a lower place). One comparison of all pairs."""
+    nth_S = jnp.arange(key_S.shape[0])
+    less_SS = key_S[None, :] < key_S[:, None]
+    ties_SS = (key_S[None, :] == key_S[:, None]) & (nth_S[None, :] < nth_S[:, None])
+    return jnp.sum(waits_S[None, :] & (less_SS | ties_SS), axis=1, dtype=jnp.int32)
+
+
+def is_running(phase_S: jax.Array) -> jax.Array:
+    """bool [S]: places that count towards ``max_running``."""
+    return (phase_S > WAITING) & (phase_S < DONE)
+
+
+def promote(state: EngineState, shape: EngineShape) -> EngineState:
+    """Start waiting requests while fewer than ``max_running`` run."""
+    waits_S = state.phase_S == WAITING
+    running = jnp.sum(is_running(state.phase_S))
+    starts_S = waits_S & (ranks(waits_S, state.requests.order) < shape.max_running - running)
+    return dataclasses.replace(
+        state,
+        phase_S=jnp.where(starts_S, ENTERING, state.phase_S),
+        since_S=jnp.where(starts_S, state.step, state.since_S),
+    )
+
+
+@struct.dataclass
+class Slots:
+    """Which places fill the slots of a stage."""
+
+    place_X: jax.Array
+    """int32 [slots]; S where a slot is empty, which gathers clip."""
+    slot_S: jax.Array
+    """int32 [S]: the slot of each place; the number of slots where it has none."""
+
+    @property
+    def filled_X(self) -> jax.Array:
+        """bool [slots]."""
+        return self.place_X < self.slot_S.shape[0]
+
+    def put(self, leaf_S: jax.Array, row_X: jax.Array) -> jax.Array:
+        """Replace the rows of the places that have a slot.
+
+        A choice per place instead of a scatter per slot: XLA computes many of them in one kernel.
+        """
+        slots = self.place_X.shape[0]
+        has_S = (self.slot_S < slots).reshape(-1, *(1,) * (leaf_S.ndim - 1))
+        return jnp.where(has_S, row_X.astype(leaf_S.dtype).at[self.slot_S].get(mode="clip"), leaf_S)
+
+
+def choose(waits_S: jax.Array, since_S: jax.Array, slots: int) -> Slots:
+    """Fill slots with the places that have waited longest."""
+    places = waits_S.shape[0]
+    slot_S = jnp.minimum(jnp.where(waits_S, ranks(waits_S, since_S), slots), slots)
+    holds_XS = slot_S[None, :] == jnp.arange(slots)[:, None]
+    filled_X = jnp.any(holds_XS, axis=1)
+    place_X = jnp.where(filled_X, jnp.argmax(holds_XS, axis=1).astype(jnp.int32), places)
+    return Slots(place_X, slot_S)

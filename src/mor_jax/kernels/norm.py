@@ -1,0 +1,235 @@
+"""Element-wise work of a layer in one pass over memory, for NVIDIA GPUs in Pallas (Triton).
+
+XLA reads the rows of a norm twice in either direction, and reads gate and up twice in the gradient of SwiGLU; here
+every tensor is read and written once. Under a mesh every device works on its own share: a token's norm needs all of its
+width, which no axis splits. Letters: B rows, C tokens of a row, M tokens of all rows, D model, F feed-forward.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from mor_jax.mesh.axes import on_shards
+
+_HIDDEN = ("batch", "sequence", None)
+_SCALE = (None,)
+ROWS = 4
+"""Rows of a norm in registers at once."""
+WARPS = 4
+"""Of a norm's programs."""
+GRAD_ROWS = 4
+"""Rows of a norm's gradient in registers at once."""
+GRAD_WARPS = 4
+GRAD_CHUNK = 32
+"""Rows per program of the norm's gradient: each writes one partial sum of the scale's gradient."""
+_SWIGLU_ROWS = 8
+
+
+def _interpret() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def call_kernel(kernel: Any, warps: int, name: str, **arguments: Any) -> Any:
+    """``pallas_call`` in one stage, compiled by Triton; in the interpreter where the process has no GPU."""
+    params = {} if _interpret() else {"compiler_params": plt.CompilerParams(num_warps=warps, num_stages=1)}
+    return pl.pallas_call(kernel, interpret=_interpret(), name=name, **params, **arguments)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _inside(row: Any, shape: tuple[int, int], rows: int, width: int) -> jax.Array:
+    """bool: which entries of a block that starts at ``row`` lie inside [rows, width]."""
+    in_row = row + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < rows
+    return in_row & (jax.lax.broadcasted_iota(jnp.int32, shape, 1) < width)
+
+
+# --- x + delta, and its norm ---
+
+
+def add_norm(x_BCD: jax.Array, delta_BCD: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Return (x + delta, its RMSNorm), each [B, C, D] in x's dtype; the gradients of both meet in one pass."""
+
+    def local(x_BCD: jax.Array, delta_BCD: jax.Array, scale_D: jax.Array) -> tuple[jax.Array, jax.Array]:
+        add: Any = _add_norm
+        total, normed = add(epsilon, _flat(x_BCD), _flat(delta_BCD), scale_D.astype(jnp.float32))
+        return total.reshape(x_BCD.shape), normed.reshape(x_BCD.shape)
+
+    return on_shards(local, (_HIDDEN, _HIDDEN, _SCALE), (_HIDDEN, _HIDDEN))(x_BCD, delta_BCD, scale_D)
+
+
+def skip_norm(x_BCD: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Return (x, its RMSNorm), each [B, C, D]; x comes back so that both its gradients are added in one pass."""
+
+    def local(x_BCD: jax.Array, scale_D: jax.Array) -> tuple[jax.Array, jax.Array]:
+        skip: Any = _skip_norm
+        same, normed = skip(epsilon, _flat(x_BCD), scale_D.astype(jnp.float32))
+        return same.reshape(x_BCD.shape), normed.reshape(x_BCD.shape)
+
+    return on_shards(local, (_HIDDEN, _SCALE), (_HIDDEN, _HIDDEN))(x_BCD, scale_D)
+
+
+def _norm_kernel(scale_ref: Any, *refs: Any, size: Any) -> None:
+    """``refs`` are x and its norm, or x, delta, their sum and its norm."""
+    rows, width, epsilon = size
+    *inputs, normed_ref = refs
+    inside = _inside(pl.program_id(0) * ROWS, normed_ref.shape, rows, width)
+    load = lambda ref: plt.load(ref, mask=inside, other=0.0).astype(jnp.float32)  # noqa: E731
+    x32 = load(inputs[0])
+    if len(inputs) == 3:
+        _, delta_ref, total_ref = inputs
+        total = (x32 + load(delta_ref)).astype(total_ref.dtype)
+        plt.store(total_ref, total, mask=inside)
+        x32 = total.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.sum(x32 * x32, axis=1) / width + epsilon)
+    normed = x32 * inverse[:, None] * scale_ref[...][None, :]
+    plt.store(normed_ref, normed.astype(normed_ref.dtype), mask=inside)
+
+
+def _norm(name: str, epsilon: float, scale_D: jax.Array, *inputs_MD: jax.Array) -> list[jax.Array]:
+    """Return [norm of x], or of x and delta [x + delta, its norm]."""
+    rows, width = inputs_MD[0].shape
+    padded = pl.next_power_of_2(width)
+    block = pl.BlockSpec((ROWS, padded), lambda i: (i, 0))
+    return call_kernel(
+        functools.partial(_norm_kernel, size=(rows, width, epsilon)),
+        WARPS,
+        name,
+        grid=(pl.cdiv(rows, ROWS),),
+        in_specs=[pl.BlockSpec((padded,), lambda _: (0,)), *[block] * len(inputs_MD)],
+        out_specs=[block] * len(inputs_MD),
+        out_shape=[jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype) for x_MD in inputs_MD],
+    )(jnp.pad(scale_D, (0, padded - width)), *inputs_MD)
+
+
+def _add_norm_forward(epsilon, x_MD, delta_MD, scale_D):
+    total, normed = _norm("mor_add_norm", epsilon, scale_D, x_MD, delta_MD)
+    return (total, normed), (total, scale_D)
+
+
+def _norm_gradient_kernel(
+    x_ref: Any, scale_ref: Any, skip_ref: Any, grad_ref: Any, grad_x_ref: Any, grad_scale_ref: Any, *, size: Any
+) -> None:
+    rows, width, epsilon = size
+    scale = scale_ref[...][None, :]
+    first = pl.program_id(0) * GRAD_CHUNK
+
+    def step(index: Any, grad_scale: Any) -> Any:
+        block = (pl.ds(index * GRAD_ROWS, GRAD_ROWS), slice(None))
+        inside = _inside(first + index * GRAD_ROWS, (GRAD_ROWS, x_ref.shape[1]), rows, width)
+        load = lambda ref: plt.load(ref.at[block], mask=inside, other=0.0).astype(jnp.float32)  # noqa: E731
+        x, grad = load(x_ref), load(grad_ref)
+        inverse = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / width + epsilon)[:, None]
+        unit = x * inverse
+        scaled = grad * scale
+        mean = jnp.sum(scaled * unit, axis=1)[:, None] / width
+        grad_x = load(skip_ref) + inverse * (scaled - unit * mean)
+        plt.store(grad_x_ref.at[block], grad_x.astype(grad_x_ref.dtype), mask=inside)
+        return grad_scale + jnp.sum(grad * unit, axis=0)
+
+    zero = jnp.zeros((x_ref.shape[1],), jnp.float32)
+    grad_scale_ref[...] = jax.lax.fori_loop(0, GRAD_CHUNK // GRAD_ROWS, step, zero)
+
+
+def _norm_gradient(epsilon, x_MD, scale_D, skip_MD, grad_MD):
+    rows, width = x_MD.shape
+    padded, programs = pl.next_power_of_2(width), pl.cdiv(rows, GRAD_CHUNK)
+    block = pl.BlockSpec((GRAD_CHUNK, padded), lambda i: (i, 0))
+    grad_x, grad_scale = call_kernel(
+        functools.partial(_norm_gradient_kernel, size=(rows, width, epsilon)),
+        GRAD_WARPS,
+        "mor_norm_gradient",
+        grid=(programs,),
+        in_specs=[block, pl.BlockSpec((padded,), lambda _: (0,)), block, block],
+        out_specs=[block, pl.BlockSpec((None, padded), lambda i: (i, 0))],
+        out_shape=[
+            jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype),
+            jax.ShapeDtypeStruct((programs, padded), jnp.float32),
+        ],
+    )(x_MD, jnp.pad(scale_D, (0, padded - width)), skip_MD, grad_MD)
+    return grad_x, jnp.sum(grad_scale, axis=0)[:width]
+
+
+def _add_norm_backward(epsilon, residuals, grads):
+    grad_x, grad_scale = _norm_gradient(epsilon, *residuals, *grads)
+    return grad_x, grad_x, grad_scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_norm(epsilon, x_MD, delta_MD, scale_D):
+    return _add_norm_forward(epsilon, x_MD, delta_MD, scale_D)[0]
+
+
+_add_norm.defvjp(_add_norm_forward, _add_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _skip_norm(epsilon, x_MD, scale_D):
+    return x_MD, *_norm("mor_skip_norm", epsilon, scale_D, x_MD)
+
+
+def _skip_norm_forward(epsilon, x_MD, scale_D):
+    return _skip_norm(epsilon, x_MD, scale_D), (x_MD, scale_D)
+
+
+def _skip_norm_backward(epsilon, residuals, grads):
+    return _norm_gradient(epsilon, *residuals, *grads)
+
+
+_skip_norm.defvjp(_skip_norm_forward, _skip_norm_backward)
+
+
+# --- SwiGLU ---
+
+
+def swiglu(gate_up_BCXF: jax.Array) -> jax.Array:
+    """silu(gate) * up of [B, C, 2, F], [B, C, F]; the gradient reads each of its three inputs once."""
+    local: Any = _swiglu
+    return on_shards(local, (("batch", "sequence", None, "ffn"),), ("batch", "sequence", "ffn"))(gate_up_BCXF)
+
+
+@jax.custom_vjp
+def _swiglu(gate_up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def _swiglu_forward(gate_up):
+    return _swiglu(gate_up), gate_up
+
+
+def _swiglu_gradient_kernel(gate_ref: Any, up_ref: Any, grad_ref: Any, out_ref: Any) -> None:
+    gate, up, grad = (ref[...].astype(jnp.float32) for ref in (gate_ref, up_ref, grad_ref))
+    share = jax.nn.sigmoid(gate)
+    grad_gate = grad * up * share * (1.0 + gate * (1.0 - share))
+    out_ref[:, 0, :] = grad_gate.astype(out_ref.dtype)
+    out_ref[:, 1, :] = (grad * gate * share).astype(out_ref.dtype)
+
+
+def _swiglu_backward(gate_up, grad):
+    width = grad.shape[-1]
+    gate_up_MXF, grad_MF = gate_up.reshape(-1, 2, width), grad.reshape(-1, width)
+    rows = grad_MF.shape[0]
+    columns = width & -width  # the largest power of two that divides F
+    columns = min(columns, 1024)
+    half = lambda x: pl.BlockSpec((_SWIGLU_ROWS, None, columns), lambda i, j: (i, x, j))  # noqa: E731
+    padding = -rows % _SWIGLU_ROWS
+    if padding:
+        gate_up_MXF, grad_MF = (jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (gate_up_MXF, grad_MF))
+    out_MXF = call_kernel(
+        _swiglu_gradient_kernel,
+        8,
+        "mor_swiglu_gradient",
+        grid=((rows + padding) // _SWIGLU_ROWS, width // columns),
+        in_specs=[half(0), half(1), pl.BlockSpec((_SWIGLU_ROWS, columns), lambda i, j: (i, j))],
+        out_specs=pl.BlockSpec((_SWIGLU_ROWS, 2, columns), lambda i, j: (i, 0, j)),
+        out_shape=jax.ShapeDtypeStruct(gate_up_MXF.shape, gate_up.dtype),
+    )(gate_up_MXF, gate_up_MXF, grad_MF)
+    return (out_MXF[:rows].reshape(gate_up.shape),)
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -1,0 +1,250 @@
+"""Next-token cross-entropy in chunks of the sequence, without ever holding ``[B, T, V]`` logits.
+
+The gradient is made in the forward chunk, so the backward pass recomputes nothing of the output head. On a mesh every
+device walks over chunks of its own tokens (``loss_shards``). Letters: B batch, T positions, C positions of one chunk,
+I chunks, D model, V vocabulary; inside ``local`` they are a device's share of each.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+
+from mor_jax.array_types import Array, Float, Hidden, Int
+from mor_jax.config import ModelConfig
+from mor_jax.kernels import cross_entropy as loss_gpu
+from mor_jax.mesh.axes import on_shards
+from mor_jax.model.loss_shards import (
+    HEAD,
+    HIDDEN,
+    SCALAR,
+    TOKENS,
+    VocabularyShard,
+    sum_head_gradient,
+    sum_over_tokens,
+    whole_width,
+)
+
+
+@struct.dataclass
+class CrossEntropy:
+    """Weighted sums over the positions of a batch, float32 scalars.
+
+    ``loss_sum`` carries the gradient. Without a z-loss ``nll_sum`` is the same value and carries it too; with one,
+    ``nll_sum`` and ``z_sum`` are reports that carry none.
+    """
+
+    nll_sum: jax.Array
+    """Sum of weight x negative log-likelihood, in nats."""
+    z_sum: jax.Array
+    """Sum of weight x squared log-sum-exp of the logits."""
+    loss_sum: jax.Array
+    """nll_sum + z_coefficient x z_sum."""
+
+
+def target_mask(model: ModelConfig, segment_ids: Any) -> Any:
+    """Which targets of a packed row count.
+
+    Args:
+        model: says whether attention, and so prediction, crosses document borders.
+        segment_ids: int [B, T+1], 1-based, 0 = padding; numpy or jax.
+
+    Returns:
+        bool [B, T]: the target is no padding and, unless attention crosses borders, of its input's document.
+    """
+    inputs, targets = segment_ids[:, :-1], segment_ids[:, 1:]
+    return (targets != 0) if model.attend_across_documents else (targets != 0) & (inputs == targets)
+
+
+def _chunked(x_BTX: jax.Array, chunk: int) -> jax.Array:
+    """Pad T with zeros to a multiple of ``chunk`` and put the chunks first: [I, B, C, ...]."""
+    batch, length, *rest = x_BTX.shape
+    chunks = -(-length // chunk)
+    padding = [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * len(rest)
+    return jnp.moveaxis(jnp.pad(x_BTX, padding).reshape(batch, chunks, chunk, *rest), 1, 0)
+
+
+def _unchunked(x_IBCX: jax.Array, length: int) -> jax.Array:
+    """Undo ``_chunked``: [B, T, ...]."""
+    chunks, batch, chunk, *rest = x_IBCX.shape
+    return jnp.moveaxis(x_IBCX, 0, 1).reshape(batch, chunks * chunk, *rest)[:, :length]
+
+
+def _chunk_logits(hidden_BCD: jax.Array, head_VD: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Logits, accumulated in float32, kept in ``dtype``."""
+    return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=dtype)
+
+
+def _is_target(targets_BC: jax.Array, vocabulary: VocabularyShard) -> jax.Array:
+    return vocabulary.local(targets_BC)[..., None] == jnp.arange(vocabulary.size, dtype=targets_BC.dtype)[None, None, :]
+
+
+def _chunk_nll(
+    logits_BCV: jax.Array, targets_BC: jax.Array, vocabulary: VocabularyShard
+) -> tuple[jax.Array, jax.Array]:
+    """Return (negative log-likelihood, log-sum-exp), float32 [B, C] each."""
+    logits_BCV = logits_BCV.astype(jnp.float32)
+    lse_BC = vocabulary.logsumexp(logits_BCV)
+    return lse_BC - vocabulary.pick(logits_BCV, targets_BC), lse_BC
+
+
+def _chunk_gradient(
+    logits_BCV: jax.Array,
+    targets_BC: jax.Array,
+    weights_BC: jax.Array,
+    vocabulary: VocabularyShard,
+    dtype: DTypeLike,
+    z_coefficient: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (weighted gradient in the logits, in ``dtype``; negative log-likelihood; log-sum-exp)."""
+    nll_BC, lse_BC = _chunk_nll(logits_BCV, targets_BC, vocabulary)
+    probability_BCV = jnp.exp(logits_BCV.astype(jnp.float32) - lse_BC[..., None])
+    scale_BC = 1.0 + 2.0 * z_coefficient * lse_BC
+    grad_BCV = probability_BCV * scale_BC[..., None] - _is_target(targets_BC, vocabulary)
+    return (grad_BCV * weights_BC[..., None]).astype(dtype), nll_BC, lse_BC
+
+
+def _chunk_gradient_kernel(
+    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, dtype: DTypeLike, z_coefficient: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What ``_chunk_gradient`` returns, in one kernel, for logits of the whole vocabulary."""
+    rows = (logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1), weights_BC.reshape(-1))
+    grad_MV, nll_M, lse_M = loss_gpu.softmax_cross_entropy(*rows, dtype, z_coefficient)
+    return grad_MV.reshape(logits_BCV.shape), nll_M.reshape(targets_BC.shape), lse_M.reshape(targets_BC.shape)
+
+
+def fused_cross_entropy(
+    hidden_BTD: Hidden,
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    *,
+    chunk: int,
+    z_coefficient: float = 0.0,
+    logits_dtype: DTypeLike = jnp.float32,
+    fused: bool = False,
+) -> CrossEntropy:
+    """Sum the weighted cross-entropy of a batch, one chunk of positions at a time.
+
+    Matrix products run in the dtype of ``hidden_BTD`` and accumulate in float32; logits are float32 and live for one
+    chunk only. Differentiable in ``hidden_BTD`` and ``head_VD``; the head's gradient is accumulated in float32.
+
+    Args:
+        hidden_BTD: final hidden states, float [B, T, D].
+        head_VD: output head, float [V, D].
+        targets_BT: token to predict at each position, int [B, T].
+        weights_BT: float [B, T]; 0 leaves a position out.
+        chunk: positions per chunk, of a device's share of each row; T need not be a multiple.
+        z_coefficient: weight of the squared log-sum-exp of the logits.
+        logits_dtype: how the logits of a chunk lie in memory: bfloat16 rounds them, and moves half the bytes.
+        fused: when differentiated, softmax and gradient of a chunk in one kernel for GPUs (``loss_gpu``) where each
+            device holds the whole vocabulary; the value alone, and split vocabularies, are XLA's in any case.
+
+    Returns:
+        ``CrossEntropy`` of float32 scalars.
+
+    References:
+        Chowdhery et al., PaLM (2022), section 5, for the logit z-loss.
+    """
+    with jax.named_scope("head_loss"):
+        settings = (chunk, float(z_coefficient), jnp.dtype(logits_dtype), fused)
+        sums = _cross_entropy(settings, hidden_BTD, head_VD, targets_BT, weights_BT)
+    nll_sum, z_sum, loss_sum = sums
+    return CrossEntropy(nll_sum=nll_sum, z_sum=z_sum, loss_sum=loss_sum)
+
+
+def _cross_entropy_sums(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
+    chunk, z_coefficient, logits_dtype, _ = settings
+
+    def local(hidden_BTD, head_VD, targets_BT, weights_BT):
+        head = whole_width(head_VD.astype(hidden_BTD.dtype))
+        vocabulary = VocabularyShard(head.shape[0])
+
+        def step(sums, inputs):
+            hidden_BCD, targets_BC, weights_BC = inputs
+            nll_BC, lse_BC = _chunk_nll(_chunk_logits(hidden_BCD, head, logits_dtype), targets_BC, vocabulary)
+            return (sums[0] + jnp.sum(nll_BC * weights_BC), sums[1] + jnp.sum(lse_BC**2 * weights_BC)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        inputs = tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+        return sum_over_tokens(jax.lax.scan(step, (zero, zero), inputs)[0])
+
+    arguments = (hidden_BTD, head_VD, targets_BT, weights_BT.astype(jnp.float32))
+    nll_sum, z_sum = on_shards(local, (HIDDEN, HEAD, TOKENS, TOKENS), (SCALAR, SCALAR))(*arguments)
+    return nll_sum, z_sum, nll_sum + z_coefficient * z_sum
+
+
+def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
+    chunk, z_coefficient, logits_dtype, fused = settings
+    dtype = hidden_BTD.dtype
+
+    def local(hidden_BTD, head_VD, targets_BT, weights_BT):
+        head = whole_width(head_VD.astype(dtype))
+        vocabulary = VocabularyShard(head.shape[0])
+
+        def step(carry, inputs):
+            nll_sum, z_sum, grad_head_VD = carry
+            hidden_BCD, targets_BC, weights_BC = inputs
+            logits_BCV = _chunk_logits(hidden_BCD, head, logits_dtype)
+            tokens = (logits_BCV, targets_BC, weights_BC)
+            if fused and vocabulary.is_whole and loss_gpu.can_address(targets_BC.size, vocabulary.size):
+                grad_BCV, nll_BC, lse_BC = _chunk_gradient_kernel(*tokens, dtype, z_coefficient)
+            else:
+                grad_BCV, nll_BC, lse_BC = _chunk_gradient(*tokens, vocabulary, dtype, z_coefficient)
+            grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head, preferred_element_type=jnp.float32).astype(dtype)
+            grad_head_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
+            nll_sum += jnp.sum(nll_BC * weights_BC)
+            z_sum += jnp.sum(lse_BC**2 * weights_BC)
+            return (nll_sum, z_sum, grad_head_VD), grad_BCD
+
+        zero = jnp.zeros((), jnp.float32)
+        inputs = tuple(_chunked(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT))
+        carry = (zero, zero, jnp.zeros(head.shape, jnp.float32))
+        (nll_sum, z_sum, grad_head_VD), grad_IBCD = jax.lax.scan(step, carry, inputs)
+        grad_BTD = vocabulary.sum(_unchunked(grad_IBCD, hidden_BTD.shape[1]))
+        return *sum_over_tokens((nll_sum, z_sum)), grad_BTD, sum_head_gradient(grad_head_VD)
+
+    arguments = (hidden_BTD, head_VD, targets_BT, weights_BT.astype(jnp.float32))
+    sharded = on_shards(local, (HIDDEN, HEAD, TOKENS, TOKENS), (SCALAR, SCALAR, HIDDEN, HEAD))
+    nll_sum, z_sum, grad_BTD, grad_head_VD = sharded(*arguments)
+    return (nll_sum, z_sum, nll_sum + z_coefficient * z_sum), (grad_BTD, grad_head_VD.astype(head_VD.dtype))
+
+
+def _cross_entropy_backward(settings, residuals, cotangents):
+    _, z_coefficient, _, _ = settings
+    grad_BTD, grad_head_VD = residuals
+    nll_cotangent, _, cotangent = cotangents
+    if z_coefficient == 0.0:
+        cotangent = cotangent + nll_cotangent  # the two sums are one value
+    return grad_BTD * cotangent.astype(grad_BTD.dtype), grad_head_VD * cotangent.astype(grad_head_VD.dtype), None, None
+
+
+_cross_entropy: Any = jax.custom_vjp(_cross_entropy_sums, nondiff_argnums=(0,))
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def token_nll(
+    hidden_BTD: Hidden, head_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], *, chunk: int
+) -> Float[Array, "B T"]:
+    """Return the negative log-likelihood of every target in nats, float32 [B, T]; for evaluation, not for gradients.
+
+    Args:
+        hidden_BTD: final hidden states, float [B, T, D].
+        head_VD: output head, float [V, D].
+        targets_BT: token to predict at each position, int [B, T].
+        chunk: positions per chunk; T need not be a multiple.
+    """
+
+    def local(hidden_BTD, head_VD, targets_BT):
+        head = whole_width(head_VD.astype(hidden_BTD.dtype))
+        vocabulary = VocabularyShard(head.shape[0])
+
+        def one_chunk(inputs):
+            return _chunk_nll(_chunk_logits(inputs[0], head), inputs[1], vocabulary)[0]
+
+        nll_IBC = jax.lax.map(one_chunk, (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk)))
+        return _unchunked(nll_IBC, hidden_BTD.shape[1])
+
+    return on_shards(local, (HIDDEN, HEAD, TOKENS), TOKENS)(hidden_BTD, head_VD, targets_BT)

@@ -1,0 +1,1 @@
+"""Routing, what the paper is about: router, selection, capacities, trace, and the executions `gather` and `scan`."""

@@ -1,0 +1,100 @@
+"""Everything that a training run changes, as one pytree."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from mor_jax.array_types import Params
+from mor_jax.config import Config
+from mor_jax.mesh.mesh import check_mesh, state_shardings
+from mor_jax.model.transformer import init_params, logical_axes
+from mor_jax.runs.optimizer import make_optimizer
+
+
+@struct.dataclass
+class TrainState:
+    """State after ``step`` optimiser steps."""
+
+    step: jax.Array
+    """int32 scalar: optimiser steps done; also the next batch's index."""
+    params: Params
+    """float32 master weights."""
+    opt_state: Any
+    """Of ``make_optimizer``."""
+    router_bias_R: jax.Array
+    """float32 [R]: token-choice's loss-free bias; zeros otherwise."""
+    key: jax.Array
+    """Typed random key; every step folds its number in."""
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights of another model that a run starts from."""
+
+    params: Params
+    """float32 tree of the run's model, on the host."""
+    tokenizer_hash: str | None
+    """Of the tokenizer that these weights belong to; None is unknown."""
+    origin: str
+    """What they are, for the log."""
+    router_bias_R: Any = None
+    """float32 [R], the bias of loss-free balancing that belongs to them; None leaves the run's own."""
+
+
+def place_weights(state: TrainState, first: InitialWeights) -> TrainState:
+    """Return the state with other weights: host arrays put on the shardings of those it has, shard by shard."""
+
+    def place(old: jax.Array, new: Any) -> jax.Array:
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: np.asarray(new[index], old.dtype))
+
+    params = jax.tree.map(place, state.params, dict(first.params))
+    if first.router_bias_R is None:
+        return dataclasses.replace(state, params=params)
+    return dataclasses.replace(state, params=params, router_bias_R=place(state.router_bias_R, first.router_bias_R))
+
+
+def _init(config: Config) -> TrainState:
+    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
+    params = init_params(config.model, init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(config.optimizer, config.train.steps).init(params),
+        router_bias_R=jnp.zeros((config.model.recursion.num_recursions,), jnp.float32),
+        key=run_key,
+    )
+
+
+def abstract_train_state(config: Config, mesh: Mesh) -> TrainState:
+    """Return the train state as ``jax.ShapeDtypeStruct`` with shardings; nothing is allocated.
+
+    Raises:
+        UserError: the mesh does not divide the batch or the model.
+    """
+    check_mesh(config, mesh)
+    shapes = jax.eval_shape(lambda: _init(config))
+    shardings = state_shardings(mesh, shapes, logical_axes(config.model))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def init_train_state(config: Config, mesh: Mesh) -> TrainState:
+    """Initialise parameters and optimiser state, each leaf made as its own shards.
+
+    Args:
+        config: model, optimiser and ``train.seed``.
+        mesh: from ``make_mesh``.
+
+    Returns:
+        The state before the first step.
+
+    Raises:
+        UserError: the mesh does not divide the batch or the model.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(config, mesh))
+    return jax.jit(lambda: _init(config), out_shardings=shardings)()

@@ -1,0 +1,63 @@
+"""Fused norms and SwiGLU against the plain ones, values and gradients: in Pallas' interpreter, on a GPU compiled."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mor_jax.kernels.norm import add_norm, skip_norm, swiglu
+from mor_jax.model.layers import rms_norm
+
+EPSILON = 1e-5
+
+
+def _same(plain: Callable, fused: Callable, arguments: tuple[jax.Array, ...], tolerance: float = 2e-5) -> None:
+    results = []
+    for function in (plain, fused):
+        out, pull = jax.vjp(jax.jit(function), *arguments)
+        grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(9), x.shape), out)
+        results.append(jax.tree.leaves((out, pull(grads))))
+    for want, got in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, atol=tolerance)
+
+
+def test_norms_add_both_gradients_of_the_residual_stream():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, delta = (jax.random.normal(key, (2, 37, 24)) for key in keys[:2])  # neither size is a power of two
+    scale = 1 + 0.1 * jax.random.normal(keys[2], (24,))
+    _same(_plain_norms, lambda x, delta, scale: add_norm(x, delta, scale, EPSILON), (x, delta, scale))
+    _same(lambda x, s: (x, rms_norm(x, s, EPSILON)), lambda x, scale: skip_norm(x, scale, EPSILON), (x, scale))
+
+
+def _plain_norms(x, delta, scale):
+    return x + delta, rms_norm(x + delta, scale, EPSILON)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-3)])
+@pytest.mark.parametrize("tokens", [2048, 1365])
+def test_compiled_norms(tokens, dtype, tolerance):
+    """Relative norm of the difference to float32 from the same inputs: bfloat16 rounds the sum and every result."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, delta = (jax.random.normal(key, (4, tokens, 960), dtype) for key in keys[:2])
+    scale = 1 + 0.1 * jax.random.normal(keys[2], (960,))
+    cases = [
+        (_plain_norms, lambda x, d, s: add_norm(x, d, s, EPSILON), (x, delta, scale)),
+        (lambda x, s: (x, rms_norm(x, s, EPSILON)), lambda x, s: skip_norm(x, s, EPSILON), (x, scale)),
+    ]
+    for plain, fused, arguments in cases:
+        results = []
+        for function, kind in ((plain, "float32"), (fused, dtype)):
+            out, pull = jax.vjp(jax.jit(function), *(a.astype(kind) for a in arguments[:-1]), scale)
+            grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(9), x.shape, dtype).astype(x.dtype), out)
+            results.append([a.astype(jnp.float32) for a in jax.tree.leaves((out, pull(grads)))])
+        for want, got in zip(*results, strict=True):
+            assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < tolerance
+
+
+def test_swiglu_gradient():
+    gate_up = jax.random.normal(jax.random.key(1), (2, 37, 2, 48))
+    _same(lambda h: jax.nn.silu(h[..., 0, :]) * h[..., 1, :], swiglu, (gate_up,))
