@@ -13,8 +13,9 @@ from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import require
 from mor_jax.evaluate.inspect import calibrated, evaluate_run
 from mor_jax.evaluate.validation import summary
+from mor_jax.interop.sources import open_run
 from mor_jax.paths import to_path
-from mor_jax.runs.restore import RestoredRun, restore_run
+from mor_jax.runs.restore import RestoredRun
 
 _BATCH_SIZE = 32
 
@@ -99,7 +100,7 @@ def _held_out(options: EvalArguments) -> None:
 
 def _restored(options: EvalArguments) -> RestoredRun:
     """Restore the run, with calibrated boundaries if that was asked for."""
-    restored = restore_run(to_path(options.run))
+    restored = open_run(to_path(options.run))
     return calibrated(restored, options.calibrate) if options.calibrate else restored
 
 
