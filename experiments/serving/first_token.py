@@ -2,12 +2,12 @@
 
 Usage: python experiments/serving/first_token.py write mor-360m-expert-r3 RUN
        python experiments/serving/first_token.py write debug SMALL
-       python experiments/serving/first_token.py measure RUN --floor SMALL --commit COMMIT --out FILE
+       python experiments/serving/first_token.py measure RUN --floor SMALL --source NAME=SRC ... --out FILE
 
 `write` saves a run of a preset at random weights, moments included. `measure` drops the run's files from the page
 cache and counts what the process that generates one token has read: from storage (`read_bytes`: the run's files, as all
 others are warm), and by all system calls (`rchar`, less what the same command reads for the small run: libraries). It
-imports nothing of the package, so any commit's can be measured: the one on PYTHONPATH.
+imports nothing of the package, so any commit's can be measured; several source trees (`src` folders) take turns.
 """
 
 import argparse
@@ -68,12 +68,15 @@ def forget(run: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def generate(run: Path) -> dict[str, float]:
+def generate(run: Path, source: Path) -> dict[str, float]:
     """Generate one token, and say what the process had read and held when the token was there."""
     forget(run)
     command = [sys.executable, "-m", "mor_jax.cli", "generate", str(run), "--prompt", PROMPT, "--max-tokens", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(source)}
     begun = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as child:
         assert child.stderr is not None
         said = []
         for line in child.stderr:
@@ -96,22 +99,29 @@ def _numbers(path: str) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) for words in fields if len(words) > 1 and words[1].isdecimal()}
 
 
-def measure(run: Path, small: Path) -> dict[str, Any]:
-    """Take the medians of some rounds; one before them warms libraries and compiled programs up."""
-    weights = weights_bytes(run)
-    floor = [generate(small) for _ in range(2)][-1]["rchar"] - weights_bytes(small)
-    rounds = [generate(run) for _ in range(ROUNDS + 1)][1:]
-    medians = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
-    medians["rchar_of_the_run"] = medians.pop("rchar") - floor
+def measure(run: Path, small: Path, sources: dict[str, Path]) -> dict[str, Any]:
+    """Take the medians of some rounds of every source tree in turn; one before them warms libraries and programs up."""
+    weights, found = weights_bytes(run), {name: [] for name in sources}
+    floors = {}
+    for name, source in sources.items():
+        floors[name] = [generate(small, source) for _ in range(2)][-1]["rchar"] - weights_bytes(small)
+        generate(run, source)
+    for _ in range(ROUNDS):
+        for name, source in sources.items():
+            found[name].append(generate(run, source))
     return {
         "preset": json.loads((run / "config.json").read_text())["preset"],
         "weights_bytes": weights,
         "checkpoint_bytes": sum(p.stat().st_size for p in run.rglob("*") if p.is_file()),
-        **medians,
-        "read_bytes_over_weights": medians["read_bytes"] / weights,
-        "rchar_of_the_run_over_weights": medians["rchar_of_the_run"] / weights,
-        "rounds": rounds,
+        "results": {name: _summary(rounds, floors[name], weights) for name, rounds in found.items()},
     }
+
+
+def _summary(rounds: list[dict[str, float]], floor: float, weights: int) -> dict[str, Any]:
+    medians = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+    medians["rchar_of_the_run"] = medians.pop("rchar") - floor
+    ratios = {f"{name}_over_weights": medians[name] / weights for name in ("read_bytes", "rchar_of_the_run")}
+    return {**medians, **ratios, "rounds": rounds}
 
 
 def main() -> None:
@@ -124,21 +134,22 @@ def main() -> None:
     measurer = commands.add_parser("measure")
     measurer.add_argument("run", type=Path)
     measurer.add_argument("--floor", type=Path, required=True, help="a small run")
-    measurer.add_argument("--commit", required=True, help="of the package that is measured")
+    measurer.add_argument("--source", action="append", required=True, help="NAME=SRC, a source tree to measure")
     measurer.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.command == "write":
         write(arguments.preset, arguments.run)
         return
     about = {
-        "command": "python experiments/serving/first_token.py measure RUN --floor SMALL",
-        "commit": arguments.commit,
+        "command": "python experiments/serving/first_token.py measure RUN --floor SMALL --source ...",
         "platform": os.environ.get("JAX_PLATFORMS", ""),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "orbax-checkpoint", "tensorstore")},
     }
-    arguments.out.write_text(json.dumps({**about, **measure(arguments.run, arguments.floor)}, indent=2) + "\n")
+    sources = {name: Path(path) for name, path in (text.split("=", 1) for text in arguments.source)}
+    found = measure(arguments.run, arguments.floor, sources)
+    arguments.out.write_text(json.dumps({**about, **found}, indent=2) + "\n")
 
 
 def _processor() -> str:
