@@ -45,7 +45,8 @@ def _assert_same(found: Any, wanted: Any) -> None:
         return
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+        close = value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-6)
+        assert found[name] == close, name
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
