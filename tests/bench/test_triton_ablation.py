@@ -40,7 +40,7 @@ def script():
 
 @pytest.fixture
 def config():
-    config = Config(model=MODEL, train=TrainConfig(batch_size=2, steps=9), perf=PerfConfig(fusion="triton"))
+    config = Config(model=MODEL, train=TrainConfig(batch_size=2, steps=100), perf=PerfConfig(fusion="triton"))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     return dataclasses.replace(config, perf=resolve_perf(config, mesh)), mesh
 

@@ -49,7 +49,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 logging.getLogger("jax").setLevel(logging.WARNING)
 model = ModelConfig(48, 4, 16, 2, 1, 16, 32, 16, dtype="float32",
     recursion=RecursionConfig(num_recursions=2, sharing="middle_cycle"), routing=RoutingConfig(kind="expert"))
-config = Config(model=model, train=TrainConfig(batch_size=2, steps=10))
+config = Config(model=model, train=TrainConfig(batch_size=2, steps=100))
 mesh = make_mesh(config.mesh, jax.devices()[:1])
 resolved = dataclasses.replace(config, perf=resolve_perf(config, mesh))
 state = init_train_state(resolved, mesh)
