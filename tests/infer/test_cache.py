@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_examples import decode_model, make_params, model_config, tokens
+from mor_jax.infer.calibrate import calibrate_boundaries
 
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import UserError
 from mor_jax.infer.cache import CacheShape, init_cache, kv_layout, kv_usage, release, reserve
-from mor_jax.infer.calibrate import calibrate_boundaries
 from mor_jax.infer.decode_model import decoding_refusal, prepare_weights
 from mor_jax.infer.prefill import prefill
 

@@ -69,7 +69,7 @@ def test_nothing_stays_behind(engine):
     assert usage.used == usage.allocated == 0
     for pool in engine._state.cache.pools:
         np.testing.assert_array_equal(np.sort(pool.free_P), np.arange(pool.free_P.shape[0]))
-    assert engine._promised == [0, 0]
+    assert engine._places.promised == [0, 0]
 
 
 def test_prompts_alone_are_read_without_dispatches(config, engine):
