@@ -3,7 +3,7 @@
 The training modules are not applied here: they have no cache that outlives a call, and their projections lie otherwise.
 That both compute the same is what ``tests/infer/test_exact.py`` holds, token by token.
 Letters: B rows, T tokens, D width, V vocabulary, R recursions, L layers, N K heads, M = N + 2K, H head dim, X projected
-features, Y attention's output, P F gate and up of the feed-forward.
+features, Y attention's output, F feed-forward, P devices that share a layer.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ def _layer(
     normed_BTD = rms_norm(x_BTD, scales["attention_norm"], epsilon)
     delta_BTD, cached = _attention(model.config, weights, normed_BTD, context, cached)
     x_BTD = constrain(x_BTD + delta_BTD, "batch", "sequence", None)
-    x_BTD = x_BTD + _feed_forward(weights, rms_norm(x_BTD, scales["ffn_norm"], epsilon))
+    x_BTD = x_BTD + _feed_forward(weights, rms_norm(x_BTD, scales["ffn_norm"], epsilon), model.shards)
     return x_BTD, _put(cache, index, cached)
 
 
@@ -120,11 +120,13 @@ def _attention(
     return jnp.einsum("BTY,DY->BTD", out_BTNH.reshape(rows, length, -1), weights.output_DY), cached
 
 
-def _feed_forward(weights: LayerWeights, x_BTD: jax.Array) -> jax.Array:
-    """SwiGLU: (silu(x W_gate) * x W_up) W_down."""
-    hidden_BTPF = jnp.einsum("BTD,PFD->BTPF", x_BTD, weights.gate_up_2FD)
-    activated_BTF = jax.nn.silu(hidden_BTPF[:, :, 0]) * hidden_BTPF[:, :, 1]
-    return jnp.einsum("BTF,DF->BTD", activated_BTF, weights.down_DF)
+def _feed_forward(weights: LayerWeights, x_BTD: jax.Array, shards: int) -> jax.Array:
+    """SwiGLU, (silu(x W_gate) * x W_up) W_down, gate and up by one product."""
+    rows, length, _ = x_BTD.shape
+    hidden_BTX = jnp.einsum("BTD,XD->BTX", x_BTD, weights.gate_up_XD)
+    hidden_BTP2F = hidden_BTX.reshape(rows, length, shards, 2, -1)
+    activated_BTPF = jax.nn.silu(hidden_BTP2F[:, :, :, 0]) * hidden_BTP2F[:, :, :, 1]
+    return jnp.einsum("BTF,DF->BTD", activated_BTPF.reshape(rows, length, -1), weights.down_DF)
 
 
 def _put(cache: PagedCache, index: int, cached: KeyValue) -> PagedCache:

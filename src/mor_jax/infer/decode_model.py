@@ -30,10 +30,11 @@ class LayerWeights:
     """One layer, matrices as [outputs, inputs]."""
 
     query_key_value_XD: jax.Array
-    """[M H, D]: N queries, K keys, K values; shared by several devices, those of the first one come first."""
+    """[M H, D]: N queries, K keys, K values; of several devices that share them, those of the first one come first."""
     output_DY: jax.Array
     """[D, N H]."""
-    gate_up_2FD: jax.Array
+    gate_up_XD: jax.Array
+    """[2 F, D]: gate, up; of several devices likewise."""
     down_DF: jax.Array
     attention_norm_D: jax.Array | None = None
     """float32; None where the recursions have their own (``DecodeModel.norms``)."""
@@ -167,11 +168,12 @@ def _layer_weights(layer: Any, shards: int) -> LayerWeights:
     width, _, head_dim = attention["query"].shape
     keys, values = attention["key_value"][:, 0], attention["key_value"][:, 1]
     parts = [heads.reshape(width, shards, -1, head_dim) for heads in (attention["query"], keys, values)]
+    gate_up = ffn["gate_up"].reshape(width, 2, shards, -1)
     scale = lambda name: layer[name]["scale"] if name in layer else None  # noqa: E731
     return LayerWeights(
         query_key_value_XD=constrain(jnp.concatenate(parts, axis=2).reshape(width, -1).T, "heads", "embed"),
         output_DY=constrain(attention["output"].reshape(-1, width).T, "embed", "heads"),
-        gate_up_2FD=constrain(jnp.transpose(ffn["gate_up"], (1, 2, 0)), None, "ffn", "embed"),
+        gate_up_XD=constrain(jnp.moveaxis(gate_up, 2, 1).reshape(width, -1).T, "ffn", "embed"),
         down_DF=constrain(ffn["down"].T, "embed", "ffn"),
         attention_norm_D=scale("attention_norm"),
         ffn_norm_D=scale("ffn_norm"),
