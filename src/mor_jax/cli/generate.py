@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mor_jax.cli.options import parse
+from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError, require
 from mor_jax.infer.engine_options import EngineMesh
 
@@ -57,7 +58,6 @@ def run(arguments: Sequence[str]) -> int:
     """Generate: a single text as it grows, several when all are there."""
     options = parse(GenerateArguments, arguments, "generate", "Continue texts with a trained model.")
     prompts = _prompts(options)
-    from mor_jax.compilation_cache import enable_compilation_cache
     from mor_jax.infer.language_model import Completion, Speed, load
 
     enable_compilation_cache()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mor_jax.cli.options import parse, refuse_products
+from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError
 from mor_jax.infer.engine_options import EngineMesh, EngineOptions
 from mor_jax.serve.server_options import ServeOptions
@@ -54,8 +55,6 @@ def run(arguments: Sequence[str]) -> int:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client"):
             raise
         raise UserError(f"the package {error.name} is missing: pip install 'mor-jax[serve]'") from error
-    from mor_jax.compilation_cache import enable_compilation_cache
-
     enable_compilation_cache()
     return serve(lambda: _load(options), options.http)
 
