@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.config import PLAIN, ModelConfig
 from mor_jax.infer.cache import PagedCache
 from mor_jax.infer.decode_model import DecodeModel, LayerWeights
 from mor_jax.infer.paged_attention import PagedStore
@@ -91,7 +91,7 @@ def _layer(
         x_BD, cache = _fused_layer(model.config, weights, x_BTD[:, 0], context, cache, index, norms)
         return x_BD[:, None], cache
     cached = (cache.keys[index], cache.values[index])
-    module, params = DecoderLayer(model.config, PerfConfig()), weights.module_params(model.config)
+    module, params = DecoderLayer(model.config, PLAIN), weights.module_params(model.config)
     output: Any = module.apply({"params": params}, x_BTD, context, cached, norms)
     x_BTD, cached = output
     return x_BTD, _put(cache, index, cached)

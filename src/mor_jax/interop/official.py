@@ -18,7 +18,7 @@ from mor_jax.interop.description import describe, parse
 from mor_jax.interop.released import describe_folder, write_configuration
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Path, Tensor, attention_aliases, router_bias_name, tensors
-from mor_jax.model.routing.router_state import ROUTER_STATE
+from mor_jax.model.parameters import ROUTER_STATE
 
 __all__ = ["describe", "export", "load", "read", "write_configuration"]
 _BIAS_PATH = (ROUTER_STATE, "bias")

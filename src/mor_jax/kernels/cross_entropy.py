@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from mor_jax.array_types import Array, Float, Int
 from mor_jax.kernels.norm import call_kernel
 
 _LOG2_E = math.log2(math.e)
@@ -47,9 +46,9 @@ def can_address(tokens: int, vocabulary: int) -> bool:
 
 
 def softmax_cross_entropy(
-    logits_MV: Float[Array, "M V"],
-    targets_M: Int[Array, " M"],
-    weights_M: Float[Array, " M"],
+    logits_MV: jax.Array,
+    targets_M: jax.Array,
+    weights_M: jax.Array,
     dtype: DTypeLike,
     z_coefficient: float,
     tile: RowTile | None = None,

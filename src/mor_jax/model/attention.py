@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.config import ModelConfig, ResolvedPerf
 from mor_jax.kernels.attention.backend import attend, resolve_backend
 from mor_jax.kernels.rotary import can_rotate, split_rotate
 from mor_jax.mesh.axes import axis_size, constrain
@@ -40,7 +40,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary embedding and the three key/value strategies (paper section 2.2.2)."""
 
     config: ModelConfig
-    perf: PerfConfig
+    perf: ResolvedPerf
 
     @nn.compact
     def __call__(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.config import ModelConfig, ResolvedPerf
 from mor_jax.kernels.norm import add_norm, skip_norm, swiglu
 from mor_jax.kernels.swiglu_hopper import feed_forward
 from mor_jax.model.relaxation import low_rank
@@ -88,7 +88,7 @@ class SwiGLU(nn.Module):
     """Gated feed-forward: (silu(x W_gate) * x W_up) W_down, the first two fused."""
 
     config: ModelConfig
-    perf: PerfConfig
+    perf: ResolvedPerf
 
     @nn.compact
     def __call__(self, x_BCD: jax.Array, lora: Any = None) -> jax.Array:

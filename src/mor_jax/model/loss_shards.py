@@ -80,3 +80,13 @@ class VocabularyShard:
         if not _split("tensor"):
             return picked_BC
         return self.sum(jnp.where((local_BC >= 0) & (local_BC < self.size), picked_BC, 0.0))
+
+    def argmax(self, logits_BCV: jax.Array) -> jax.Array:
+        """Token of the largest logit, the first of several, int32 [B, C]."""
+        token_BC = jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
+        if not _split("tensor"):
+            return token_BC
+        largest_BC = jnp.max(logits_BCV, axis=-1)
+        is_best_BC = largest_BC == jax.lax.pmax(largest_BC, "tensor")
+        token_BC += jax.lax.axis_index("tensor") * self.size
+        return jax.lax.pmin(jnp.where(is_best_BC, token_BC, jnp.iinfo(jnp.int32).max), "tensor")
