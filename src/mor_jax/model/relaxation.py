@@ -1,7 +1,7 @@
 """What lets recursions differ although they share a block: norms, low-rank updates, an encoding (paper table 16).
 
-Parameters are stacked [R, ...] over the recursions, and reach the layers as one tree [R, L, ...] (``collect_unshared``). Letters:
-D model, F feed-forward, N query heads, K key/value heads, H head width, R recursions, L layers in the block, P rank.
+Parameters are stacked [R, ...] and reach the layers as one tree [R, L, ...] of ``collect_unshared``. Letters: D model,
+F feed-forward, N query heads, K key/value heads, H head width, R recursions, L layers in the block, P rank.
 
 References: Hu et al., LoRA (2021); Bae et al., Relaxed Recursive Transformers (2025), for the initialisation from the
 singular value decomposition of what sharing takes away from a full model.

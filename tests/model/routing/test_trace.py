@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.config import Execution, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig
+from mor_jax.config import Execution, Mode, ModelConfig, RecursionConfig, ResolvedPerf, RoutingConfig
+from mor_jax.model.parameters import Weights
 from mor_jax.model.routing.trace import RoutingTrace
-from mor_jax.model.transformer import Mode, apply_trunk, init_params
+from mor_jax.model.rows import Rows
+from mor_jax.model.transformer import apply_trunk, init_params
 
 VOCAB = 8
 EXPERT = RoutingConfig("expert", residual="plain", score="none", alpha=1.0, capacities=(1.0, 0.75, 0.25))
@@ -30,7 +32,7 @@ def _fresh(model: ModelConfig):
 
 
 def _route(
-    model: ModelConfig, table, tokens, execution: Execution = "gather", mode: Mode = "topk", **arguments
+    model: ModelConfig, table, tokens, execution: Execution = "gather", mode: Mode = "topk", bias_R=None, **arguments
 ) -> RoutingTrace:
     """Route rows of token ids; ``table[v]`` are the raw scores of token v, one per recursion (or depth)."""
     params = dict(_fresh(model))
@@ -41,8 +43,8 @@ def _route(
 
     @jax.jit
     def run(params):
-        perf = PerfConfig(execution=execution)
-        return apply_trunk(model, perf, params, jnp.array(tokens), mode=mode, **arguments).trace
+        weights, rows = Weights(model, params, bias_R), Rows(jnp.array(tokens))
+        return apply_trunk(weights, ResolvedPerf(execution=execution), rows, mode=mode, **arguments).trace
 
     trace = run(params)
     assert trace is not None
@@ -162,7 +164,7 @@ def test_balance_warm_up_sends_every_token_through_every_recursion(execution):
 
 def test_the_loss_free_bias_moves_the_choice_but_not_the_gate():
     model = _model(dataclasses.replace(TOKEN, balancing="loss_free", capacities=(1.0, 1.0, 1.0)))
-    trace = _route(model, DEPTHS, ROWS[:1], router_bias_R=jnp.array([0.0, 2.0, 0.0]))
+    trace = _route(model, DEPTHS, ROWS[:1], bias_R=jnp.array([0.0, 2.0, 0.0]))
     np.testing.assert_array_equal(trace.depth_BT, np.full((1, 8), 2))
     plain = np.exp(0) / (np.exp(9) + 2)
     np.testing.assert_allclose(np.asarray(trace.gates)[0, 0], plain, rtol=1e-5)
