@@ -35,7 +35,7 @@ def load(description: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> tup
 
     Returns:
         (configuration with dtype float32, parameter tree of numpy arrays). With loss-free balancing the tree holds
-        the bias, which is not trained, as ``router_state/bias`` (see ``model.router_state.split_router_state``).
+        the bias, which is not trained, as ``router_state/bias`` (see ``model.parameters.split_router_state``).
 
     Raises:
         UserError: a description that cannot be used, an untied-attention checkpoint of the early release, or tensors
