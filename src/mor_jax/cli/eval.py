@@ -125,10 +125,8 @@ def _tasks(options: EvalArguments) -> None:
     assert options.tasks is not None
     names = PAPER_TASKS if options.tasks == "paper" else tuple(options.tasks.split(","))
     restored = _restored(options)
-    model, params, bias_R = restored.config.model, restored.params, restored.router_bias_R
-    if options.max_depth is not None:
-        model, params, bias_R = cap_depth(model, params, bias_R, options.max_depth)
-    scorer = Scorer(model, restored.config.perf, params, bias_R)
+    weights = restored.weights if options.max_depth is None else cap_depth(restored.weights, options.max_depth)
+    scorer = Scorer(weights, restored.config.perf)
     results = run_tasks(
         MorLM(scorer, restored.tokenizer, options.batch_size or _BATCH_SIZE),
         names,
@@ -138,7 +136,7 @@ def _tasks(options: EvalArguments) -> None:
     )
     if options.json:
         report: dict[str, Any] = {"run": options.run, "step": restored.step, "mode": scorer.mode}
-        report |= {"boundaries": model.routing.boundaries, "tasks": results}
+        report |= {"boundaries": scorer.model.routing.boundaries, "tasks": results}
         print(json.dumps(report, indent=2))
         return
     print(f"step {restored.step}, selection {scorer.mode}")

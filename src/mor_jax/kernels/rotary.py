@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from mor_jax.config import Fusion
+from mor_jax.config import Kernels
 from mor_jax.kernels.pallas_triton import call_kernel, fuses, plt
 from mor_jax.mesh.axes import on_shards
 
@@ -43,7 +43,7 @@ def apply_rotary(x_BCNH: jax.Array, rotary: Rotary) -> jax.Array:
     return rotated.astype(x_BCNH.dtype)
 
 
-def rotates_jointly(fusion: Fusion, head_dim: int) -> bool:
+def rotates_jointly(fusion: Kernels, head_dim: int) -> bool:
     """Whether queries, keys and values should be one product, for ``split_rotate``; else ``apply_rotary`` does it.
 
     Args:

@@ -1,13 +1,13 @@
-"""What lets recursions differ although they share a block: low-rank updates and a recursion encoding (paper table 16).
+"""What lets recursions differ although they share a block: norms, low-rank updates, an encoding (paper table 16).
 
-Parameters are stacked [R, L, ...] like norms that recursions do not share, and reach the layers the same way. Letters:
-D model, F feed-forward, N query heads, K key/value heads, H head width, R recursions, L layers in the block, P rank.
+Parameters are stacked [R, ...] and reach the layers as one tree [R, L, ...] of ``collect_unshared``. Letters: D model,
+F feed-forward, N query heads, K key/value heads, H head width, R recursions, L layers in the block, P rank.
 
 References: Hu et al., LoRA (2021); Bae et al., Relaxed Recursive Transformers (2025), for the initialisation from the
 singular value decomposition of what sharing takes away from a full model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,8 @@ import numpy as np
 
 from mor_jax.config import LoraTarget, ModelConfig
 
+Unshared = dict[str, Any]
+"""What recursions do not share, by name: `attention_norm`, `ffn_norm`, `lora`, `encoding`."""
 Lora = dict[str, jax.Array]
 _GROUP: dict[LoraTarget, str] = {
     "query": "attention",
@@ -40,6 +42,27 @@ def target_axes(config: ModelConfig, target: LoraTarget) -> tuple[dict[str | Non
         "gate_up": (embed, {None: 2, "ffn": config.d_ff}),
         "down": ({"ffn": config.d_ff}, embed),
     }[target]
+
+
+class StackedNorms(nn.Module):
+    """Norm scales [R, L, D] of a block whose recursions do not share them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Unshared:
+        """Return the scales of both norms."""
+        return {name: {"scale": _StackedScale(self.config, name=name)()} for name in ("attention_norm", "ffn_norm")}
+
+
+class _StackedScale(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Any:
+        config = self.config
+        initialiser = nn.with_logical_partitioning(nn.initializers.ones, ("recursions", "layers", "embed"))
+        return self.param("scale", initialiser, (config.recursion.num_recursions, config.block_depth, config.d_model))
 
 
 class StackedLora(nn.Module):
@@ -81,6 +104,25 @@ class Encoding(nn.Module):
         """Return the vectors."""
         initialiser = nn.with_logical_partitioning(nn.initializers.ones, ("recursions", "embed"))
         return self.param("scale", initialiser, (self.config.recursion.num_recursions, self.config.d_model))
+
+
+def collect_unshared(config: ModelConfig, values_of: Callable[[type[nn.Module], str], Any]) -> Unshared | None:
+    """Collect what the recursions do not share, leaves [R, L, ...]; None if they share everything.
+
+    Args:
+        config: the model.
+        values_of: returns what a module of this file returns, given its class and the name of its parameters.
+    """
+    own: Unshared = {}
+    if not config.recursion.share_norms:
+        own |= values_of(StackedNorms, "block_norms")
+    if config.recursion.relaxation.lora_rank:
+        own["lora"] = values_of(StackedLora, "lora")
+    if config.recursion.relaxation.encoding:  # multiplies the output of the block, so it is one but for the last layer
+        scale_RD = values_of(Encoding, "encoding")
+        widths = ((0, 0), (config.block_depth - 1, 0), (0, 0))
+        own["encoding"] = jnp.pad(scale_RD[:, None], widths, constant_values=1.0)
+    return own or None
 
 
 def low_rank(config: ModelConfig, lora: dict[str, Lora] | None, target: LoraTarget, x: jax.Array) -> jax.Array | float:
