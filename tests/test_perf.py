@@ -16,7 +16,8 @@ from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, Rou
 from mor_jax.errors import UserError
 from mor_jax.kernels import swiglu_hopper
 from mor_jax.mesh.mesh import make_mesh
-from mor_jax.perf import PLAIN, activation_bytes, block_parameters, compiler_options, resolve_perf, state_bytes
+from mor_jax.model.flops import block_parameters
+from mor_jax.perf import PLAIN, activation_bytes, compiler_options, resolve_perf, state_bytes
 from mor_jax.runs.state import init_train_state
 from mor_jax.train.step import loss_fn
 

@@ -25,7 +25,7 @@ def _counts(config: ModelConfig, length: int, step: int | jax.Array | None) -> j
     """int32 [R]: tokens to select, also for a traced step."""
     if step is None or isinstance(step, int):
         return jnp.array(routed_tokens(config, length, step), jnp.int32)
-    table = jnp.asarray(warmup_table(config, length))
+    table = jnp.asarray(np.array(warmup_table(config, length), np.int32))
     return table[jnp.minimum(step, len(table) - 1)]
 
 
