@@ -4,6 +4,7 @@
 model computes; ``PerfConfig`` only how it is executed, so it may differ between training and restoring.
 """
 
+from mor_jax.config.distributed import DistributedConfig
 from mor_jax.config.execution import (
     AttentionBackend,
     Execution,
@@ -46,6 +47,7 @@ __all__ = [
     "Balancing",
     "Config",
     "DataConfig",
+    "DistributedConfig",
     "Dtype",
     "Execution",
     "Fusion",
