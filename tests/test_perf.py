@@ -11,7 +11,7 @@ import pytest
 
 from mor_jax import perf as perf_module
 from mor_jax import presets
-from mor_jax.bench.step import random_batch
+from mor_jax.bench.measure import random_batch
 from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.errors import UserError
 from mor_jax.kernels import swiglu_hopper
