@@ -98,7 +98,7 @@ def _router_weights(model: ModelConfig) -> int:
     outputs = 1 if routing.kind == "expert" else model.recursion.num_recursions
     if routing.router == "linear":
         return d * outputs
-    hidden = (routing.router_expansion or {"mlp": 2, "wide_mlp": 4}[routing.router]) * d
+    hidden = routing.hidden_expansion * d
     return hidden * (d + outputs)
 
 
