@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Mapping
 
-import jax
 from jax.sharding import Mesh
 
 from mor_jax.config import (
@@ -28,8 +27,7 @@ from mor_jax.kernels.attention.backend import resolve_backend
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.mesh.axes import BATCH_AXES
 from mor_jax.mesh.devices import Device, memory_bytes
-from mor_jax.model.flops import count_parameters, layer_passes
-from mor_jax.model.transformer import init_params
+from mor_jax.model.flops import block_parameters, count_parameters, layer_passes
 
 _log = logging.getLogger(__name__)
 
@@ -189,13 +187,6 @@ def state_bytes(config: Config, shards: int) -> int:
     """Bytes per device of float32 weights, two moments and gradients, and the compute copy of the weights."""
     width = 2 if config.model.dtype == "bfloat16" else 4
     return count_parameters(config.model).total * (4 * 4 + width) // shards
-
-
-@functools.cache
-def block_parameters(model: ModelConfig) -> int:
-    """Parameters of the shared block."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))["block"]
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
 def _whole_block_bytes(config: Config) -> float:

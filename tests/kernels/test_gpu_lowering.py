@@ -226,7 +226,7 @@ def test_an_attention_layer_has_one_product_each_way(gpu):
 
 
 def test_queries_alone_take_no_kernel(gpu):
-    """It was not faster: docs/performance.md."""
+    """It was not faster: experiments/throughput/LOG.md."""
     gpu()
     gradient, arguments = _attention_gradient(1368, cached=True)
     assert not [name for name in _names(_lowered(jax.jit(gradient), *arguments)) if "attention" not in name]

@@ -4,17 +4,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import require
-from mor_jax.evaluate.inspect import calibrated, evaluate_run
-from mor_jax.evaluate.validation import summary
 from mor_jax.paths import to_path
-from mor_jax.runs.restore import RestoredRun, restore_run
+
+if TYPE_CHECKING:
+    from mor_jax.runs.restore import RestoredRun
 
 _BATCH_SIZE = 32
 
@@ -84,6 +84,9 @@ def _check(options: EvalArguments) -> None:
 
 
 def _held_out(options: EvalArguments) -> None:
+    from mor_jax.evaluate.inspect import evaluate_run
+    from mor_jax.evaluate.validation import summary
+
     restored, losses = evaluate_run(
         to_path(options.run), rows=options.rows, max_depth=options.max_depth, calibration_rows=options.calibrate
     )
@@ -97,8 +100,11 @@ def _held_out(options: EvalArguments) -> None:
     print(summary(restored.config.model, losses))
 
 
-def _restored(options: EvalArguments) -> RestoredRun:
+def _restored(options: EvalArguments) -> "RestoredRun":
     """Restore the run, with calibrated boundaries if that was asked for."""
+    from mor_jax.evaluate.inspect import calibrated
+    from mor_jax.runs.restore import restore_run
+
     restored = restore_run(to_path(options.run))
     return calibrated(restored, options.calibrate) if options.calibrate else restored
 

@@ -5,6 +5,7 @@ model computes; ``PerfConfig`` only how it is executed, so it may differ between
 open is chosen where a step is compiled: ``ResolvedPerf``).
 """
 
+from mor_jax.config.distributed import DistributedConfig
 from mor_jax.config.execution import (
     PLAIN,
     AttentionBackend,
@@ -53,6 +54,7 @@ __all__ = [
     "Balancing",
     "Config",
     "DataConfig",
+    "DistributedConfig",
     "Dtype",
     "Execution",
     "Fusion",

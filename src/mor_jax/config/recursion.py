@@ -214,3 +214,8 @@ class RoutingConfig:
                 self.capacities[0] == 1,
                 f"capacities={self.capacities}: token-choice gives every token a first pass: capacities[0] must be 1",
             )
+
+    @property
+    def hidden_expansion(self) -> int:
+        """Hidden width of the router network in units of d_model; 0 without a hidden layer."""
+        return self.router_expansion or {"mlp": 2, "wide_mlp": 4}.get(self.router, 0)

@@ -11,7 +11,6 @@ from mor_jax.config import Config
 from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.data.pipeline import make_dataset
 from mor_jax.errors import require
-from mor_jax.evaluate.analysis import analyse
 from mor_jax.evaluate.calibrate import calibrate, with_boundaries
 from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.evaluate.pictures import run_title, write_pictures
@@ -51,7 +50,12 @@ def inspect_run(
     metrics = read_metrics(run_folder / "metrics.jsonl")
     title = run_title(run_folder, config)
     written = write_pictures(folder, title, run.weights, config.perf, batches, run.tokenizer, metrics)
-    return [*written, *analyse(run, packed, metrics, folder / "analysis")] if analysis else written
+    if not analysis:
+        return written
+
+    from mor_jax.evaluate.analysis import analyse  # matplotlib, which `mor eval` does not need
+
+    return [*written, *analyse(run, packed, metrics, folder / "analysis")]
 
 
 def evaluate_run(

@@ -10,7 +10,6 @@ import numpy as np
 from mor_jax.config import Config, Mode, ModelConfig, PerfConfig
 from mor_jax.evaluate.html import Section, routing_page
 from mor_jax.evaluate.passes import MODE_NOTES, Tokenizer, batch_trace, evaluation_perf, spread
-from mor_jax.evaluate.plots import plot_depth, plot_loss
 from mor_jax.evaluate.routing import RoutedRow, routed_rows
 from mor_jax.evaluate.validation import HeldOut, first_rows, modes_of
 from mor_jax.mesh.processes import is_primary, to_host
@@ -83,6 +82,8 @@ def write_pictures(
     written: list[Path] = []
     if not is_primary():
         return written
+    from mor_jax.evaluate.plots import plot_depth, plot_loss  # matplotlib, which a run without pictures does not need
+
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any("loss" in line for line in metrics):

@@ -2,7 +2,8 @@
 
 One kernel reads the joint product once and writes rotated queries, rotated keys and values; one reads their three
 gradients once and writes the gradient of the joint product. So the projection is one product forward, and one for each
-of its gradients backward, with nothing to add, pad or slice around them (docs/performance.md has what XLA made of it).
+of its gradients backward, with nothing to add, pad or slice around them (what XLA made of it is in
+experiments/throughput/LOG.md).
 
 Letters: B rows, C tokens of a row, N query heads, K key/value heads, H head dim, X = (N + 2K) H.
 """

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import LoraTarget, ModelConfig
+from mor_jax.model.weight_axes import weight_axes
 
 Unshared = dict[str, Any]
 """What recursions do not share, by name: `attention_norm`, `ffn_norm`, `lora`, `encoding`."""
@@ -28,20 +29,6 @@ _GROUP: dict[LoraTarget, str] = {
     "down": "ffn",
 }
 """Module of the layer that holds each target."""
-
-
-def target_axes(config: ModelConfig, target: LoraTarget) -> tuple[dict[str | None, int], dict[str | None, int]]:
-    """Return the logical axes of a target's input and output with their sizes (``None`` is the fused pair)."""
-    embed: dict[str | None, int] = {"embed": config.d_model}
-    heads: dict[str | None, int] = {"heads": config.num_heads, "head_dim": config.head_dim}
-    both: dict[str | None, int] = {None: 2, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-    return {
-        "query": (embed, heads),
-        "key_value": (embed, both),
-        "output": (heads, embed),
-        "gate_up": (embed, {None: 2, "ffn": config.d_ff}),
-        "down": ({"ffn": config.d_ff}, embed),
-    }[target]
 
 
 class StackedNorms(nn.Module):
@@ -78,7 +65,7 @@ class StackedLora(nn.Module):
         names = ("recursions", "layers")
         pairs: dict[str, Lora] = {}
         for target in relaxation.lora_targets:
-            inputs, outputs = target_axes(config, target)
+            inputs, outputs = weight_axes(config, target)
             normal = nn.initializers.normal(config.init_std)
             down: Any = self.param(
                 f"{target}_down",
@@ -175,7 +162,7 @@ def lora_from_residuals(
 def _truncated(
     config: ModelConfig, target: LoraTarget, residual: np.ndarray, rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    inputs, outputs = (tuple(axes.values()) for axes in target_axes(config, target))
+    inputs, outputs = (tuple(axes.values()) for axes in weight_axes(config, target))
     width = int(np.prod(inputs))
     left, values, right = np.linalg.svd(residual.reshape(width, -1).astype(np.float32), full_matrices=False)
     kept = min(rank, len(values))

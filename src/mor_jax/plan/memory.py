@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from mor_jax.config import Config, ModelConfig
-from mor_jax.model.flops import count_parameters, layer_passes
-from mor_jax.perf import block_parameters, kept_values
+from mor_jax.model.flops import block_parameters, count_parameters, layer_passes
+from mor_jax.perf import kept_values
 from mor_jax.runs.state import TrainState
 
 _FLOAT32 = 4

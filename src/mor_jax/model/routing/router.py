@@ -34,8 +34,7 @@ class Router(nn.Module):
 
         if routing.router == "linear":
             return {"kernel": declare("kernel", (config.d_model, outputs), ("embed", None))}
-        expansion = routing.router_expansion or {"mlp": 2, "wide_mlp": 4}[routing.router]
-        width = expansion * config.d_model
+        width = routing.hidden_expansion * config.d_model
         return {
             "hidden": declare("hidden", (config.d_model, width), ("embed", None)),
             "output": declare("output", (width, outputs), (None, None)),

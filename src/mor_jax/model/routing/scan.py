@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import Mode, ModelConfig
-from mor_jax.model.layer_context import KeyValue, TokenView
+from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.model.recurse import empty_kv, scan_context
 from mor_jax.model.relaxation import Unshared
 from mor_jax.model.routing.capacity import routed_tokens, warmup_table
@@ -27,7 +28,7 @@ def _counts(config: ModelConfig, length: int, step: int | jax.Array | None) -> j
     """int32 [R]: tokens to select, also for a traced step."""
     if step is None or isinstance(step, int):
         return jnp.array(routed_tokens(config, length, step), jnp.int32)
-    table = jnp.asarray(warmup_table(config, length))
+    table = jnp.asarray(np.array(warmup_table(config, length), np.int32))
     return table[jnp.minimum(step, len(table) - 1)]
 
 

@@ -1,6 +1,6 @@
 """Time one case in this process: the train step that ``mor train`` runs, on random tokens (B rows, T positions).
 
-Run as ``python -m mor_jax.bench.step REQUEST.json RESULT.json`` by ``bench.run``, so that every case has the device,
+Run as ``python -m mor_jax.bench.measure REQUEST.json RESULT.json`` by ``bench.run``, so that every case has the device,
 its memory and its compile time to itself.
 """
 
