@@ -11,7 +11,8 @@ from mor_jax.config import Config, MeshConfig, ModelConfig
 from mor_jax.config import io as config_io
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
-from mor_jax.mesh.mesh import Device
+from mor_jax.mesh.devices import Device
+from mor_jax.model.parameters import Weights
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.state import abstract_model_state
 
@@ -27,6 +28,11 @@ class RestoredRun:
     tokenizer: Tokenizer
     step: int
     """Optimiser steps behind the parameters."""
+
+    @property
+    def weights(self) -> Weights:
+        """The model to evaluate."""
+        return Weights(self.config.model, self.params, self.router_bias_R)
 
 
 def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRun:
