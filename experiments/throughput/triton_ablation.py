@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import tyro
 
 from mor_jax.bench.cases import parse_case
+from mor_jax.bench.measure import random_batch, time_steps
 from mor_jax.bench.run import Settings as BenchSettings
 from mor_jax.bench.run import measured_config
-from mor_jax.bench.step import random_batch, time_steps
 from mor_jax.config import Config
 from mor_jax.config.io import to_dict
 from mor_jax.errors import UserError, require
@@ -122,7 +122,7 @@ def triton_kernels(config: Config, mesh: Any) -> Counter[str]:
     shape = (config.train.batch_size, config.model.context_length + 1)
     batch = dict.fromkeys(("tokens", "segment_ids", "positions"), jax.ShapeDtypeStruct(shape, jnp.int32))
     with jax.set_mesh(mesh):
-        jaxpr = jax.make_jaxpr(lambda state, batch: train_step(config, state, batch))(
+        jaxpr = jax.make_jaxpr(lambda state, batch: train_step(config, state, batch, config.perf.resolved()))(
             abstract_train_state(config, mesh), batch
         )
     names = re.findall(r"pallas_call\[.*?\bname=(mor_\w+)", str(jaxpr), re.DOTALL)
@@ -139,7 +139,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     bench = BenchSettings(rows=settings.rows, packed=settings.packed)
     config = measured_config(parse_case(settings.case).config, bench)
     mesh = make_mesh(config.mesh, [device])
-    config = dataclasses.replace(config, perf=resolve_perf(config, mesh))
+    config = dataclasses.replace(config, perf=resolve_perf(config, mesh).asked)
     record: dict[str, Any] = {
         "command": ["python", *sys.argv],
         "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},

@@ -54,8 +54,7 @@ mesh = SimpleNamespace(devices=np.array([device]), shape={"data": 1, "fsdp": 1, 
 config = presets.get("vanilla-360m").config
 
 def chosen(**changes):
-    # to know what the whole block takes, it would be traced for a GPU
-    return resolve_perf(dataclasses.replace(config, perf=PerfConfig(whole_block=True, **changes)), mesh)
+    return resolve_perf(dataclasses.replace(config, perf=PerfConfig(**changes)), mesh)
 
 perf = chosen()
 print("chosen", perf.fusion, perf.attention_backend)
@@ -70,14 +69,13 @@ for ask in (lambda: chosen(fusion="triton"), lambda: resolve_backend("triton", "
 TRAIN_AND_DECODE = """
 import dataclasses
 import jax, jax.numpy as jnp, numpy as np
-from mor_jax.bench.step import random_batch
+from mor_jax.bench.measure import random_batch
 from mor_jax.config import Config, ModelConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.request import Request
 from mor_jax.mesh.mesh import make_mesh, shard_batch
-from mor_jax.perf import resolve_perf
 from mor_jax.runs.state import init_train_state
 from mor_jax.train.step import compile_train_step
 
@@ -85,15 +83,14 @@ model = ModelConfig(48, 4, 16, 2, 1, 16, 32, 16, dtype="float32",
     recursion=RecursionConfig(num_recursions=2, sharing="middle_cycle"), routing=RoutingConfig(kind="expert"))
 config = Config(model=model, train=TrainConfig(batch_size=2, steps=100))
 mesh = make_mesh(config.mesh, jax.devices()[:1])
-resolved = dataclasses.replace(config, perf=resolve_perf(config, mesh))
-state = init_train_state(resolved, mesh)
+state = init_train_state(config, mesh)
 batch = shard_batch(mesh, random_batch(model, 2, packed=False, seed=0))
-state, metrics = compile_train_step(resolved, mesh)(state, batch)
+state, metrics = compile_train_step(config, mesh)(state, batch)
 assert np.isfinite(float(metrics["loss"]))
 print("trained")
 
 model = dataclasses.replace(model, routing=RoutingConfig(kind="none"))
-params = init_train_state(dataclasses.replace(resolved, model=model), mesh).params
+params = init_train_state(dataclasses.replace(config, model=model), mesh).params
 engine = Engine(prepare_weights(model, params), EngineOptions(max_running=2))
 engine.submit(Request(prompt=(1, 2, 3), max_tokens=4))
 tokens = []
