@@ -122,7 +122,7 @@ def triton_kernels(config: Config, mesh: Any) -> Counter[str]:
     shape = (config.train.batch_size, config.model.context_length + 1)
     batch = dict.fromkeys(("tokens", "segment_ids", "positions"), jax.ShapeDtypeStruct(shape, jnp.int32))
     with jax.set_mesh(mesh):
-        jaxpr = jax.make_jaxpr(lambda state, batch: train_step(config, state, batch, config.perf.resolved()))(
+        jaxpr = jax.make_jaxpr(lambda state, batch: train_step(config, state, batch))(
             abstract_train_state(config, mesh), batch
         )
     names = re.findall(r"pallas_call\[.*?\bname=(mor_\w+)", str(jaxpr), re.DOTALL)
