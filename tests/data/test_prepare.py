@@ -1,6 +1,5 @@
 """What ``prepare`` writes, what it refuses, and what survives a kill."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from mor_jax.data import shards
 from mor_jax.data.corpus import open_corpus
 from mor_jax.data.manifest import check_shards, read_manifest
 from mor_jax.data.packed_rows import RowSource
-from mor_jax.data.prepare import PrepareArguments, prepare, run
+from mor_jax.data.prepare import prepare
 from mor_jax.errors import UserError
 
 CONTEXT = 32  # of the corpus fixtures
@@ -130,8 +129,10 @@ def _source_path() -> str:
 
 
 def test_a_trained_bpe_and_best_fit(text, tmp_path):
-    arguments = PrepareArguments((text,), str(tmp_path / "out"), tokenizer="bpe:300", context_length=CONTEXT)
-    opened = open_corpus(run(dataclasses.replace(arguments, packing="best_fit", validation_share=0.0)))
+    made = prepare(
+        [text], tmp_path / "out", tokenizer="bpe:300", context_length=CONTEXT, packing="best_fit", validation_share=0.0
+    )
+    opened = open_corpus(made)
     assert opened.tokenizer.vocab_size == 300 and opened.manifest.totals("validation") is None
     totals = opened.manifest.splits[0]
     assert totals.bytes_per_token > 1.5 and totals.documents == 60

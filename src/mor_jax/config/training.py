@@ -12,6 +12,8 @@ from mor_jax.config.model import ModelConfig
 from mor_jax.errors import UserError, require
 
 InitStrategy = Literal["stepwise", "average", "lower", "upper", "random"]
+Packing = Literal["concat", "best_fit"]
+"""How documents fill the rows of a prepared corpus."""
 
 
 @dataclass(frozen=True)

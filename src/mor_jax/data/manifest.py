@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 from array_record.python.array_record_module import ArrayRecordReader
 
+from mor_jax.config import Packing
 from mor_jax.config import io as config_io
 from mor_jax.data.files import file_hash
-from mor_jax.data.packing import RECORD_FORMAT, Packing
+from mor_jax.data.packing import RECORD_FORMAT
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 
