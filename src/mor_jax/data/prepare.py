@@ -41,7 +41,8 @@ class PrepareArguments:
     """Tokenise, shuffle and pack text into a folder that `--data.source` reads."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Text, jsonl (.gz, .xz, .zst) or parquet files, folders of them, `embedded`, `docs` or `tfds:NAME`."""
+    """Text or JSON (.gz, .xz, .zst, .bz2) or parquet files, folders of them, `embedded`, `docs` (`builtin:docs` where a
+    folder has the name) or `tfds:NAME`."""
     out: str
     """Folder of the prepared corpus."""
     tokenizer: str = "bpe:8192"
@@ -79,7 +80,7 @@ def prepare(
     """Prepare a corpus, or return at once when ``out`` already holds exactly this one.
 
     Args:
-        inputs: files, folders, ``embedded``, ``docs`` or ``tfds:NAME``.
+        inputs: files, folders, ``embedded``, ``docs`` or ``tfds:NAME`` (see ``open_sources``).
         out: folder to make.
         tokenizer: ``bytes``, ``bpe:SIZE`` or the path of a tokenizer.json.
         context_length: tokens of a row, less one.
@@ -112,7 +113,7 @@ def prepare(
     )
     try:
         return _prepare(sources, out, settings, tokenizer, workers)
-    except OSError as error:
+    except OSError as error:  # of the output: those of inputs are UserErrors already
         raise UserError(f"prepare: {out}: {error}; what is finished is kept for the same command") from error
 
 
@@ -129,7 +130,7 @@ def _prepare(sources: Sequence[Source], out: Path, settings: Settings, tokenizer
         try:
             _deal(sources, partial, settings, progress)
         except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # an input is bad: there is nothing to go on with
             raise
         _make_tokenizer(partial, tokenizer)
         jobs = _jobs(partial, settings)

@@ -24,7 +24,7 @@ _TOKEN_CHOICE_NOTE = "causal: token-choice decides every token by itself"
 
 
 def write_run_pictures(
-    run_folder: Path, config: Config, params: Params, router_bias_R: jax.Array | None, dataset: HeldOut
+    run_folder: Path, config: Config, params: Params, router_bias_R: jax.Array | None, dataset: HeldOut | None
 ) -> list[Path]:
     """Write the pictures of a run from its metrics and from held-out text; all processes compute, the first writes.
 
@@ -33,17 +33,20 @@ def write_run_pictures(
         config: of the run.
         params: parameter tree.
         router_bias_R: loss-free bias of token-choice, float32 [R], or None.
-        dataset: held-out batches with their ``tokenizer``; ``train.eval_rows`` rows are used.
+        dataset: held-out batches with their ``tokenizer``; ``train.eval_rows`` rows are used. None gives
+            loss.png alone.
 
     Returns:
         The files written: loss.png and, for a model with a router, depth.png and routing.html.
 
     Raises:
-        UserError: no held-out text, or the folder cannot be written.
+        UserError: held-out text without rows, or the folder cannot be written.
     """
-    batches = [inputs_of(batch) for batch in first_rows(dataset, config.train.eval_rows)]
     metrics = read_metrics(run_folder / "metrics.jsonl")
     title = run_title(run_folder, config)
+    if dataset is None:
+        return write_pictures(run_folder, title, config, params, router_bias_R, [], None, metrics)
+    batches = [inputs_of(batch) for batch in first_rows(dataset, config.train.eval_rows)]
     return write_pictures(run_folder, title, config, params, router_bias_R, batches, dataset.tokenizer, metrics)
 
 
@@ -60,7 +63,7 @@ def write_pictures(
     params: Params,
     router_bias_R: jax.Array | None,
     batches: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     metrics: Sequence[Mapping[str, Any]],
 ) -> list[Path]:
     """Write pictures of any text; all processes compute, the first writes.
@@ -71,8 +74,9 @@ def write_pictures(
         config: of the run.
         params: parameter tree.
         router_bias_R: loss-free bias, or None.
-        batches: the text as model inputs, int32 [B, T] ``tokens``, ``segment_ids``, ``positions``.
-        tokenizer: spells the tokens.
+        batches: the text as model inputs, int32 [B, T] ``tokens``, ``segment_ids``, ``positions``; without any, only
+            loss.png is written.
+        tokenizer: spells the tokens; None where there is no text.
         metrics: lines of metrics.jsonl; without a training loss among them loss.png is not written.
 
     Returns:
@@ -81,7 +85,7 @@ def write_pictures(
     Raises:
         UserError: the folder cannot be written.
     """
-    modes = () if config.model.routing.kind == "none" else modes_of(config.model)
+    modes = () if config.model.routing.kind == "none" or not batches else modes_of(config.model)
     by_mode: dict[Mode, list[RoutedRow]] = {
         mode: trace_rows(config, params, router_bias_R, batches, mode) for mode in modes
     }
@@ -93,7 +97,7 @@ def write_pictures(
         if any("loss" in line for line in metrics):
             written.append(folder / "loss.png")
             plot_loss(written[-1], metrics, title)
-        if not by_mode:
+        if not by_mode or tokenizer is None:
             return written
         mode: Mode = "threshold" if "threshold" in by_mode else "topk"
         written += [folder / "depth.png", folder / "routing.html"]

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mor_jax.config import Config
+from mor_jax.data.pipeline import NoHeldOutText
 from mor_jax.data.pipeline import make_dataset as make_prepared_dataset
 from mor_jax.errors import UserError, require
 from mor_jax.evaluate.pictures import write_run_pictures
@@ -228,6 +229,8 @@ class _Run:
 
     def _evaluates(self, done: int) -> bool:
         train = self.config.train
+        if self.held_out is None:
+            return False
         return bool(train.eval_every and done % train.eval_every == 0) or done == train.steps
 
     def _is_due(self, done: int) -> bool:
@@ -285,22 +288,25 @@ class _Run:
         self.watchdog.reached("the last save")
         self.reporter.close()
         self.writers.close()
-        for dataset in (self.dataset, self.held_out):
-            dataset.close()
+        self.dataset.close()
+        if self.held_out is not None:
+            self.held_out.close()
         with self.ledger.measure("checkpoint"):
             self.checkpoints.close()
         self.reporter.say(self.ledger.summary())
 
 
 def _open_data(config: Config, make_dataset: MakeDataset, mesh: Mesh) -> tuple[Any, Any]:
-    """Open the training rows, of which this process reads those on its devices, and the held-out rows."""
+    """Open the training rows, of which this process reads those on its devices, and the held-out rows, or None."""
     shared: dict[str, Any] = {"context_length": config.model.context_length, "vocab_size": config.model.vocab_size}
     mine = local_rows(mesh, config.train.batch_size)
     rows = min(config.train.eval_rows, config.train.batch_size // config.train.accumulation)
-    return (
-        make_dataset(config.data, split="train", batch_size=config.train.batch_size, rows=mine, **shared),
-        make_dataset(config.data, split="validation", batch_size=rows, **shared),
-    )
+    dataset = make_dataset(config.data, split="train", batch_size=config.train.batch_size, rows=mine, **shared)
+    try:
+        return dataset, make_dataset(config.data, split="validation", batch_size=rows, **shared)
+    except NoHeldOutText as error:
+        _log.info("no validation, and no pictures of held-out text: %s", error)
+        return dataset, None
 
 
 def _to_json(metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
