@@ -50,14 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _replace_what_stdout_cannot_show()
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()  # here, and not when the interpreter ends: the reader may have gone
-    except BrokenPipeError:
-        if not _reader_is_gone(sys.stdout):
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        except SystemExit as stop:
+            if isinstance(stop.__context__, BrokenPipeError):  # rich makes an exit of it
+                return CLOSED_PIPE
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still held back
+        finally:
+            if not isinstance(sys.exception(), Exception):
+                sys.stdout.flush()  # here, and not when the interpreter ends: the reader may have gone
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+        if not gone:
+            raise
+        for stream in gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is still held back
         return CLOSED_PIPE
-    return code
 
 
 def _run(arguments: list[str]) -> int:

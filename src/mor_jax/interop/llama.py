@@ -5,7 +5,6 @@ the recursions unrolled into layers of their own, so that `transformers` runs it
 directions; the module names of the official release are Llama's, so `interop.tensors` serves here too.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,8 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Dtype, LoraTarget, ModelConfig
-from mor_jax.errors import UserError, require
+from mor_jax.config import io as config_io
+from mor_jax.errors import require
 from mor_jax.interop.assemble import Progress, assemble, check_names, lazily, take_apart
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Tensor, tensors
@@ -151,10 +151,7 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: no readable config.json there, or one that ``parse_config`` refuses.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable configuration ({error})") from error
+    values = config_io.read_json(path)
     require(isinstance(values, dict), f"{path}: not a JSON object")
     return parse_config(values, str(path))
 
