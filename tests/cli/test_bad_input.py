@@ -207,7 +207,7 @@ def test_a_corpus_without_validation_trains(mor: Mor, tmp_path):
     _refused(mor("prepare", tmp_path / "one.txt", *flags), "or set validation_share=0")
     assert mor("prepare", tmp_path / "one.txt", *flags, "--validation-share", "0").code == 0
     outcome = _train(mor, tmp_path / "corpus", tmp_path / "runs", "--train.eval-every", "2")
-    assert outcome.code == 0 and outcome.err.count("no validation") == 1, outcome.err
+    assert outcome.code == 0 and outcome.err.count("no validation, and no pictures") == 1, outcome.err
     lines = [json.loads(line) for line in (tmp_path / "runs" / "debug" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert not any(name.startswith("validation") for line in lines for name in line)

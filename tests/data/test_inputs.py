@@ -41,6 +41,7 @@ def test_kinds_are_checked_before_anything_is_read(tmp_path):
         ("one, two", ["one", "two"]),
         ("a,b", ["a,b"]),
         ("a,b,one", ["a,b", "one"]),
+        ("c, d , one", ["c, d", "one"]),
         ("one,a,b,two", ["one", "a,b", "two"]),
         ("x,y", ["x", "y"]),  # as always where the parts are folders, whatever else is there
         ("docs,a,b", ["docs", "a,b"]),
@@ -50,7 +51,7 @@ def test_kinds_are_checked_before_anything_is_read(tmp_path):
 )
 def test_commas_part_sources_unless_they_are_of_a_path(source, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("one", "two", "a,b", "x", "y", "x,y"):
+    for folder in ("one", "two", "a,b", "c, d", "x", "y", "x,y"):
         (tmp_path / folder).mkdir()
     assert source_names(source) == names
 

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import tyro
@@ -93,7 +94,7 @@ def _check_typed_source(flags: Sequence[str]) -> None:
     """Refuse a typed name that a folder and a built-in source share; in a saved configuration it is the source's."""
     from mor_jax.data.inputs import refuse_ambiguous
 
-    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, following in zip_longest(flags, flags[1:], fillvalue=""):
         name, equals, value = flag.partition("=")
         if name == "--data.source":
             for source in (value if equals else following).split(","):

@@ -142,8 +142,8 @@ def source_names(source: str) -> list[str]:
     Raises:
         UserError: an entry is empty.
     """
-    parts = [part.strip() for part in source.split(",")]
-    names = _joined(parts) or parts
+    parts = source.split(",")
+    names = _joined(parts) or [part.strip() for part in parts]
     require(all(names), f"data.source={source!r} has an empty entry")
     return names
 
@@ -151,7 +151,7 @@ def source_names(source: str) -> list[str]:
 def _joined(parts: Sequence[str]) -> list[str] | None:
     """Join parts until every name is a source, as few as possible; None if there is no way to."""
     for count in range(1, len(parts) + 1):
-        name = ",".join(parts[:count])
+        name = ",".join(parts[:count]).strip()
         if _is_source(name):
             others = _joined(parts[count:]) if count < len(parts) else []
             if others is not None:
