@@ -55,7 +55,7 @@ _TRAIN = {
     "eval_rows": 4,
     "save_every": 3,
     "name": "tiny",
-    "tensorboard": False,
+    "trackers": (),
 }
 
 
