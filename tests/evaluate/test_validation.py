@@ -12,7 +12,7 @@ from evaluation_examples import Bytes, Rows, T, batch, config, params
 
 from mor_jax.config import MeshConfig
 from mor_jax.errors import UserError
-from mor_jax.evaluate.passes import Mode, spread, token_lengths, totals_pass
+from mor_jax.evaluate.passes import Mode, spread, totals_pass
 from mor_jax.evaluate.validation import modes_of, summary, threshold_refusal, validation_losses
 from mor_jax.mesh.mesh import make_mesh, params_shardings
 from mor_jax.model.parameters import head_matrix
@@ -153,8 +153,3 @@ def test_no_text_is_the_users_mistake():
     for dataset, rows in ((Rows(), 2), (Rows(batch(0, padding=17)), 2), (Rows(batch(0)), 0)):
         with pytest.raises(UserError):
             validation_losses(cfg, params(cfg), ZERO_BIAS, dataset, rows)
-
-
-def test_token_lengths_give_special_and_unused_entries_no_bytes():
-    lengths = token_lengths(Bytes(), 260)
-    assert lengths[:256].tolist() == [1] * 256 and lengths[256:].tolist() == [0] * 4

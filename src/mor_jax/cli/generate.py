@@ -96,7 +96,7 @@ def _prompts(options: GenerateArguments) -> list[str]:
 
 def _print(model: LanguageModel, completion: Completion, options: GenerateArguments, live: bool) -> None:
     if options.json:
-        print(json.dumps(dataclasses.asdict(completion)))
+        print(json.dumps(dataclasses.asdict(completion), allow_nan=False))
         return
     print("" if live else completion.prompt + completion.text)
     if options.show_depth:

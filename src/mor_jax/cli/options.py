@@ -12,6 +12,11 @@ from mor_jax import presets
 from mor_jax.config import Config
 
 T = TypeVar("T")
+_OLD_FLAGS = {
+    "--train.tensorboard": ("--train.trackers", "tensorboard"),
+    "--train.no-tensorboard": ("--train.trackers",),
+}
+"""Flags of older scripts and what they mean now."""
 
 
 def parse(kind: type[T], arguments: Sequence[str], command: str, description: str) -> T:
@@ -79,7 +84,8 @@ def _parse(
         print(f"usage: mor {command} PRESET [--field value ...]\n\n{description}", file=stream)
         print(f"\n`mor presets` describes the presets; `mor {command} PRESET --help` lists the fields.", file=stream)
         raise SystemExit(0 if arguments else 2)
-    name, *flags = arguments
+    name, *given = arguments
+    flags = [flag for old in given for flag in _OLD_FLAGS.get(old.replace("_", "-"), (old,))]
     _check_typed_source(flags)
     config = presets.get(name).config
     fields = [f for f in dataclasses.fields(Config) if f.name != "preset"]  # its name is no flag

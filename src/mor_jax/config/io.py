@@ -27,7 +27,8 @@ def from_dict(kind: type[T], values: object, where: str = "") -> T:
         where: dotted path of the object, for messages.
 
     Returns:
-        The dataclass; fields that are absent take their defaults.
+        The dataclass; fields that are absent take their defaults, and those of older releases are translated by its
+        ``upgrade``, if it has one.
 
     Raises:
         UserError: an unknown field (with the nearest known name), a missing one that has no default, a value of the
@@ -35,6 +36,7 @@ def from_dict(kind: type[T], values: object, where: str = "") -> T:
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or kind.__name__}={shown(values)} is not an object")
+    values = getattr(kind, "upgrade", dict)(values)
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
     built = {}

@@ -5,16 +5,16 @@ Letters: B rows, T positions, R recursions, V vocabulary.
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.evaluate.text_bytes import target_bytes
 from mor_jax.mesh.mesh import batch_sharding, batch_shards
 from mor_jax.model.loss import target_mask, token_nll
 from mor_jax.model.parameters import head_matrix
@@ -28,21 +28,6 @@ MODE_NOTES: dict[Mode, str] = {
     "topk": "looks ahead: the training selection, which compares a token with later ones",
     "threshold": "causal: the selection that generation uses",
 }
-
-
-class Tokenizer(Protocol):
-    """What evaluation needs of a tokenizer."""
-
-    vocab_size: int
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-        ...
-
-    def token_bytes(self, token: int, /) -> bytes:
-        """Return the bytes that one token stands for."""
-        ...
 
 
 @struct.dataclass
@@ -73,14 +58,6 @@ class BatchTotals:
     """int32: bytes of the target tokens."""
     routing: RoutingTotals | None
     """None without a router."""
-
-
-def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """Bytes of every token, int32 [V]; entries of the embedding beyond the tokenizer's vocabulary count 0."""
-    lengths_V = np.zeros(vocab_size, np.int32)
-    known = min(tokenizer.vocab_size, vocab_size)
-    lengths_V[:known] = [0 if i == tokenizer.eos_id else len(tokenizer.token_bytes(i)) for i in range(known)]
-    return lengths_V
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,23 +116,24 @@ def _routing_totals(trace: RoutingTrace, counted_BT: jax.Array) -> RoutingTotals
 
 @cache
 def totals_pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
-    """Return the compiled ``f(params, router_bias_R, batch, lengths_V, key) -> BatchTotals``.
+    """Return the compiled ``f(params, router_bias_R, batch, lengths_2V, key) -> BatchTotals``.
 
-    ``batch`` holds int32 [B, T+1] arrays ``tokens``, ``segment_ids`` and ``positions``; ``lengths_V`` is int32 [V];
-    ``key`` serves a random router only. One compilation serves all batches of a shape.
+    ``batch`` holds int32 [B, T+1] arrays ``tokens``, ``segment_ids`` and ``positions``; ``lengths_2V`` is of
+    ``token_lengths``; ``key`` serves a random router only. One compilation serves all batches of a shape.
     """
 
     @jax.jit
-    def run(params: Params, router_bias_R: Any, batch: Any, lengths_V: jax.Array, key: jax.Array) -> BatchTotals:
+    def run(params: Params, router_bias_R: Any, batch: Any, lengths_2V: jax.Array, key: jax.Array) -> BatchTotals:
         targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
         output = run_trunk(model, perf, mode, params, router_bias_R, inputs_of(batch), key)
         nll_BT = token_nll(output.hidden_BTD, head_matrix(model, params), targets_BT, chunk=loss_chunk(perf))
         mask_BT = target_mask(model, segment_ids)
+        bytes_BT = target_bytes(lengths_2V, batch["tokens"], batch["positions"])
         trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
         return BatchTotals(
             nll_sum=jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)),
             tokens=jnp.sum(mask_BT, dtype=jnp.int32),
-            bytes=jnp.sum(jnp.where(mask_BT, lengths_V[targets_BT], 0), dtype=jnp.int32),
+            bytes=jnp.sum(jnp.where(mask_BT, bytes_BT, 0), dtype=jnp.int32),
             routing=None if trace is None else _routing_totals(trace, counted_BT),
         )
 

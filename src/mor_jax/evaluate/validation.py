@@ -15,7 +15,8 @@ import numpy as np
 from mor_jax.array_types import Params
 from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
-from mor_jax.evaluate.passes import MODE_NOTES, BatchTotals, Mode, spread, token_lengths, totals_pass
+from mor_jax.evaluate.passes import MODE_NOTES, BatchTotals, Mode, spread, totals_pass
+from mor_jax.evaluate.text_bytes import token_lengths
 from mor_jax.mesh.processes import to_host
 from mor_jax.model.routing.router import has_boundary
 
@@ -83,7 +84,7 @@ def validation_losses(
     """
     require(rows > 0, f"eval_rows={rows} must be positive")
     model = config.model
-    lengths_V = token_lengths(dataset.tokenizer, model.vocab_size)
+    lengths_2V = token_lengths(dataset.tokenizer, model.vocab_size)
     sums: dict[Mode, _Sums] = {mode: _Sums(model) for mode in modes_of(model)}
     perf = config.perf
     if perf.whole_block is None:  # whether a whole block fits is the train step's estimate
@@ -92,7 +93,7 @@ def validation_losses(
         key = jax.random.fold_in(jax.random.key(0), index)
         batch = spread(params, batch)
         for mode, total in sums.items():
-            totals = totals_pass(model, perf, mode)(params, router_bias_R, batch, lengths_V, key)
+            totals = totals_pass(model, perf, mode)(params, router_bias_R, batch, lengths_2V, key)
             total.add(to_host(totals))
     require(sums["topk"].tokens > 0, "the validation split holds no target tokens: give data.source more text")
     return _report(model, sums)

@@ -29,7 +29,7 @@ MAY_DIFFER = (
     "train.pinned_steps",
     "train.runs",
     "train.name",
-    "train.tensorboard",
+    "train.trackers",
     "train.watchdog_seconds",
     "train.pictures",
 )

@@ -140,7 +140,8 @@ def with_overrides(config: Config, overrides: dict[str, Any], where: str = "set"
         for name in parents:
             require(isinstance(inner.get(name), dict), f"{where}: unknown field {path!r}{suggest(name, inner)}")
             inner = inner[name]
-        require(last in inner, f"{where}: unknown field {path!r}{suggest(last, inner)}")
+        known = last in inner or path == "train.tensorboard"  # see TrainConfig.upgrade
+        require(known, f"{where}: unknown field {path!r}{suggest(last, inner)}")
         inner[last] = value
     try:
         return config_io.from_dict(Config, values)
