@@ -164,8 +164,11 @@ def _within(source: str, name: str, damage: Callable[[Random, bytes], bytes], re
     return case
 
 
-def _read_run_config(path: Path) -> None:
-    config_io.load(Config, path)
+def _run_config(random: Random) -> bytes:
+    values = config_io.to_dict(Config())
+    if random.random() < 0.3:
+        values["train"]["tensorboard"] = True  # as before there were trackers
+    return _json_or_bytes(random, json.dumps(values).encode())
 
 
 _CASES: dict[str, Case] = {
@@ -180,8 +183,8 @@ _CASES: dict[str, Case] = {
     "our config": _within("ours", "config.json", _json_or_bytes, weights.read_config),
     "a run's config": _read(
         "config.json",
-        lambda random: _json_or_bytes(random, json.dumps(config_io.to_dict(Config())).encode()),
-        _read_run_config,
+        _run_config,
+        lambda path: config_io.load(Config, path),
     ),
     "manifest": _within("corpus", "manifest.json", _json_or_bytes, _batch),
     "metrics": _read("metrics.jsonl", _metrics, read_metrics),

@@ -14,7 +14,7 @@ import numpy as np
 from mor_jax.array_types import Params
 from mor_jax.config import Dtype, LoraTarget, ModelConfig
 from mor_jax.config import io as config_io
-from mor_jax.errors import require
+from mor_jax.errors import require, shown
 from mor_jax.interop.assemble import Progress, assemble, check_names, lazily, take_apart
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Tensor, tensors
@@ -57,7 +57,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
     for name, value in _FIXED.items():
         found = values.get(name, value)
         require(found == value, f"{where}: {name}={found!r}: only {value!r} is supported")
-    theta, scaling = _rotary(values)
+    theta, scaling = _rotary(values, where)
     require(scaling in (None, "default"), f"{where}: rotary scaling {scaling!r} is not supported")
     heads = values["num_attention_heads"]
     return ModelConfig(
@@ -78,10 +78,15 @@ def _check_numbers(values: Mapping[str, Any], where: str) -> None:
         require(known, f"{where}: {name}={value!r} is not a positive {'integer' if whole else 'number'}")
 
 
-def _rotary(values: Mapping[str, Any]) -> tuple[float, str | None]:
+def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, str | None]:
     """Base and kind of scaling, from the keys of either generation of transformers."""
+    for name in ("rope_parameters", "rope_scaling"):
+        require(isinstance(values.get(name) or {}, dict), f"{where}: {name}={shown(values.get(name))} is not an object")
     new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     theta = new.get("rope_theta", values.get("rope_theta", _THETA))
+    require(
+        isinstance(theta, int | float) and theta > 0, f"{where}: rope_theta={shown(theta)} is not a positive number"
+    )
     return float(theta), new.get("rope_type", old.get("rope_type", old.get("type")))
 
 

@@ -15,8 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from mor_jax.config import Dtype
-from mor_jax.config import io as config_io
-from mor_jax.errors import UserError, reason, require
+from mor_jax.errors import UserError, require
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30
@@ -164,10 +163,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         return sorted(folder.glob("*.safetensors"))
     try:
-        weight_map: Mapping[str, str] = config_io.read_json(folder / INDEX)["weight_map"]
+        weight_map: Mapping[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted({folder / name for name in weight_map.values()})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / INDEX}: not an index of safetensors shards ({reason(error)})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX}: not an index of safetensors shards ({error!r})") from error
     missing = [path.name for path in files if not path.is_file()]
     require(not missing, f"{folder / INDEX} names shards that are not there: {', '.join(missing)}")
     return files
@@ -192,7 +191,7 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
     except ImportError as error:
         raise UserError(f"{path}: reading safetensors needs the extra: pip install 'mor-jax[hf]'") from error
     except Exception as error:  # safetensors raises a bare error for damaged files
-        raise UserError(f"{path}: not a readable safetensors file ({reason(error)})") from error
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def _torch_files(folder: Path) -> list[Path]:
