@@ -21,7 +21,7 @@ from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.infer.product_kernel import Tile
 from mor_jax.infer.sampling import sample
 from mor_jax.kernels.decode_attention import Reads
-from mor_jax.model.layers import rms_norm
+from mor_jax.kernels.norm import rms_norm
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "serving"
 TINY = ModelConfig(96, 2, 32, 4, 2, 16, 48, 64, dtype="float32")

@@ -16,6 +16,8 @@ _RAW = (  # JSON texts that `json.dumps` does not write, or not quickly
     "9" * 30,
     "9" * 6000,
     "-" + "9" * 400,
+    "9" * 400,
+    "2147483647",
     "18446744073709551616",
     '"\\ud800"',
     '"\\u0000"',

@@ -10,7 +10,7 @@ import pytest
 from mor_jax.infer.head_kernel import sample_head
 from mor_jax.infer.product_kernel import TICKETS, Tile, product, tile_for
 from mor_jax.infer.sampling import SamplingRows, gumbel, sample
-from mor_jax.model.layers import rms_norm
+from mor_jax.kernels.norm import rms_norm
 
 EPSILON = 1e-5
 # one size is a multiple of the tiles, the other of nothing

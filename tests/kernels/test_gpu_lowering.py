@@ -21,11 +21,12 @@ from mor_jax.infer.stages import dispatch
 from mor_jax.kernels import swiglu_hopper
 from mor_jax.kernels.attention import hopper as attention_hopper
 from mor_jax.kernels.attention.backend import attend
+from mor_jax.kernels.attention.mask import Mask, TokenView
 from mor_jax.kernels.attention.triton import flash_attention
-from mor_jax.kernels.norm import add_norm, skip_norm, swiglu
+from mor_jax.kernels.norm import add_norm, skip_norm
+from mor_jax.kernels.swiglu import swiglu
 from mor_jax.mesh.mesh import make_mesh, on_mesh
 from mor_jax.model.attention import Attention
-from mor_jax.model.layer_context import TokenView
 from mor_jax.model.layers import SwiGLU
 from mor_jax.model.loss import fused_cross_entropy
 from mor_jax.model.recurse import make_context
@@ -95,7 +96,7 @@ def test_hopper_attention_works_on_every_cards_share():
     view = TokenView(rows_BT, rows_BT, segments_BC=jnp.zeros_like(rows_BT))
     arrays = (_array(2, 256, 6, 64), _array(2, 256, 2, 64), _array(2, 256, 2, 64))
     with on_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
-        function = jax.jit(lambda query, key, value: attend(query, key, value, view, None, "mosaic"))
+        function = jax.jit(lambda query, key, value: attend(query, key, value, Mask(view), "mosaic"))
         text = function.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line)
     assert ": (tensor<1x256x3x64xbf16>, tensor<1x256x1x64xbf16>, tensor<1x256x1x64xbf16>" in call

@@ -31,11 +31,12 @@ from mor_jax.infer.compilations import compilations
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.replicas import AnyEngine, make_engine
 from mor_jax.infer.request import Request, Token
+from mor_jax.mesh.devices import process_platform
 
 
 def measure_bandwidth(size: int = 2**30) -> float:
     """Bytes per second of a large copy on the device, read and written."""
-    if jax.default_backend() == "cpu":
+    if process_platform() == "cpu":
         size = 2**26
     data = jnp.ones(size // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)

@@ -15,12 +15,13 @@ from mor_jax.cli.options import preset_and_flags
 from mor_jax.config import Config
 from mor_jax.errors import UserError, require
 from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.mesh.devices import GIB
 from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
 from mor_jax.plan.decode import advise_decode, compile_decode
 from mor_jax.plan.decode_report import decode_report, print_decode_report
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.search import advise, search
-from mor_jax.plan.topology import GIB, Topology, describe_topology
+from mor_jax.plan.topology import Topology, describe_topology
 from mor_jax.runs.state import abstract_train_state
 
 _DESCRIPTION = (

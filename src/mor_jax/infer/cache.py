@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.product_kernel import TICKETS
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.layer_context import KeyValue
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.infer.cache import PagedCache
 from mor_jax.infer.decode_model import DecodeModel, LayerWeights
 from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.infer.product_kernel import product
+from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.kernels.norm import rms_norm
 from mor_jax.model.decoder_layer import DecoderLayer
-from mor_jax.model.layer_context import KeyValue, LayerContext, TokenView
-from mor_jax.model.layers import rms_norm
+from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.recurse import make_context
 
 

@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import POOL_AXES, append
 from mor_jax.infer.product_kernel import MAX_ROWS
 from mor_jax.kernels.attention import hopper as attention_hopper
-from mor_jax.kernels.attention.tpu import target_platform
 from mor_jax.kernels.attention.triton import flash_attention
 from mor_jax.kernels.attention.triton_kernels import Tiling
-from mor_jax.kernels.decode_attention import decode_attention
+from mor_jax.kernels.decode_attention import attend_to_pages, decode_attention
+from mor_jax.kernels.pallas_triton import is_available
+from mor_jax.kernels.rotary import Rotary, apply_rotary
 from mor_jax.mesh.axes import on_shards
+from mor_jax.mesh.devices import process_platform, target_platform
 from mor_jax.model.attention import split_last_heads
-from mor_jax.model.layer_context import KeyValue
-from mor_jax.model.layers import Rotary, apply_rotary
 
 logger = logging.getLogger(__name__)
 _BLOCK, TOKEN_BLOCK = 2048, 512
@@ -49,8 +50,12 @@ def _resolve(name: str, backend: DecodeBackend, needs: tuple[tuple[str, bool], .
 
 
 def _gpu() -> tuple[str, bool]:
-    device = jax.default_backend()
+    device = process_platform()
     return f"a GPU, not device={device!r}", device == "gpu"
+
+
+def _triton() -> tuple[str, bool]:
+    return "a JAX that has Pallas' Triton backend", is_available()
 
 
 def _width(head_dim: int) -> tuple[str, bool]:
@@ -71,7 +76,7 @@ def decode_backend(config: ModelConfig, backend: DecodeBackend = "auto", shards:
     Raises:
         UserError: `pallas` was asked for where it cannot run.
     """
-    return _resolve("backend", backend, (_gpu(), _alone(shards), _width(config.head_dim)))
+    return _resolve("backend", backend, (_gpu(), _triton(), _alone(shards), _width(config.head_dim)))
 
 
 def prompts_backend(dtype: str, head_dim: int) -> DecodeBackend:
@@ -86,6 +91,8 @@ def prompts_backend(dtype: str, head_dim: int) -> DecodeBackend:
         (f"16 bits, not {dtype}", jnp.dtype(dtype).itemsize == 2),
         _width(head_dim),
     )
+    if not attention_hopper.is_available(jnp.dtype(dtype).name, head_dim):
+        needs = (*needs, _triton())
     return _resolve("prompts", "auto", needs)
 
 
@@ -168,10 +175,7 @@ def _gather_and_attend(
     block = TOKEN_BLOCK if single else _BLOCK
     if table_BM.shape[1] * page_size > block and not (single and target_platform() == "gpu"):
         return attend_by_blocks(query_BTNH, cached, table_BM, visible_BT, page_size, max(1, block // page_size))
-    (rows, pages), head_dim = table_BM.shape, query_BTNH.shape[-1]
-    keys, values = (pool[table_BM].reshape(rows, pages * page_size, -1, head_dim) for pool in cached)
-    mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < visible_BT[:, :, None]
-    return jax.nn.dot_product_attention(query_BTNH, keys, values, mask=mask_BTX[:, None], implementation="xla")
+    return attend_to_pages(query_BTNH, cached, table_BM, visible_BT, page_size)
 
 
 def attend_by_kernel(

@@ -17,7 +17,7 @@ from mor_jax.infer.decode_layers import block_pass, decode_context, edge_layer, 
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.infer.walk import Walk, advance, boundary_scores, start_walk
-from mor_jax.kernels.attention.tpu import target_platform
+from mor_jax.mesh.devices import target_platform
 from mor_jax.model.routing.select import take_rows
 
 

@@ -20,7 +20,8 @@ from mor_jax.infer.engine import Engine, EngineStatistics
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_state import EngineShape
 from mor_jax.infer.request import Request, Token
-from mor_jax.mesh.mesh import Device, make_mesh
+from mor_jax.mesh.devices import Device
+from mor_jax.mesh.mesh import make_mesh
 
 
 @dataclass(frozen=True)

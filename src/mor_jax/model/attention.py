@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.array_types import KeyValue
+from mor_jax.config import Fusion, ModelConfig, PerfConfig
 from mor_jax.kernels.attention.backend import attend, resolve_backend
-from mor_jax.kernels.rotary import can_rotate, split_rotate
+from mor_jax.kernels.rotary import Rotary, apply_rotary, rotates_jointly, split_rotate
 from mor_jax.mesh.axes import axis_size, constrain
-from mor_jax.model.layer_context import KeyValue, KeyValueStore, LayerContext
-from mor_jax.model.layers import Rotary, apply_rotary, compute_weight, normal_init
+from mor_jax.model.layer_context import KeyValueStore, LayerContext
+from mor_jax.model.layers import compute_weight, normal_init
 from mor_jax.model.relaxation import low_rank
 from mor_jax.model.routing.select import merge_rows
 
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         fused = self.perf.fused
         output = compute_weight(output) if fused else output
         projects_kv = cached is None or context.update is not None or context.fresh_BS is not None
-        if fused and projects_kv and _can_fuse_qkv(config, lora):
+        if projects_kv and _fuses_qkv(config, self.perf.fusion, lora):
             query_BCNH, fresh = project_qkv(x_BCD, query, key_value, context.rotary)
         else:
             query, key_value = map(compute_weight, (query, key_value)) if fused else (query, key_value)
@@ -80,7 +81,7 @@ class Attention(nn.Module):
         if context.observe is not None:
             context.observe(query_BCNH, keys)
         with jax.named_scope("attend"):
-            out_BCNH = attend(query_BCNH, keys, values, context.queries, context.keys, backend)
+            out_BCNH = attend(query_BCNH, keys, values, context.mask, backend)
         out_BCNH = checkpoint_name(constrain(out_BCNH, "batch", "sequence", "heads", "head_dim"), "attention")
         out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)
         out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
@@ -106,14 +107,14 @@ class Attention(nn.Module):
         return apply_rotary(fresh[:, :, 0], rotary), fresh[:, :, 1]
 
 
-def _can_fuse_qkv(config: ModelConfig, lora: Any) -> bool:
-    """Whether queries, keys and values can be one product (queries alone gained nothing from the kernel).
+def _fuses_qkv(config: ModelConfig, fusion: Fusion, lora: Any) -> bool:
+    """Whether queries, keys and values are one product (queries alone gained nothing from the kernel).
 
     Not with low-rank updates, which come before the rotation, and not where `tensor` splits the heads: queries and
     keys are split each by itself, so to join their weights would move them.
     """
     updated = lora is not None and ("query" in lora or "key_value" in lora)
-    return not updated and axis_size("tensor") == 1 and can_rotate(config.head_dim)
+    return not updated and axis_size("tensor") == 1 and rotates_jointly(fusion, config.head_dim)
 
 
 def project_qkv(

@@ -4,32 +4,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.kernels.attention.mask import Mask, TokenView
+from mor_jax.kernels.rotary import Rotary
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.layers import Rotary
 from mor_jax.model.routing.select import Selection, take_rows
-
-KeyValue = tuple[jax.Array, jax.Array]
-
-
-@struct.dataclass
-class TokenView:
-    """Which tokens of each row a [B, C, ...] tensor holds, in ascending order of row index; whole under `context`."""
-
-    rows_BC: jax.Array
-    """int32 index in the row: what causality compares."""
-    positions_BC: jax.Array
-    """int32 position: what rotary embedding rotates by (restarts at every document)."""
-    segments_BC: jax.Array | None = None
-    """int32 document number: attention stays inside one; None attends across."""
-    valid_BC: jax.Array | None = None
-    """bool: whether the token may be attended to; None is all."""
-
-    def take(self, selection: Selection) -> "TokenView":
-        """The view of the selected tokens."""
-        return jax.tree.map(lambda a_BT: constrain(take_rows(a_BT, selection.index_BC), "batch", None), self)
 
 
 class KeyValueStore(Protocol):
@@ -74,25 +54,12 @@ class LayerContext:
     observe: Callable[[jax.Array, jax.Array], None] | None = struct.field(pytree_node=False, default=None)
     """Analysis: called with the rotated queries and keys of a layer that is not in a loop; None is nobody."""
 
+    @property
+    def mask(self) -> Mask:
+        """Which keys the queries see."""
+        return Mask(self.queries, self.keys)
 
-def attention_mask(queries: TokenView, keys: TokenView | None, *, explicit: bool = False) -> jax.Array | None:
-    """bool [B, 1, T, S]: key row <= query row, same segment, key valid; None if causality among the queries is all,
-    unless it is to be `explicit`.
 
-    Among the queries themselves slots are compared, not rows: they ascend alike, and slots without a token stand last.
-    """
-    if not explicit and keys is None and queries.segments_BC is None and queries.valid_BC is None:
-        return None
-    if keys is None:
-        keys = queries
-        slots_T = jnp.arange(queries.rows_BC.shape[1])
-        mask_BTS = jnp.broadcast_to(
-            slots_T[None, None, :] <= slots_T[None, :, None], (*queries.rows_BC.shape, slots_T.size)
-        )
-    else:
-        mask_BTS = keys.rows_BC[:, None, :] <= queries.rows_BC[:, :, None]
-    if queries.segments_BC is not None and keys.segments_BC is not None:
-        mask_BTS &= keys.segments_BC[:, None, :] == queries.segments_BC[:, :, None]
-    if keys.valid_BC is not None:
-        mask_BTS &= keys.valid_BC[:, None, :]
-    return constrain(mask_BTS, "batch", "sequence", None)[:, None]
+def take_tokens(view: TokenView, selection: Selection) -> TokenView:
+    """The view of the selected tokens."""
+    return jax.tree.map(lambda a_BT: constrain(take_rows(a_BT, selection.index_BC), "batch", None), view)

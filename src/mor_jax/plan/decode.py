@@ -23,9 +23,10 @@ from mor_jax.infer.engine_state import EngineShape, EngineState, empty_control, 
 from mor_jax.infer.paged_attention import TOKEN_BLOCK
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.stages import dispatch
+from mor_jax.mesh.devices import GIB
 from mor_jax.model.transformer import init_params
 from mor_jax.plan.compile import does_not_fit, is_out_of_memory
-from mor_jax.plan.topology import GIB, Topology
+from mor_jax.plan.topology import Topology
 
 _USABLE = 0.9
 """Share of the memory that an estimate may fill."""
@@ -79,7 +80,7 @@ class CompiledDecode:
             padding=max(0, self.dispatch.arguments - parameters - kv_pages - state),
             activations=max(self.dispatch.activations, self.prefill.activations),
             code=self.dispatch.code + self.prefill.code,
-            limit=self.topology.generation.hbm_bytes,
+            limit=self.topology.generation.program_bytes,
         )
 
 
@@ -173,7 +174,7 @@ def advise_decode(config: Config, topology: Topology, options: EngineOptions) ->
     entry = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     length = -(-options.max_length // options.page_size) * options.page_size
     per_sequence = length * entry * (layout.groups * layout.block_layers + layout.edge_layers)
-    free = generation.hbm_bytes * _USABLE - weights
+    free = generation.program_bytes * _USABLE - weights
     # attention gathers a block of one layer's entries at a time, whose heads and head dims are filled up to whole tiles
     sides = zip((model.num_kv_heads, model.head_dim), _TILE, strict=True)
     filled = math.prod(-(-side // tile) * tile / side for side, tile in sides)

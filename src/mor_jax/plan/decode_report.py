@@ -102,8 +102,8 @@ def decode_bound(weights: DecodeModel, shape: EngineShape, generation: Generatio
         **read,
         tokens_per_block_step=per_step,
         exit_steps_per_block_step=exits,
-        memory=(of_block + exits * of_exit) / per_step / generation.hbm_rate,
-        arithmetic=flops / generation.flops,
+        memory=(of_block + exits * of_exit) / per_step / generation.chip.hbm_rate,
+        arithmetic=flops / generation.chip.flops,
     )
 
 
