@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return CLOSED_PIPE
             raise
         finally:
-            if not isinstance(sys.exception(), Exception):
+            if sys.stdout is not None and not isinstance(sys.exception(), Exception):  # None: it was closed before
                 sys.stdout.flush()  # here, and not when the interpreter ends: the reader may have gone
     except BrokenPipeError:
         gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]

@@ -33,6 +33,7 @@ _OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "initializer_range
 _REAL = ("rms_norm_eps", "rope_theta", "initializer_range")
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _THETA = 10_000.0
+_LARGEST = 1e38  # of float32
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -61,7 +62,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
     require(scaling in (None, "default"), f"{where}: rotary scaling {scaling!r} is not supported")
     heads = values["num_attention_heads"]
     return ModelConfig(
-        **{ours: values[theirs] for theirs, ours in _SIZES.items()},
+        **{ours: float(values[theirs]) if theirs in _REAL else values[theirs] for theirs, ours in _SIZES.items()},
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or values["hidden_size"] // heads,
         rope_theta=theta,
@@ -74,8 +75,10 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
 def _check_numbers(values: Mapping[str, Any], where: str) -> None:
     for name in (*_SIZES, *(name for name in _OPTIONAL if values.get(name) is not None)):
         value, whole = values[name], name not in _REAL
-        known = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value > 0
-        require(known, f"{where}: {name}={value!r} is not a positive {'integer' if whole else 'number'}")
+        known = (
+            isinstance(value, int if whole else int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
+        )
+        require(known, f"{where}: {name}={shown(value)} is not a positive {'integer' if whole else 'number'}")
 
 
 def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, str | None]:
@@ -85,7 +88,8 @@ def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, str | None]:
     new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     theta = new.get("rope_theta", values.get("rope_theta", _THETA))
     require(
-        isinstance(theta, int | float) and theta > 0, f"{where}: rope_theta={shown(theta)} is not a positive number"
+        isinstance(theta, int | float) and 0 < theta < _LARGEST,
+        f"{where}: rope_theta={shown(theta)} is not a positive number",
     )
     return float(theta), new.get("rope_type", old.get("rope_type", old.get("type")))
 
