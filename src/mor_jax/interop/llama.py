@@ -62,7 +62,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
     require(scaling in (None, "default"), f"{where}: rotary scaling {scaling!r} is not supported")
     heads = values["num_attention_heads"]
     return ModelConfig(
-        **{ours: float(values[theirs]) if theirs in _REAL else values[theirs] for theirs, ours in _SIZES.items()},
+        **_sizes(values),
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or values["hidden_size"] // heads,
         rope_theta=theta,
@@ -70,6 +70,10 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         dtype="float32",
     )
+
+
+def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {ours: float(values[name]) if name in _REAL else values[name] for name, ours in _SIZES.items()}
 
 
 def _check_numbers(values: Mapping[str, Any], where: str) -> None:
