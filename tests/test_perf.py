@@ -14,7 +14,7 @@ from mor_jax import presets
 from mor_jax.bench.step import random_batch
 from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.errors import UserError
-from mor_jax.kernels import swiglu_hopper
+from mor_jax.kernels import pallas_triton, swiglu_hopper
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.perf import PLAIN, activation_bytes, block_parameters, compiler_options, resolve_perf, state_bytes
 from mor_jax.runs.state import init_train_state
@@ -66,6 +66,12 @@ def test_swiglu_within_products_where_device_widths_and_remat_allow_it(monkeypat
             fusion(kind, fusion="mosaic", **changes)
     monkeypatch.setattr(swiglu_hopper, "is_hopper", lambda: False)
     assert fusion() == "triton"
+    monkeypatch.setattr(pallas_triton, "plt", None)
+    assert fusion() == "xla"
+    with pytest.raises(UserError, match=r"perf.fusion='triton': this version of JAX has no Triton backend"):
+        fusion(fusion="triton")
+    monkeypatch.setattr(swiglu_hopper, "is_hopper", lambda: True)
+    assert fusion() == "mosaic"
 
 
 def test_a_cpu_refuses_kernels_for_hopper():

@@ -18,3 +18,5 @@ Hidden = Float[Array, "B T D"]
 Logits = Float[Array, "B T V"]
 RowIndex = Int[Array, "B C"]
 Params = Mapping[str, Any]
+KeyValue = tuple[Array, Array]
+"""Keys and values of one layer."""

@@ -9,17 +9,17 @@ import functools
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from mor_jax.config import AttentionBackend, Config, Fusion, ModelConfig, PerfConfig, Remat
 from mor_jax.errors import require
-from mor_jax.kernels import swiglu_hopper
+from mor_jax.kernels import pallas_triton, swiglu_hopper
 from mor_jax.kernels.attention.backend import resolve_backend
+from mor_jax.kernels.choice import log_kernel
 from mor_jax.mesh.axes import BATCH_AXES
-from mor_jax.mesh.mesh import Device
+from mor_jax.mesh.devices import Device, memory_bytes
 from mor_jax.model.flops import count_parameters, layer_passes
 from mor_jax.model.transformer import init_params
 
@@ -44,17 +44,6 @@ COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = {
 }
 """Per backend: XLA option `name=value` and why it is set."""
 
-_MEMORY_BYTES = {
-    "TPU v4": 32 << 30,
-    "TPU v5 lite": 16 << 30,
-    "TPU v5e": 16 << 30,
-    "TPU v5": 95 << 30,
-    "TPU v5p": 95 << 30,
-    "TPU v6 lite": 32 << 30,
-    "TPU v6e": 32 << 30,
-    "TPU7x": 96 << 30,
-}
-"""Memory of devices that are only described (ahead-of-time compilation), by ``jax.Device.device_kind``."""
 _USABLE = 0.85
 """Share of the memory that estimates may fill: allocators fragment and kernels need workspace."""
 _WHOLE_BLOCK = 0.1
@@ -103,6 +92,8 @@ def resolve_perf(config: Config, mesh: Mesh) -> PerfConfig:
             compiler_options=tuple(COMPILER_OPTIONS.get(platform, ())),
         )
         chosen = _fill(perf, defaults)
+    if perf.fusion == "triton":
+        pallas_triton.require_triton("perf.fusion='triton'")
     if perf.fusion == "mosaic":
         _require_mosaic_fits(config, mesh, chosen.remat)
     _report(platform, perf, chosen)
@@ -134,7 +125,12 @@ def _fusion(config: Config, mesh: Mesh, remat: Remat) -> Fusion:
     platform = mesh.devices.flat[0].platform
     if platform != "gpu" or config.model.dtype != "bfloat16" or mesh.shape.get("context", 1) != 1:
         return "xla"
-    return "mosaic" if _mosaic_fits(config, mesh, remat) else "triton"
+    if _mosaic_fits(config, mesh, remat):
+        return "mosaic"
+    if not pallas_triton.is_available():
+        log_kernel("norms, rotations, SwiGLU, softmax of the loss", f"XLA ({pallas_triton.MISSING})")
+        return "xla"
+    return "triton"
 
 
 def _attention(config: Config, mesh: Mesh, platform: str) -> AttentionBackend:
@@ -196,18 +192,6 @@ def compiler_options(perf: PerfConfig) -> dict[str, str | bool]:
         name, _, value = option.partition("=")
         options[name] = {"true": True, "false": False}.get(value.lower(), value)
     return options
-
-
-def memory_bytes(device: Device) -> int | None:
-    """Memory that programs may use on a device; None if it does not say."""
-    stats: Any = None
-    try:
-        stats = device.memory_stats()
-    except (AttributeError, NotImplementedError, RuntimeError):  # described devices have none
-        stats = None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return _MEMORY_BYTES.get(device.device_kind)
 
 
 def kept_values(model: ModelConfig, remat: Remat) -> int:

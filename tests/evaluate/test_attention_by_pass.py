@@ -10,8 +10,9 @@ from evaluation_examples import T, batch, config, params
 from mor_jax.errors import UserError
 from mor_jax.evaluate.attention_by_pass import FIGURES, attention_by_pass
 from mor_jax.evaluate.passes import inputs_of
+from mor_jax.kernels.norm import rms_norm
+from mor_jax.kernels.rotary import apply_rotary, rotary_tables
 from mor_jax.model.forward import forward
-from mor_jax.model.layers import apply_rotary, rms_norm, rotary_tables
 
 
 def test_uniform_attention_has_its_literal_figures():

@@ -7,10 +7,10 @@ import pytest
 
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.kernels import rotary as rotary_gpu
-from mor_jax.kernels.rotary import can_rotate, split_rotate
+from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.kernels.rotary import apply_rotary, rotary_tables, rotates_jointly, split_rotate
 from mor_jax.model.attention import Attention
-from mor_jax.model.layer_context import TokenView
-from mor_jax.model.layers import apply_rotary, rotary_tables
+from mor_jax.model.layer_context import take_tokens
 from mor_jax.model.recurse import make_context
 from mor_jax.model.routing.select import select_mask
 
@@ -67,7 +67,9 @@ def test_all_heads_in_one_program(monkeypatch):
 
 
 def test_head_dims_that_the_kernels_take():
-    assert [dim for dim in range(130) if can_rotate(dim)] == [2, 4, 8, 16, 32, 64, 128]
+    for fusion in ("triton", "mosaic"):
+        assert [dim for dim in range(130) if rotates_jointly(fusion, dim)] == [2, 4, 8, 16, 32, 64, 128]
+    assert not rotates_jointly("xla", 64)
 
 
 def _view(tokens: int) -> TokenView:
@@ -84,7 +86,7 @@ def _case(name: str):
     """(context, cached keys and values) of 11 queries by the way their keys and values come about."""
     view = _view(19)
     selection = select_mask(jnp.stack([jnp.arange(19) < 11, jnp.arange(19) >= 8]), 11)
-    some = view.take(selection)
+    some = take_tokens(view, selection)
     if name == "fresh":
         return make_context(CONFIG, some, keep_kv=True), None
     if name == "cached":

@@ -11,16 +11,17 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from mor_jax.cli.options import preset_and_flags
+from mor_jax.cli.options import preset_and_flags, refuse_products
 from mor_jax.config import Config
 from mor_jax.errors import UserError, require
 from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.mesh.devices import GIB
 from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
 from mor_jax.plan.decode import advise_decode, compile_decode
 from mor_jax.plan.decode_report import decode_report, print_decode_report
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.search import advise, search
-from mor_jax.plan.topology import GIB, Topology, describe_topology
+from mor_jax.plan.topology import Topology, describe_topology
 from mor_jax.runs.state import abstract_train_state
 
 _DESCRIPTION = (
@@ -51,6 +52,7 @@ class PlanFlags:
 
 def run(arguments: Sequence[str]) -> int:
     """Print the plan."""
+    refuse_products(arguments, "--engine.products")
     jax.config.update("jax_platforms", "cpu")  # a host that has a TPU keeps it for others
     # shapes are traced for this host too, whose attention is of no interest; the plan names the one that was compiled
     logging.getLogger("mor_jax.kernels.attention.backend").setLevel(logging.WARNING)

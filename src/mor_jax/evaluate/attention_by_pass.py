@@ -19,9 +19,10 @@ from mor_jax.array_types import Params
 from mor_jax.config import Config, ModelConfig, PerfConfig
 from mor_jax.errors import require
 from mor_jax.evaluate.passes import Mode
+from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.mesh.processes import to_host
 from mor_jax.model.decoder_layer import DecoderLayer
-from mor_jax.model.layer_context import LayerContext, TokenView, attention_mask
+from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.parameters import compute_copy
 from mor_jax.model.recurse import Norms, at, empty_kv, scan_context
 from mor_jax.model.relaxation import Encoding, StackedLora
@@ -94,14 +95,13 @@ class _Passes:
         if model.recursion.kv_strategy == "shared_update":
             fresh_BT = fresh_BT | selected
         context = scan_context(model, self.view, empty, fresh_BT, selected_BT)
-        mask_BTS = attention_mask(context.queries, context.keys, explicit=True)
-        assert mask_BTS is not None
-        visible_BT = jnp.sum(mask_BTS[:, 0], axis=-1)
+        mask_BTS = context.mask.dense()[:, 0]
+        visible_BT = jnp.sum(mask_BTS, axis=-1)
         counts_BT = selected & self.counted_BT & (visible_BT > 1)
         heads: list[dict[str, Any]] = []
 
         def observe(query_BTNH: jax.Array, keys_BSKH: jax.Array) -> None:
-            heads.append(_head_sums(query_BTNH, keys_BSKH, mask_BTS[:, 0], counts_BT))
+            heads.append(_head_sums(query_BTNH, keys_BSKH, mask_BTS, counts_BT))
 
         context = dataclasses.replace(context, observe=observe)
         for layer in range(model.block_depth):

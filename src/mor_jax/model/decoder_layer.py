@@ -6,10 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.attention import Attention
-from mor_jax.model.layer_context import KeyValue, LayerContext
+from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, SwiGLU
 from mor_jax.model.recurse import Norms
 
@@ -32,10 +33,10 @@ class DecoderLayer(nn.Module):
         `norms` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
         low-rank updates, a recursion encoding.
         """
-        fused = self.perf.fused
-        attention_norm = RMSNorm(self.config, fused, name="attention_norm")
+        fusion = self.perf.fusion
+        attention_norm = RMSNorm(self.config, fusion, name="attention_norm")
         attention = Attention(self.config, self.perf, name="attention")
-        ffn_norm, ffn = RMSNorm(self.config, fused, name="ffn_norm"), SwiGLU(self.config, self.perf, name="ffn")
+        ffn_norm, ffn = RMSNorm(self.config, fusion, name="ffn_norm"), SwiGLU(self.config, self.perf, name="ffn")
         shares = self.repeats > 1 and self.config.recursion.kv_strategy == "shared"
         kv = None
         for repeat in range(self.repeats):

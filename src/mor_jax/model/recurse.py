@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
+from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.kernels.rotary import rotary_tables
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.layer_context import KeyValue, LayerContext, TokenView
-from mor_jax.model.layers import rotary_tables
+from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.routing.router import RouterParams
 
 Norms = dict[str, Any]

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig, PerfConfig
 from mor_jax.errors import require
+from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
 from mor_jax.model.decoder_layer import StackedNorms, remat_layer
-from mor_jax.model.layer_context import TokenView
 from mor_jax.model.layers import RMSNorm, normal_init
 from mor_jax.model.parameters import compute_copy, from_tree, to_tree
 from mor_jax.model.recurse import RoutingInputs, make_context, recurse, recurse_scan

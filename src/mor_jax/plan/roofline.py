@@ -134,8 +134,8 @@ def roofline(
     """
     devices, flops = math.prod(sizes.values()), step_flops(config, fused_attention=fused_attention)
     times = {
-        "arithmetic": flops.executed / devices / generation.flops,
-        "memory": memory_traffic(config, sizes) / generation.hbm_rate,
+        "arithmetic": flops.executed / devices / generation.chip.flops,
+        "memory": memory_traffic(config, sizes) / generation.chip.hbm_rate,
         "network": received[0] / generation.ici_rate,
         "network_across": received[1] / generation.dcn_rate,
     }
@@ -144,7 +144,7 @@ def roofline(
     return Roofline(
         **times,
         tokens_per_second=tokens / seconds,
-        mfu=flops.model / seconds / devices / generation.flops,
+        mfu=flops.model / seconds / devices / generation.chip.flops,
     )
 
 

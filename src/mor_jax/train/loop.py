@@ -23,7 +23,8 @@ from mor_jax.errors import UserError, require
 from mor_jax.evaluate.pictures import write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.kernels.attention.backend import resolve_backend
-from mor_jax.mesh.mesh import Device, check_mesh, local_rows, make_mesh, shard_batch
+from mor_jax.mesh.devices import Device
+from mor_jax.mesh.mesh import check_mesh, local_rows, make_mesh, shard_batch
 from mor_jax.mesh.processes import barrier, is_primary, primary_first
 from mor_jax.model.routing.capacity import warmup_steps
 from mor_jax.runs.checkpoint import Checkpoints

@@ -9,8 +9,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
-from mor_jax.model.layer_context import KeyValue, TokenView
+from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.model.layer_context import take_tokens
 from mor_jax.model.recurse import Block, RoutingInputs, at, make_context
 from mor_jax.model.routing import router as routing
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
@@ -93,7 +95,8 @@ def expert_gather(
             selection = _select(raw if noise is None else noise[r], counted, present, count, inputs.slot_multiple)
             descent.selections.append(selection)
             descent.parents.append(state)
-            state, gate, view = gather_hidden(state, selection), gather_rows(gate, selection), view.take(selection)
+            state, gate = gather_hidden(state, selection), gather_rows(gate, selection)
+            view = take_tokens(view, selection)
             ones_BC, counted = ones_BC[:, : state.shape[1]], take_rows(counted, selection.index_BC)
             noise = None if noise is None else jax.vmap(lambda n, i=selection.index_BC: take_rows(n, i))(noise)
             present = count
@@ -197,7 +200,7 @@ def token_gather(
             valid_BC = slots_C[None, :] < jnp.sum(selection.mask_BT, axis=1, keepdims=True)
             state, origin = gather_hidden(state, selection), gather_hidden(origin, selection)
             gates = gather_rows(gates, selection)
-            chosen, view = take_rows(chosen, selection.index_BC), view.take(selection)
+            chosen, view = take_rows(chosen, selection.index_BC), take_tokens(view, selection)
         state, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
         deltas.append(routing.gated(config, whole(gates[:, :, r]), state, origin))
         selected.append(descent.expand(valid_BC.astype(jnp.float32)))
