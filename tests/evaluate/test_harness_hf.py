@@ -6,6 +6,7 @@ import json
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -95,7 +96,7 @@ def export(model, folder):
 def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     loaded = export(request.param, folder)
-    scorer = Scorer(loaded.model, PerfConfig(), jax.tree.map(np.asarray, loaded.params), all_devices=False)
+    scorer = Scorer(loaded.model, PerfConfig(), jax.tree.map(jnp.asarray, loaded.params), all_devices=False)
     ours = harness.MorLM(scorer, loaded.tokenizer, batch_size=8)
     theirs = HFLM(pretrained=str(folder / "hf"), dtype="float32", device="cpu", batch_size=8)
     return ours, theirs

@@ -13,7 +13,8 @@ from mor_jax import presets
 from mor_jax.config import MeshConfig, PerfConfig
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.decode_model import prepare_weights
-from mor_jax.infer.engine_options import EngineOptions, engine_shape
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_shape import engine_shape
 from mor_jax.infer.engine_state import empty_control, init_state
 from mor_jax.infer.paged_attention import prompts_backend
 from mor_jax.infer.prefill import _piece, prefill
@@ -32,7 +33,6 @@ from mor_jax.model.loss import fused_cross_entropy
 from mor_jax.model.recurse import make_context
 from mor_jax.model.transformer import init_params
 
-LAYER = ("product_norm", "decode_attention", "product_residual", "product_gated", "product_residual")
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 
 
@@ -241,7 +241,7 @@ def test_queries_alone_take_no_kernel(gpu):
     ],
 )
 def test_a_dispatch_of_the_engine(preset, options, gpu):
-    """A layer is five kernels, head and sampling two, and two choose who gets a slot; nothing else is one."""
+    """Attention of single tokens is a kernel; nothing else is one."""
     config = presets.get(preset).config.model
     config = dataclasses.replace(config, num_layers=5)
 
@@ -252,12 +252,10 @@ def test_a_dispatch_of_the_engine(preset, options, gpu):
     model = jax.eval_shape(weights, jax.random.key(0))
     gpu()
     shape = engine_shape(model, options)
-    assert shape.backend == shape.products == "pallas"
+    assert shape.backend == "pallas"
     state = jax.eval_shape(lambda model: init_state(model, shape), model)
     kernels = _kernels(dispatch, model, state, empty_control(shape.places), shape=shape)
-    assert set(kernels) == {*LAYER, "choose_places", "sample_head", "sample_combine"}
-    layers = [kernel for kernel in kernels if kernel in LAYER]
-    assert layers == list(LAYER) * (len(layers) // len(LAYER))
+    assert set(kernels) == {"decode_attention"}
 
 
 def test_a_chunk_of_a_prompt(gpu):

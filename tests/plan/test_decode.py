@@ -13,7 +13,8 @@ from mor_jax.errors import UserError
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.engine import Engine
-from mor_jax.infer.engine_options import EngineOptions, engine_shape
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_shape import engine_shape
 from mor_jax.mesh.devices import GIB
 from mor_jax.model.flops import count_parameters
 from mor_jax.model.transformer import init_params
@@ -128,6 +129,7 @@ def test_out_of_memory_names_what_fits(monkeypatch):
         (("--decode", "--mesh.fsdp", "2"), "mesh.fsdp=2 has no meaning for --decode"),
         (("--decode", "--search"), "does not go with --decode"),
         (("--engine.max-running", "4"), "needs --decode"),
+        (("--decode", "--engine.products", "xla"), "--engine.products is gone: the kernels gained nothing over XLA's"),
         (("--decode", "--model.recursion.kv-strategy", "shared_update"), "shared_update' cannot decode"),
     ],
 )

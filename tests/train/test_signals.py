@@ -93,7 +93,7 @@ def test_outside_the_main_thread_signals_are_left_alone(acted):
 def test_a_terminal_that_closes_costs_nothing(tmp_path):
     """The kernel sends SIGHUP, and whatever is printed afterwards fails."""
     master, slave = pty.openpty()
-    place = {"coordinator": "", "count": 1, "index": 0}
+    place = {"coordinator": f"localhost:{hosts.free_port()}", "count": 1, "index": 0}
     options = {"folder": str(tmp_path), **place, "pause": 0.2, "train": {"save_every": 0, "steps": 1000}}
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     process = subprocess.Popen(

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from mor_jax.cli.options import preset_and_flags
+from mor_jax.cli.options import preset_and_flags, refuse_products
 from mor_jax.config import Config
 from mor_jax.errors import UserError, require
 from mor_jax.infer.engine_options import EngineOptions
@@ -52,6 +52,7 @@ class PlanFlags:
 
 def run(arguments: Sequence[str]) -> int:
     """Print the plan."""
+    refuse_products(arguments, "--engine.products")
     jax.config.update("jax_platforms", "cpu")  # a host that has a TPU keeps it for others
     # shapes are traced for this host too, whose attention is of no interest; the plan names the one that was compiled
     logging.getLogger("mor_jax.kernels.attention.backend").setLevel(logging.WARNING)

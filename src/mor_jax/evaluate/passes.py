@@ -5,7 +5,7 @@ Letters: B rows, T positions, R recursions, V vocabulary.
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,21 @@ MODE_NOTES: dict[Mode, str] = {
     "topk": "looks ahead: the training selection, which compares a token with later ones",
     "threshold": "causal: the selection that generation uses",
 }
+
+
+class Tokenizer(Protocol):
+    """What evaluation needs of a tokenizer."""
+
+    vocab_size: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        ...
+
+    def token_bytes(self, token: int, /) -> bytes:
+        """Return the bytes that one token stands for."""
+        ...
 
 
 @struct.dataclass

@@ -5,27 +5,12 @@ A token may stand for other bytes at the beginning of a text than inside it: Lla
 V vocabulary, B rows, T positions.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 _PROBE = "Ab cd, ef\n\t12  \N{LATIN SMALL LETTER E WITH ACUTE}\N{GRINNING FACE}."
 """Holds what tokenizers change: case, spaces, line ends, characters of several bytes."""
-
-
-class Tokenizer(Protocol):
-    """What counting needs of a tokenizer."""
-
-    vocab_size: int
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-        ...
-
-    def token_bytes(self, token: int, /) -> bytes:
-        """Return the bytes that one token stands for."""
-        ...
 
 
 def token_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
@@ -36,7 +21,7 @@ def token_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
     (WordPiece, normalised text) they are the bytes by which a token lengthens the decoded text.
 
     Args:
-        tokenizer: see ``Tokenizer``; ``decode`` too where its tokens do not spell texts.
+        tokenizer: see ``passes.Tokenizer``; with ``decode`` where its tokens do not spell texts.
         vocab_size: of the model; entries beyond the tokenizer's vocabulary count 0, as end-of-text does.
     """
     known = [i for i in range(min(tokenizer.vocab_size, vocab_size)) if i != tokenizer.eos_id]

@@ -12,9 +12,9 @@ from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
 from mor_jax.infer.decode_model import DecodeModel, prepare_weights
-from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_options import ONE_DEVICE, EngineMesh, EngineOptions
 from mor_jax.infer.growing_text import GrowingText
-from mor_jax.infer.replicas import ONE_DEVICE, AnyEngine, EngineMesh, make_engine
+from mor_jax.infer.replicas import AnyEngine, copy_meshes, make_engine
 from mor_jax.infer.request import NOT_FINITE, Request
 from mor_jax.infer.sampling import Sampling
 from mor_jax.model.routing.router_state import split_router_state
@@ -82,7 +82,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self._copies = tuple(
             prepare_weights(config, params, router_bias_R=router_bias_R, boundaries=boundaries, mesh=devices)
-            for devices in mesh.per_copy()
+            for devices in copy_meshes(mesh)
         )
         self._engines: dict[EngineOptions, AnyEngine] = {}
 
@@ -226,7 +226,7 @@ def load(
     """
     from mor_jax.interop.sources import open_model  # only here: the engine alone needs no checkpoint library
 
-    mesh.per_copy()  # too few devices are known before anything is read
+    copy_meshes(mesh)  # too few devices are known before anything is read
     opened = open_model(Path(path))
     if opened.tokenizer is None:
         raise UserError(f"{path} holds no tokenizer that can be used")

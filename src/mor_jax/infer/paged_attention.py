@@ -6,7 +6,7 @@ Letters: B rows, T tokens of a row, M pages per group, Z entries per page, X ent
 import functools
 import logging
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import POOL_AXES, append
-from mor_jax.infer.product_kernel import MAX_ROWS
+from mor_jax.infer.engine_options import DecodeBackend
 from mor_jax.kernels.attention import hopper as attention_hopper
 from mor_jax.kernels.attention.triton import flash_attention
 from mor_jax.kernels.attention.triton_kernels import Tiling
@@ -25,14 +25,12 @@ from mor_jax.kernels.pallas_triton import is_available
 from mor_jax.kernels.rotary import Rotary, apply_rotary
 from mor_jax.mesh.axes import on_shards
 from mor_jax.mesh.devices import process_platform, target_platform
-from mor_jax.model.attention import split_last_heads
 
 logger = logging.getLogger(__name__)
 _BLOCK, TOKEN_BLOCK = 2048, 512
 """Entries that a chunk of a prompt, and single tokens, attend to at a time; groups that may hold more are read block by
 block. Many, as on a GPU the host decides about every round of the loop; so single tokens read all there, and chunks
 too where a kernel can (``prompts_backend``)."""
-DecodeBackend = Literal["auto", "xla", "pallas"]
 _HEADS, _KV_HEADS = (None, None, "heads", None), (None, None, "kv_heads", None)
 _POOLS = (POOL_AXES, POOL_AXES)
 
@@ -96,22 +94,25 @@ def prompts_backend(dtype: str, head_dim: int) -> DecodeBackend:
     return _resolve("prompts", "auto", needs)
 
 
-def products_backend(rows: int, backend: DecodeBackend = "auto", shards: int = 1) -> DecodeBackend:
-    """Choose what computes the matrix products of up to ``rows`` single tokens, and samples.
+def split_last_heads(joint: jax.Array, count: int, shards: int) -> tuple[jax.Array, jax.Array]:
+    """Split the last ``count`` heads off a joint projection: (the others, these).
 
-    `pallas` is four kernels per layer, with norms, activation and residuals, and one for head and sampling; it needs a
-    GPU of its own and few rows. `xla` runs everywhere; prompts always use it.
-
-    Raises:
-        UserError: `pallas` was asked for where it cannot run.
+    Args:
+        joint: [..., heads, head dim]. It holds queries, keys and values shard by shard, so that every device has those
+            that belong together, and the split moves nothing.
+        count: heads to split off, over all shards.
+        shards: devices that share the heads.
     """
-    needs = (_gpu(), _alone(shards), (f"at most {MAX_ROWS} slots, not {rows}", rows <= MAX_ROWS))
-    return _resolve("products", backend, needs)
+    *lead, heads, head_dim = joint.shape
+    by_shard = joint.reshape(*lead, shards, heads // shards, head_dim)
+    parts = jnp.split(by_shard, [(heads - count) // shards], axis=-2)
+    rest, last = (part.reshape(*lead, -1, head_dim) for part in parts)
+    return rest, last
 
 
 @struct.dataclass
 class PagedStore:
-    """The groups that a batch of rows reads and writes: what attention layers call (``attention.KeyValueStore``)."""
+    """The groups that a batch of rows reads and writes: what layers attend through."""
 
     table_BM: jax.Array
     """int32: pages of each row's group."""
@@ -127,8 +128,6 @@ class PagedStore:
     """Whether any row appends."""
     backend: DecodeBackend = struct.field(pytree_node=False, default="xla")
     """Attention of single tokens, resolved."""
-    products: DecodeBackend = struct.field(pytree_node=False, default="xla")
-    """Matrix products of single tokens, resolved."""
     shards: int = struct.field(pytree_node=False, default=1)
     """Devices that share the heads."""
     table_YM: jax.Array | None = None
@@ -137,7 +136,17 @@ class PagedStore:
     """int32: the group of each row among them."""
 
     def attend(self, projected_BTMH: jax.Array, cached: KeyValue, rotary: Rotary) -> tuple[jax.Array, KeyValue]:
-        """Append one layer's new entries and attend; queries that see nothing return an arbitrary finite value."""
+        """Append one layer's new entries and attend; queries that see nothing return an arbitrary finite value.
+
+        Args:
+            projected_BTMH: N queries and, if the store writes, K keys and K values, none of them rotated; the heads of
+                several devices lie as ``split_last_heads`` says.
+            cached: the layer's keys and values [P, X].
+            rotary: tables at the tokens' positions.
+
+        Returns:
+            Output [B, T, N, H], and the cache.
+        """
         if self.backend == "pallas" and projected_BTMH.shape[1] == 1 and self.writes:
             angles = (rotary[0][:, 0, 0], rotary[1][:, 0, 0])
             tables = (

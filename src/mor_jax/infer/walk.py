@@ -110,7 +110,7 @@ def _scores(params: RouterParams, walk: Walk, temperature: float) -> jax.Array:
     return jnp.take_along_axis(raw_RBT, recursion_1BT, axis=0)[0]
 
 
-def boundary_scores(model: DecodeModel, walk: Walk) -> jax.Array:
+def _boundary_scores(model: DecodeModel, walk: Walk) -> jax.Array:
     """float32 [B, T]: what expert-choice compares with the boundary before the next pass."""
     if model.aux_router is not None:
         return _scores(model.aux_router, walk, 1.0)
@@ -124,7 +124,7 @@ def _decide(model: DecodeModel, walk: Walk) -> Walk:
     assert model.router is not None
     assert model.boundary_R is not None
     raw_BT = _scores(model.router, walk, config.routing.temperature)
-    compared_BT = boundary_scores(model, walk)
+    compared_BT = _boundary_scores(model, walk)
     boundary_BT = model.boundary_R.at[walk.recursion_BT].get(mode="clip")
     applies_BT = walk.going_BT & (compared_BT >= boundary_BT) & (walk.recursion_BT < walk.limit_BT)
     # shared keys and values come from recursion 1 of every token

@@ -18,8 +18,9 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import DecodeModel, decoding_refusal, prepare_weights
-from mor_jax.infer.engine_options import EngineOptions, engine_shape
-from mor_jax.infer.engine_state import EngineShape, EngineState, empty_control, init_state
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_shape import EngineShape, engine_shape
+from mor_jax.infer.engine_state import EngineState, empty_control, init_state
 from mor_jax.infer.paged_attention import TOKEN_BLOCK
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.stages import dispatch
@@ -172,7 +173,8 @@ def advise_decode(config: Config, topology: Topology, options: EngineOptions) ->
     model, layout, generation = config.model, kv_layout(config.model), topology.generation
     weights = tree_bytes(jax.eval_shape(lambda key: _weights(model, key), jax.random.key(0)))
     entry = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
-    length = -(-options.max_length // options.page_size) * options.page_size
+    longest = options.max_length or model.context_length
+    length = -(-longest // options.page_size) * options.page_size
     per_sequence = length * entry * (layout.groups * layout.block_layers + layout.edge_layers)
     free = generation.program_bytes * _USABLE - weights
     # attention gathers a block of one layer's entries at a time, whose heads and head dims are filled up to whole tiles

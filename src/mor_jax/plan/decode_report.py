@@ -19,7 +19,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.config import io as config_io
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import DecodeModel
-from mor_jax.infer.engine_state import EngineShape
+from mor_jax.infer.engine_shape import EngineShape
 from mor_jax.plan.decode import CompiledDecode, tree_bytes
 from mor_jax.plan.report import WIDTH, memory_table, versions
 from mor_jax.plan.topology import Generation
