@@ -14,7 +14,7 @@ import numpy as np
 from mor_jax.array_types import Params
 from mor_jax.config import Dtype, LoraTarget, ModelConfig
 from mor_jax.config import io as config_io
-from mor_jax.errors import require, shown
+from mor_jax.errors import UserError, require, shown
 from mor_jax.interop.assemble import Progress, assemble, check_names, lazily, take_apart
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Tensor, tensors
@@ -61,15 +61,18 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
     theta, scaling = _rotary(values, where)
     require(scaling in (None, "default"), f"{where}: rotary scaling {scaling!r} is not supported")
     heads = values["num_attention_heads"]
-    return ModelConfig(
-        **_sizes(values),
-        num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-        rope_theta=theta,
-        init_std=float(values.get("initializer_range", ModelConfig().init_std)),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        dtype="float32",
-    )
+    try:
+        return ModelConfig(
+            **_sizes(values),
+            num_kv_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            rope_theta=theta,
+            init_std=float(values.get("initializer_range", ModelConfig().init_std)),
+            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+            dtype="float32",
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
