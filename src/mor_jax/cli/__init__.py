@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout is not None and not isinstance(sys.exception(), Exception):  # None: it was closed before
                 sys.stdout.flush()  # here, and not when the interpreter ends: the reader may have gone
     except BrokenPipeError:
-        gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+        gone = [stream for stream in (sys.stdout, sys.stderr) if stream and _reader_is_gone(stream)]
         if not gone:
             raise
         for stream in gone:

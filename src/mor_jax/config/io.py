@@ -36,7 +36,7 @@ def from_dict(kind: type[T], values: object, where: str = "") -> T:
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or kind.__name__}={shown(values)} is not an object")
-    values = getattr(kind, "upgrade", dict)(values)
+    values = typing.cast(dict[str, Any], getattr(kind, "upgrade", dict)(values))
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
     built = {}

@@ -67,7 +67,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
             num_kv_heads=values.get("num_key_value_heads") or heads,
             head_dim=values.get("head_dim") or values["hidden_size"] // heads,
             rope_theta=theta,
-            init_std=float(values.get("initializer_range", ModelConfig().init_std)),
+            init_std=float(values.get("initializer_range") or ModelConfig().init_std),
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
             dtype="float32",
         )
