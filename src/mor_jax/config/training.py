@@ -142,7 +142,8 @@ class TrainConfig:
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
         """Return JSON values of any age as today's: `tensorboard` was a flag, and is now one of `trackers`."""
-        if not isinstance(values.get("tensorboard"), bool):
+        old = isinstance(values.get("tensorboard"), bool) and isinstance(values.get("trackers", []), list)
+        if not old:  # today's, or what is refused by name
             return values
         others = [name for name in values.get("trackers", ()) if name != "tensorboard"]
         kept = {name: value for name, value in values.items() if name != "tensorboard"}
