@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import mor_jax
 from mor_jax.cli import main
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["presets"], ["prepare", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"]], ids=" ".join)
 def test_a_closed_pipe_ends_quietly(arguments):
     environment = {**os.environ, "PYTHONPATH": str(Path(mor_jax.__file__).parents[1])}
     command = [sys.executable, "-m", "mor_jax.cli", *arguments]
@@ -22,6 +23,19 @@ def test_a_closed_pipe_ends_quietly(arguments):
         lines = process.stderr.read().splitlines()
     assert all(line.startswith(b"mor: ") for line in lines), lines  # of the log
     assert process.returncode == 141
+
+
+def test_what_rich_makes_of_a_closed_pipe(monkeypatch):
+    def run(arguments):
+        console = Console(file=sys.stdout)
+        try:
+            raise BrokenPipeError(32, "Broken pipe")
+        except BrokenPipeError:
+            monkeypatch.setattr("os.dup2", lambda *_: None)  # it lays /dev/null over stdout
+            console.on_broken_pipe()
+
+    monkeypatch.setattr("mor_jax.cli.presets.run", run)
+    assert main(["presets"]) == 141
 
 
 def test_another_broken_pipe_is_a_fault(monkeypatch):
