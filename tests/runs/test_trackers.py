@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-from tiny_runs import dataset_maker, tiny_config
+from tiny_runs import dataset_maker, tiny_config  # pyright: ignore[reportMissingImports]
 
 from mor_jax.cli.options import preset_with_overrides
 from mor_jax.config import Config, TrainConfig

@@ -35,11 +35,11 @@ def from_dict(kind: type[T], values: object, where: str = "") -> T:
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or kind.__name__}={values!r} is not an object")
-    values = getattr(kind, "upgrade", dict)(values)
+    fields: dict[str, Any] = getattr(kind, "upgrade", dict)(values)
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
     built = {}
-    for name, value in values.items():
+    for name, value in fields.items():
         path = f"{where}.{name}" if where else name
         if name not in known:
             raise UserError(f"unknown field {path!r}{suggest(name, known)}")
