@@ -225,7 +225,7 @@ class SpanningTokenizer:
 
 
 def _instance(context, continuation, doc_id=0):
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     return Instance("loglikelihood", {}, (context, continuation), 0, metadata=("task", doc_id, 1))
 

@@ -24,10 +24,10 @@ pytest.importorskip("transformers")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the packages that lm-eval imports
     pytest.importorskip("lm_eval")
-    from lm_eval import simple_evaluate
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     from mor_jax.evaluate import harness
 
@@ -97,6 +97,7 @@ def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     loaded = export(request.param, folder)
     scorer = Scorer(loaded.model, PerfConfig(), jax.tree.map(jnp.asarray, loaded.params), all_devices=False)
+    assert loaded.tokenizer is not None
     ours = harness.MorLM(scorer, loaded.tokenizer, batch_size=8)
     theirs = HFLM(pretrained=str(folder / "hf"), dtype="float32", device="cpu", batch_size=8)
     return ours, theirs

@@ -7,7 +7,7 @@ import math
 
 import pytest
 from rich.console import Console
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config  # pyright: ignore[reportMissingImports]
 
 from mor_jax.errors import UserError
 from mor_jax.runs.metrics import JsonlWriter, read_metrics

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-from tiny_runs import dataset_maker, tiny_config
+from tiny_runs import dataset_maker, tiny_config  # pyright: ignore[reportMissingImports]
 
 from mor_jax.cli.options import preset_with_overrides
 from mor_jax.config import Config, TrainConfig
@@ -185,12 +185,15 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, caplog, name)
     assert f"{name} cannot start; training goes on without it (pip install 'mor-jax[track]')" in caplog.text
 
 
-def test_a_run_of_all_of_them_resumes(tmp_path, package):
+def test_a_run_of_all_of_them_resumes_also_from_an_old_configuration(tmp_path, package):
     wandb, trackio = package("wandb"), package("trackio", broken=("log",))
     config = tiny_config(tmp_path, steps=2, trackers=("tensorboard", "wandb", "trackio"), pictures=False)
-    train(config, make_dataset=dataset_maker(config))
+    folder = train(config, make_dataset=dataset_maker(config))
+    values = json.loads((folder / "config.json").read_text())
+    del values["train"]["trackers"]
+    (folder / "config.json").write_text(json.dumps(values | {"train": values["train"] | {"tensorboard": True}}))
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3, trackers=("wandb",)))
-    folder = train(longer, make_dataset=dataset_maker(longer))
+    train(longer, make_dataset=dataset_maker(longer))
     assert [line["step"] for run in wandb.runs for line in run.lines] == [1, 2, 3]
     assert wandb.starts[0]["id"] == wandb.starts[1]["id"] and len(trackio.starts) == 1
     assert wandb.starts[1]["config"]["train"]["steps"] == 3
@@ -238,16 +241,3 @@ def test_a_flag_that_was_never_one_is_refused(value):
 )
 def test_flags_of_older_scripts_hold(flags, trackers):
     assert preset_with_overrides(["debug", *flags], "train", "").train.trackers == trackers
-
-
-def test_an_old_run_goes_on(tmp_path):
-    config = tiny_config(tmp_path, steps=2, trackers=("tensorboard",), pictures=False)
-    folder = train(config, make_dataset=dataset_maker(config))
-    path = folder / "config.json"
-    values = json.loads(path.read_text())
-    del values["train"]["trackers"]
-    values["train"]["tensorboard"] = True
-    path.write_text(json.dumps(values))
-    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3, trackers=()))
-    train(longer, make_dataset=dataset_maker(longer))
-    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]

@@ -103,10 +103,11 @@ def test_a_terminal_that_closes_costs_nothing(tmp_path):
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(slave)
-    threading.Thread(target=_read, args=(master,), daemon=True).start()
+    shown: list[bytes] = []
+    threading.Thread(target=_read, args=(master, shown), daemon=True).start()
     lines, deadline = tmp_path / "tiny" / "metrics.jsonl", time.monotonic() + 120
     while not lines.exists() or lines.read_text().count("\n") < 2:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None and time.monotonic() < deadline, b"".join(shown).decode()
         time.sleep(0.05)
     os.close(master)
     process.wait(timeout=60)
@@ -114,9 +115,9 @@ def test_a_terminal_that_closes_costs_nothing(tmp_path):
     assert 2 <= step < 1000
 
 
-def _read(master):
+def _read(master, shown):
     try:
-        while os.read(master, 4096):
-            pass
+        while part := os.read(master, 4096):
+            shown.append(part)
     except OSError:  # closed
         pass

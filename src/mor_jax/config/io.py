@@ -36,11 +36,11 @@ def from_dict(kind: type[T], values: object, where: str = "") -> T:
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or kind.__name__}={shown(values)} is not an object")
-    values = typing.cast(dict[str, Any], getattr(kind, "upgrade", dict)(values))
+    fields: dict[str, Any] = getattr(kind, "upgrade", dict)(values)
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
     built = {}
-    for name, value in values.items():
+    for name, value in fields.items():
         path = f"{where}.{name}" if where else name
         if name not in known:
             raise UserError(f"unknown field {shown(path)}{suggest(name, known)}")
