@@ -24,7 +24,7 @@ _TOKEN_CHOICE_NOTE = "causal: token-choice decides every token by itself"
 
 
 def write_run_pictures(
-    run_folder: Path, config: Config, params: Params, router_bias_R: jax.Array | None, dataset: HeldOut | None
+    run_folder: Path, config: Config, params: Params, router_bias_R: jax.Array | None, dataset: HeldOut
 ) -> list[Path]:
     """Write the pictures of a run from its metrics and from held-out text; all processes compute, the first writes.
 
@@ -33,20 +33,17 @@ def write_run_pictures(
         config: of the run.
         params: parameter tree.
         router_bias_R: loss-free bias of token-choice, float32 [R], or None.
-        dataset: held-out batches with their ``tokenizer``; ``train.eval_rows`` rows are used. None gives
-            loss.png alone.
+        dataset: held-out batches with their ``tokenizer``; ``train.eval_rows`` rows are used.
 
     Returns:
         The files written: loss.png and, for a model with a router, depth.png and routing.html.
 
     Raises:
-        UserError: held-out text without rows, or the folder cannot be written.
+        UserError: no held-out text, or the folder cannot be written.
     """
+    batches = [inputs_of(batch) for batch in first_rows(dataset, config.train.eval_rows)]
     metrics = read_metrics(run_folder / "metrics.jsonl")
     title = run_title(run_folder, config)
-    if dataset is None:
-        return write_pictures(run_folder, title, config, params, router_bias_R, [], None, metrics)
-    batches = [inputs_of(batch) for batch in first_rows(dataset, config.train.eval_rows)]
     return write_pictures(run_folder, title, config, params, router_bias_R, batches, dataset.tokenizer, metrics)
 
 
@@ -63,7 +60,7 @@ def write_pictures(
     params: Params,
     router_bias_R: jax.Array | None,
     batches: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer,
     metrics: Sequence[Mapping[str, Any]],
 ) -> list[Path]:
     """Write pictures of any text; all processes compute, the first writes.
@@ -74,9 +71,8 @@ def write_pictures(
         config: of the run.
         params: parameter tree.
         router_bias_R: loss-free bias, or None.
-        batches: the text as model inputs, int32 [B, T] ``tokens``, ``segment_ids``, ``positions``; without any, only
-            loss.png is written.
-        tokenizer: spells the tokens; None where there is no text.
+        batches: the text as model inputs, int32 [B, T] ``tokens``, ``segment_ids``, ``positions``.
+        tokenizer: spells the tokens.
         metrics: lines of metrics.jsonl; without a training loss among them loss.png is not written.
 
     Returns:
@@ -85,7 +81,7 @@ def write_pictures(
     Raises:
         UserError: the folder cannot be written.
     """
-    modes = () if config.model.routing.kind == "none" or not batches else modes_of(config.model)
+    modes = () if config.model.routing.kind == "none" else modes_of(config.model)
     by_mode: dict[Mode, list[RoutedRow]] = {
         mode: trace_rows(config, params, router_bias_R, batches, mode) for mode in modes
     }
@@ -97,7 +93,7 @@ def write_pictures(
         if any("loss" in line for line in metrics):
             written.append(folder / "loss.png")
             plot_loss(written[-1], metrics, title)
-        if not by_mode or tokenizer is None:
+        if not by_mode:
             return written
         mode: Mode = "threshold" if "threshold" in by_mode else "topk"
         written += [folder / "depth.png", folder / "routing.html"]
@@ -125,3 +121,11 @@ def _section(config: Config, mode: Mode, rows: Sequence[RoutedRow]) -> Section:
     note = MODE_NOTES[mode] if config.model.routing.kind == "expert" else _TOKEN_CHOICE_NOTE
     shown = f"; the first {count} of {len(rows)} rows" if len(rows) > count else ""
     return Section(title=mode, note=note + shown, rows=rows[:count])
+
+
+def write_loss_picture(run_folder: Path, config: Config) -> None:
+    """Write loss.png alone, all that a run without held-out text has to show; the first process writes."""
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    if is_primary() and any("loss" in line for line in metrics):
+        with writing_to(run_folder):
+            plot_loss(run_folder / "loss.png", metrics, run_title(run_folder, config))

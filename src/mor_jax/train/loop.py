@@ -21,7 +21,7 @@ from mor_jax.config import io as config_io
 from mor_jax.data.pipeline import NoHeldOutText
 from mor_jax.data.pipeline import make_dataset as make_prepared_dataset
 from mor_jax.errors import UserError, require
-from mor_jax.evaluate.pictures import write_run_pictures
+from mor_jax.evaluate.pictures import write_loss_picture, write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.kernels.attention.backend import resolve_backend
 from mor_jax.mesh.devices import Device
@@ -278,6 +278,9 @@ class _Run:
     def write_pictures(self) -> None:
         """Write loss.png, depth.png and routing.html."""
         self.watchdog.reached("the pictures")
+        if self.held_out is None:
+            write_loss_picture(self.folder, self.config)
+            return
         with self.ledger.measure("eval"):
             state = self.state
             write_run_pictures(self.folder, self.config, state.params, state.router_bias_R, self.held_out)
