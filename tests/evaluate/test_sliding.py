@@ -95,7 +95,8 @@ def test_texts_are_read_by_source(tmp_path):
     with gzip.open(path, "wt") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "b.txt").write_text("plain")
-    streams = read_streams([path, tmp_path / "b.txt"], Tokenizer.bytes_level())
+    streams, sizes = read_streams([path, tmp_path / "b.txt"], Tokenizer.bytes_level())
+    assert sizes == {"x": 8, "y": 3, "b.txt": 5}
     assert {name: len(stream.tokens) for name, stream in streams.items()} == {"x": 1 + 4 + 6, "y": 5, "b.txt": 7}
 
 

@@ -17,7 +17,8 @@ class PrepareArguments:
     """Tokenise, shuffle and pack text into a folder that `--data.source` reads."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Text, jsonl (.gz, .xz, .zst) or parquet files, folders of them, `embedded`, `docs` or `tfds:NAME`."""
+    """Text or JSON (.gz, .xz, .zst, .bz2) or parquet files, folders of them, `embedded`, `docs` (`builtin:docs` where a
+    folder has the name) or `tfds:NAME`."""
     out: str
     """Folder of the prepared corpus."""
     tokenizer: str = "bpe:8192"

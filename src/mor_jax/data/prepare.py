@@ -48,7 +48,7 @@ def prepare(
     """Prepare a corpus, or return at once when ``out`` already holds exactly this one.
 
     Args:
-        inputs: files, folders, ``embedded``, ``docs`` or ``tfds:NAME``.
+        inputs: files, folders, ``embedded``, ``docs`` or ``tfds:NAME`` (see ``open_sources``).
         out: folder to make.
         tokenizer: ``bytes``, ``bpe:SIZE`` or the path of a tokenizer.json.
         context_length: tokens of a row, less one.
@@ -81,7 +81,7 @@ def prepare(
     )
     try:
         return _prepare(sources, out, settings, tokenizer, workers)
-    except OSError as error:
+    except OSError as error:  # of the output: those of inputs are UserErrors already
         raise UserError(f"prepare: {out}: {error}; what is finished is kept for the same command") from error
 
 
@@ -98,7 +98,7 @@ def _prepare(sources: Sequence[Source], out: Path, settings: Settings, tokenizer
         try:
             _deal(sources, partial, settings, progress)
         except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # an input is bad: there is nothing to go on with
             raise
         _make_tokenizer(partial, tokenizer)
         jobs = _jobs(partial, settings)

@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mor_jax.errors import UserError, require
+from mor_jax.errors import UserError, require, require_text
 
 END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -63,7 +63,13 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of several texts as int32 arrays."""
+        """Return the ids of several texts as int32 arrays.
+
+        Raises:
+            UserError: a text holds a lone surrogate.
+        """
+        for text in texts:
+            require_text(text, "text to encode")
         if self._model is None:
             return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32) for text in texts]
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -5,7 +5,6 @@ the recursions unrolled into layers of their own, so that `transformers` runs it
 directions; the module names of the official release are Llama's, so `interop.tensors` serves here too.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,8 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Dtype, LoraTarget, ModelConfig
-from mor_jax.errors import UserError, require
+from mor_jax.config import io as config_io
+from mor_jax.errors import UserError, require, shown
 from mor_jax.interop.assemble import Progress, assemble, check_names, lazily, take_apart
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Tensor, tensors
@@ -33,6 +33,7 @@ _OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "initializer_range
 _REAL = ("rms_norm_eps", "rope_theta", "initializer_range")
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _THETA = 10_000.0
+_LARGEST = 1e38  # of float32
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -57,31 +58,46 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
     for name, value in _FIXED.items():
         found = values.get(name, value)
         require(found == value, f"{where}: {name}={found!r}: only {value!r} is supported")
-    theta, scaling = _rotary(values)
+    theta, scaling = _rotary(values, where)
     require(scaling in (None, "default"), f"{where}: rotary scaling {scaling!r} is not supported")
     heads = values["num_attention_heads"]
-    return ModelConfig(
-        **{ours: values[theirs] for theirs, ours in _SIZES.items()},
-        num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-        rope_theta=theta,
-        init_std=float(values.get("initializer_range", ModelConfig().init_std)),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        dtype="float32",
-    )
+    try:
+        return ModelConfig(
+            **_sizes(values),
+            num_kv_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            rope_theta=theta,
+            init_std=float(values.get("initializer_range") or ModelConfig().init_std),
+            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+            dtype="float32",
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {ours: float(values[name]) if name in _REAL else values[name] for name, ours in _SIZES.items()}
 
 
 def _check_numbers(values: Mapping[str, Any], where: str) -> None:
     for name in (*_SIZES, *(name for name in _OPTIONAL if values.get(name) is not None)):
         value, whole = values[name], name not in _REAL
-        known = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value > 0
-        require(known, f"{where}: {name}={value!r} is not a positive {'integer' if whole else 'number'}")
+        known = (
+            isinstance(value, int if whole else int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
+        )
+        require(known, f"{where}: {name}={shown(value)} is not a positive {'integer' if whole else 'number'}")
 
 
-def _rotary(values: Mapping[str, Any]) -> tuple[float, str | None]:
+def _rotary(values: Mapping[str, Any], where: str) -> tuple[float, str | None]:
     """Base and kind of scaling, from the keys of either generation of transformers."""
+    for name in ("rope_parameters", "rope_scaling"):
+        require(isinstance(values.get(name) or {}, dict), f"{where}: {name}={shown(values.get(name))} is not an object")
     new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     theta = new.get("rope_theta", values.get("rope_theta", _THETA))
+    require(
+        isinstance(theta, int | float) and 0 < theta < _LARGEST,
+        f"{where}: rope_theta={shown(theta)} is not a positive number",
+    )
     return float(theta), new.get("rope_type", old.get("rope_type", old.get("type")))
 
 
@@ -151,10 +167,7 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: no readable config.json there, or one that ``parse_config`` refuses.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable configuration ({error})") from error
+    values = config_io.read_json(path)
     require(isinstance(values, dict), f"{path}: not a JSON object")
     return parse_config(values, str(path))
 

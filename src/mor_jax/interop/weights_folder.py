@@ -31,8 +31,8 @@ _STACKED = "block"
 def is_weights_folder(folder: Path) -> bool:
     """Whether a folder holds what ``save`` wrote."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+        return config_io.read_json(folder / "config.json").get("format") == FORMAT
+    except (UserError, AttributeError):
         return False
 
 
@@ -100,10 +100,7 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: it cannot be read or describes no model.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable configuration ({error})") from error
+    values = config_io.read_json(path)
     require(isinstance(values, dict) and values.get("format") == FORMAT, f"{path}: its format is not {FORMAT!r}")
     try:
         return config_io.from_dict(ModelConfig, values.get("model"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from mor_jax.infer.growing_text import Decoder, GrowingText
 from mor_jax.infer.replicas import AnyEngine
-from mor_jax.infer.request import Request
+from mor_jax.infer.request import NOT_FINITE, Request
 from mor_jax.serve.engine_thread import Batch, EngineThread
 from mor_jax.serve.http_errors import ApiError
 from mor_jax.serve.job import Job, PromptSequence
@@ -189,6 +189,11 @@ class Service:
         for sequence, update in batch.items():
             if sequence.ended:
                 continue  # cancelled after the step had begun
+            if update.finish == "error":
+                self._end(sequence)
+                self.metrics.completions.labels("error").inc()
+                sequence.job.fail(ApiError(500, NOT_FINITE, code="logits_not_finite"))
+                continue
             sequence.begin = sequence.begin or update.pieces[0].time
             sequence.count += len(update.pieces)
             self.metrics.count(sequence, update)
