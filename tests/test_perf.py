@@ -11,12 +11,13 @@ import pytest
 
 from mor_jax import perf as perf_module
 from mor_jax import presets
-from mor_jax.bench.step import random_batch
-from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.bench.measure import random_batch
+from mor_jax.config import PLAIN, Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.errors import UserError
 from mor_jax.kernels import pallas_triton, swiglu_hopper
 from mor_jax.mesh.mesh import make_mesh
-from mor_jax.perf import PLAIN, activation_bytes, block_parameters, compiler_options, resolve_perf, state_bytes
+from mor_jax.model.flops import block_parameters
+from mor_jax.perf import activation_bytes, compiler_options, resolve_perf, state_bytes
 from mor_jax.runs.state import init_train_state
 from mor_jax.train.step import loss_fn
 

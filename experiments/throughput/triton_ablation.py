@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import tyro
 
 from mor_jax.bench.cases import parse_case
+from mor_jax.bench.measure import random_batch, time_steps
 from mor_jax.bench.run import Settings as BenchSettings
 from mor_jax.bench.run import measured_config
-from mor_jax.bench.step import random_batch, time_steps
 from mor_jax.config import Config
 from mor_jax.config.io import to_dict
 from mor_jax.errors import UserError, require

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.bench.step import random_batch
+from mor_jax.bench.measure import random_batch
 from mor_jax.config import Config, MeshConfig, ModelConfig, PerfConfig, TrainConfig
 from mor_jax.kernels import cross_entropy
 from mor_jax.kernels.cross_entropy import RowTile, softmax_cross_entropy

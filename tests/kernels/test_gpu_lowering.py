@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from mor_jax import presets
-from mor_jax.config import MeshConfig, PerfConfig
+from mor_jax.config import MeshConfig, ResolvedPerf
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.engine_options import EngineOptions
@@ -106,7 +106,7 @@ def test_hopper_attention_works_on_every_cards_share():
 def test_the_feed_forward_has_swiglu_in_the_epilogues_of_two_of_its_six_matmuls(tokens):
     """A second layer calls the same kernels; rows are filled up to a whole number of eight where they are not one."""
     config = presets.get("mor-360m-expert-r3").config.model
-    layer = SwiGLU(config, PerfConfig(fusion="mosaic"))
+    layer = SwiGLU(config, ResolvedPerf(fusion="mosaic"))
     params = {"gate_up": _array(960, 2, 2560), "down": _array(2560, 960)}
 
     def loss(params, x_BCD):
@@ -187,7 +187,7 @@ def test_loss_with_its_gradient(vocabulary, logits_dtype, gpu):
 def _attention_gradient(tokens, *, cached):
     """The gradient of an attention layer of the 360M model by its weights and input, and abstract arguments."""
     config = presets.get("vanilla-360m").config.model
-    layer = Attention(config, PerfConfig(attention_backend="triton", fusion="triton"))
+    layer = Attention(config, ResolvedPerf(attention_backend="triton", fusion="triton"))
     rows_BC = jnp.zeros((2, tokens), jnp.int32)
     rows_BS = jnp.zeros((2, 2048), jnp.int32)
     own = TokenView(rows_BC, rows_BC, segments_BC=rows_BC)  # packed: plain causality would be cuDNN's
@@ -226,7 +226,7 @@ def test_an_attention_layer_has_one_product_each_way(gpu):
 
 
 def test_queries_alone_take_no_kernel(gpu):
-    """It was not faster: docs/performance.md."""
+    """It was not faster: experiments/throughput/LOG.md."""
     gpu()
     gradient, arguments = _attention_gradient(1368, cached=True)
     assert not [name for name in _names(_lowered(jax.jit(gradient), *arguments)) if "attention" not in name]

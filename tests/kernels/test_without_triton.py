@@ -31,7 +31,7 @@ print("missing", sorted(set(missing)))
 
 import dataclasses
 import jax, jax.numpy as jnp, numpy as np
-from mor_jax.bench.step import random_batch
+from mor_jax.bench.measure import random_batch
 from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.errors import UserError
 from mor_jax.infer.engine import Engine

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.config import PLAIN, ModelConfig
 from mor_jax.errors import UserError
 from mor_jax.kernels import pallas_triton
 from mor_jax.kernels.attention import backend as attention_backend
@@ -62,7 +62,7 @@ def test_angles_follow_the_position_not_the_row():
     config = ModelConfig(
         vocab_size=8, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=8, dtype="float32"
     )
-    module = Attention(config, PerfConfig())
+    module = Attention(config, PLAIN)
     x_BCD = jax.random.normal(jax.random.key(1), (1, 6, 8))
     apart = _view([0, 1, 2, 3, 4, 5], positions=[0, 1, 2, 0, 1, 2], segments=[1, 1, 1, 2, 2, 2])
     alone = _view([0, 1, 2])

@@ -12,10 +12,10 @@ import numpy as np
 from mor_jax import presets
 from mor_jax.array_types import Params
 from mor_jax.bench.serving_settings import Match, ServeSettings
-from mor_jax.config import Config, ModelConfig
+from mor_jax.config import Config, ModelConfig, PerfConfig
 from mor_jax.errors import UserError, require
 from mor_jax.evaluate.calibrate import calibrate, with_boundaries
-from mor_jax.evaluate.passes import inputs_of, trace_pass
+from mor_jax.evaluate.passes import batch_trace, evaluation_perf
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import DecodeModel, prepare_weights
 from mor_jax.infer.engine_options import EngineOptions
@@ -23,6 +23,8 @@ from mor_jax.infer.replicas import copy_meshes
 from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
 from mor_jax.model.flops import kv_bytes_per_token
+from mor_jax.model.parameters import Weights
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import init_params
 
 _CALIBRATION_LENGTH, _CALIBRATION_ROWS = 256, 16
@@ -69,10 +71,12 @@ def _calibrate(
     whole = {"tokens": tokens_BT, "segment_ids": np.ones(shape, np.int32), "positions": positions_BT}
     pieces = range(0, len(tokens_BT), _CALIBRATION_ROWS)
     batches = [{name: x[first : first + _CALIBRATION_ROWS] for name, x in whole.items()} for first in pieces]
-    config = Config(model=model)
-    boundaries = calibrate(config, params, batches)
-    run = trace_pass(with_boundaries(config, boundaries).model, config.perf, "threshold")
-    depth_BT = np.concatenate([run(params, None, inputs_of(b), None).depth_BT for b in batches])
+    perf, key = PerfConfig(), jax.random.key(settings.seed)
+    boundaries = calibrate(Weights(model, params), perf, batches)
+    weights = Weights(with_boundaries(Config(model=model), boundaries).model, params)
+    rows = (Rows.of_batch(batch) for batch in batches)
+    traces = [batch_trace(weights, evaluation_perf(perf), "threshold", piece, key) for piece in rows]
+    depth_BT = np.concatenate([trace.depth_BT for trace in traces if trace is not None])
     return boundaries, tuple(float(np.mean(depth_BT > r)) for r in range(len(boundaries)))
 
 

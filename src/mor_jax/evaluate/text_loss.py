@@ -17,7 +17,7 @@ def text_losses(
     """Measure a run on text files.
 
     Args:
-        run: of ``restore_run``.
+        run: of ``interop.sources.open_run``.
         files: text, jsonl or parquet, plain or compressed; documents with a field ``source`` are reported by it, the
             others by the file's name.
         stride: tokens that the window moves by; None is half the context.
@@ -29,13 +29,13 @@ def text_losses(
     Raises:
         UserError: a file that cannot be read, or a stride or cap out of range.
     """
-    streams, sizes = read_streams(files, run.tokenizer)
+    train, (streams, sizes) = run.config.train, read_streams(files, run.tokenizer)
     return sliding_losses(
-        run.config,
-        run.params,
-        run.router_bias_R,
+        run.weights,
+        run.config.perf,
         streams,
         run.tokenizer,
+        batch_rows=min(train.eval_rows, train.batch_size),
         stride=stride,
         max_depth=max_depth,
         text_bytes=sizes,

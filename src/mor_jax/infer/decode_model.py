@@ -135,7 +135,6 @@ def prepare_weights(
     with on_mesh(mesh):
         weights = jax.jit(_decode_weights, static_argnums=(0, 1))(config, shards, params)
     routing = config.routing
-    loss_free = routing.kind == "token" and routing.balancing == "loss_free"
     return DecodeModel(
         config=config,
         embedding_VD=weights["embedding"]["embedding"],
@@ -148,7 +147,7 @@ def prepare_weights(
         router=weights.get("router"),
         aux_router=weights.get("aux_router"),
         boundary_R=whole(_boundaries(config)) if routing.kind == "expert" else None,
-        bias_R=whole(router_bias_R) if loss_free and router_bias_R is not None else None,
+        bias_R=whole(router_bias_R) if routing.is_loss_free and router_bias_R is not None else None,
         mesh=mesh,
     )
 

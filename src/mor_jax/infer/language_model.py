@@ -17,7 +17,7 @@ from mor_jax.infer.growing_text import GrowingText
 from mor_jax.infer.replicas import AnyEngine, copy_meshes, make_engine
 from mor_jax.infer.request import NOT_FINITE, Request
 from mor_jax.infer.sampling import Sampling
-from mor_jax.model.routing.router_state import split_router_state
+from mor_jax.model.parameters import split_router_state
 
 _MOST_RUNNING = 32
 

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from mor_jax.array_types import Array, Float, Int
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.pallas_triton import MISSING, call_kernel, is_available, plt
 from mor_jax.mesh.axes import axis_size
@@ -73,6 +72,16 @@ class VocabularyShard:
         if not _is_split():
             return picked_BC
         return self.sum(jnp.where((local_BC >= 0) & (local_BC < self.size), picked_BC, 0.0))
+
+    def argmax(self, logits_BCV: jax.Array) -> jax.Array:
+        """Token of the largest logit, the first of several, int32 [B, C]."""
+        token_BC = jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
+        if not _is_split():
+            return token_BC
+        largest_BC = jnp.max(logits_BCV, axis=-1)
+        is_best_BC = largest_BC == jax.lax.pmax(largest_BC, "tensor")
+        token_BC += jax.lax.axis_index("tensor") * self.size
+        return jax.lax.pmin(jnp.where(is_best_BC, token_BC, jnp.iinfo(jnp.int32).max), "tensor")
 
 
 def chunk_nll(logits_BCV: jax.Array, targets_BC: jax.Array, vocabulary: VocabularyShard) -> tuple[jax.Array, jax.Array]:
@@ -155,9 +164,9 @@ def can_address(tokens: int, vocabulary: int) -> bool:
 
 
 def softmax_cross_entropy(
-    logits_MV: Float[Array, "M V"],
-    targets_M: Int[Array, " M"],
-    weights_M: Float[Array, " M"],
+    logits_MV: jax.Array,
+    targets_M: jax.Array,
+    weights_M: jax.Array,
     dtype: DTypeLike,
     z_coefficient: float,
     tile: RowTile | None = None,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from mor_jax.config import Fusion
+from mor_jax.config import Kernels
 from mor_jax.kernels.pallas_triton import call_kernel, fuses, plt
 from mor_jax.mesh.axes import on_shards
 
@@ -38,7 +38,7 @@ def rms_norm(x_BCD: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def residual_norm(
-    x_BCD: jax.Array, delta_BCD: jax.Array | None, scale: jax.Array, epsilon: float, fusion: Fusion
+    x_BCD: jax.Array, delta_BCD: jax.Array | None, scale: jax.Array, epsilon: float, fusion: Kernels
 ) -> tuple[jax.Array, jax.Array]:
     """Add to the residual stream and normalise it, by the kernel that ``perf.fusion`` stands for.
 

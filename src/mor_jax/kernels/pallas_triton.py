@@ -4,7 +4,7 @@ from typing import Any
 
 from jax.experimental import pallas as pl
 
-from mor_jax.config import Fusion
+from mor_jax.config import Kernels
 from mor_jax.errors import require
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.mesh.devices import interpret_kernels
@@ -33,7 +33,7 @@ def require_triton(asked: str) -> None:
     require(is_available(), f"{asked}: {MISSING}")
 
 
-def fuses(operation: str, fusion: Fusion) -> bool:
+def fuses(operation: str, fusion: Kernels) -> bool:
     """Whether ``perf.fusion`` gives an operation its kernel in Triton; logged once.
 
     `triton` and `mosaic` do: what has no kernel in Mosaic has one in Triton. Where the backend is missing XLA computes

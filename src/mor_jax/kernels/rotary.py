@@ -2,7 +2,8 @@
 
 One kernel reads the joint product once and writes rotated queries, rotated keys and values; one reads their three
 gradients once and writes the gradient of the joint product. So the projection is one product forward, and one for each
-of its gradients backward, with nothing to add, pad or slice around them (docs/performance.md has what XLA made of it).
+of its gradients backward, with nothing to add, pad or slice around them (what XLA made of it is in
+experiments/throughput/LOG.md).
 
 Letters: B rows, C tokens of a row, N query heads, K key/value heads, H head dim, X = (N + 2K) H.
 """
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from mor_jax.config import Fusion
+from mor_jax.config import Kernels
 from mor_jax.kernels.pallas_triton import call_kernel, fuses, plt
 from mor_jax.mesh.axes import on_shards
 
@@ -43,7 +44,7 @@ def apply_rotary(x_BCNH: jax.Array, rotary: Rotary) -> jax.Array:
     return rotated.astype(x_BCNH.dtype)
 
 
-def rotates_jointly(fusion: Fusion, head_dim: int) -> bool:
+def rotates_jointly(fusion: Kernels, head_dim: int) -> bool:
     """Whether queries, keys and values should be one product, for ``split_rotate``; else ``apply_rotary`` does it.
 
     Args:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from mor_jax.config import Fusion
+from mor_jax.config import Kernels
 from mor_jax.kernels import swiglu_hopper
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.padding import pad_axis
@@ -28,7 +28,7 @@ def feed_forward(
     x_BCD: jax.Array,
     gate_up_DXF: jax.Array,
     down_FD: jax.Array,
-    fusion: Fusion,
+    fusion: Kernels,
     update: Callable[[Any, jax.Array], jax.Array | float] | None = None,
 ) -> jax.Array:
     """(silu(x W_gate) * x W_up) W_down, by the kernels that ``perf.fusion`` stands for.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.array_types import KeyValue
-from mor_jax.config import Fusion, ModelConfig, PerfConfig
+from mor_jax.config import Kernels, ModelConfig, ResolvedPerf
 from mor_jax.kernels.attention.backend import attend, resolve_backend
 from mor_jax.kernels.rotary import Rotary, apply_rotary, rotates_jointly, split_rotate
 from mor_jax.mesh.axes import axis_size, constrain
@@ -22,7 +22,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary embedding and the three key/value strategies (paper section 2.2.2)."""
 
     config: ModelConfig
-    perf: PerfConfig
+    perf: ResolvedPerf
 
     @nn.compact
     def __call__(
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         return apply_rotary(fresh[:, :, 0], rotary), fresh[:, :, 1]
 
 
-def _fuses_qkv(config: ModelConfig, fusion: Fusion, lora: Any) -> bool:
+def _fuses_qkv(config: ModelConfig, fusion: Kernels, lora: Any) -> bool:
     """Whether queries, keys and values are one product (queries alone gained nothing from the kernel).
 
     Not with low-rank updates, which come before the rotation, and not where `tensor` splits the heads: queries and

@@ -1,4 +1,4 @@
-"""The pre-norm Transformer layer, what the recursions do not share of it, and its rematerialisation."""
+"""The pre-norm Transformer layer and its rematerialisation."""
 
 import dataclasses
 from typing import Any
@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax
 
 from mor_jax.array_types import KeyValue
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.config import ModelConfig, ResolvedPerf
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.attention import Attention
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, SwiGLU
-from mor_jax.model.recurse import Norms
+from mor_jax.model.relaxation import Unshared
 
 _SAVED_NAMES = ("query", "key", "value", "attention", "gate_up")
 
@@ -21,16 +21,16 @@ class DecoderLayer(nn.Module):
     """Pre-norm Transformer layer, applied `repeats` times in place (sequence sharing)."""
 
     config: ModelConfig
-    perf: PerfConfig
+    perf: ResolvedPerf
     repeats: int = 1
 
     @nn.compact
     def __call__(
-        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, norms: Norms | None
+        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, unshared: Unshared | None
     ) -> tuple[jax.Array, KeyValue | None]:
         """Transform [B, C, D].
 
-        `norms` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
+        `unshared` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
         low-rank updates, a recursion encoding.
         """
         fusion = self.perf.fusion
@@ -41,7 +41,7 @@ class DecoderLayer(nn.Module):
         kv = None
         for repeat in range(self.repeats):
             scales = dict.fromkeys(("attention_norm", "ffn_norm"))
-            own = norms or {}
+            own = unshared or {}
             if self.repeats > 1:
                 own = jax.tree.map(lambda a, repeat=repeat: a[repeat], own)
             scales |= {name: own[name]["scale"] for name in scales if name in own}
@@ -62,28 +62,7 @@ class DecoderLayer(nn.Module):
         return x_BCD, None if shares else kv
 
 
-class StackedNorms(nn.Module):
-    """Norm scales [R, L, D] of a block whose recursions do not share them."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> Norms:
-        """Return the scales of both norms."""
-        return {name: {"scale": _StackedScale(self.config, name=name)()} for name in ("attention_norm", "ffn_norm")}
-
-
-class _StackedScale(nn.Module):
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> Any:
-        config = self.config
-        initialiser = nn.with_logical_partitioning(nn.initializers.ones, ("recursions", "layers", "embed"))
-        return self.param("scale", initialiser, (config.recursion.num_recursions, config.block_depth, config.d_model))
-
-
-def remat_layer(perf: PerfConfig, *, in_loop: bool) -> Any:
+def remat_layer(perf: ResolvedPerf, *, in_loop: bool) -> Any:
     """The layer, rematerialised as `perf` says."""
     policies = jax.checkpoint_policies
     policy = {
@@ -91,8 +70,8 @@ def remat_layer(perf: PerfConfig, *, in_loop: bool) -> Any:
         "dots": policies.dots_with_no_batch_dims_saveable,
         "names": policies.save_only_these_names(*_SAVED_NAMES),
     }
-    if perf.remat in ("none", "auto"):  # `auto` is left open outside a compiled train step only
+    if perf.remat == "none":
         return DecoderLayer
     # a loop keeps the recomputation apart from what it repeats; layers outside one, or unrolled, need barriers
-    loops = in_loop and perf.scan_unroll in (None, 1)
+    loops = in_loop and perf.scan_unroll == 1
     return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=not loops)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 
-from mor_jax.config import Fusion, ModelConfig, PerfConfig
+from mor_jax.config import Kernels, ModelConfig, ResolvedPerf
 from mor_jax.kernels.norm import residual_norm
 from mor_jax.kernels.swiglu import feed_forward
 from mor_jax.model.relaxation import low_rank
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
     """RMSNorm of the residual stream with a learned scale; the caller's `scale_D` replaces it (unshared norms)."""
 
     config: ModelConfig
-    fusion: Fusion = "xla"
+    fusion: Kernels = "xla"
 
     @nn.compact
     def __call__(
@@ -56,7 +56,7 @@ class SwiGLU(nn.Module):
     """Gated feed-forward: (silu(x W_gate) * x W_up) W_down, the first two fused."""
 
     config: ModelConfig
-    perf: PerfConfig
+    perf: ResolvedPerf
 
     @nn.compact
     def __call__(self, x_BCD: jax.Array, lora: Any = None) -> jax.Array:

@@ -5,6 +5,7 @@ device walks over chunks of its own tokens (``loss_shards``). Letters: B batch, 
 I chunks, D model, V vocabulary; inside ``local`` they are a device's share of each.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from mor_jax.array_types import Array, Float, Hidden, Int
 from mor_jax.config import ModelConfig
 from mor_jax.kernels.cross_entropy import VocabularyShard, chunk_gradient, chunk_nll
 from mor_jax.mesh.axes import on_shards
@@ -77,10 +77,10 @@ def _chunk_logits(hidden_BCD: jax.Array, head_VD: jax.Array, dtype: DTypeLike = 
 
 
 def fused_cross_entropy(
-    hidden_BTD: Hidden,
-    head_VD: Float[Array, "V D"],
-    targets_BT: Int[Array, "B T"],
-    weights_BT: Float[Array, "B T"],
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
     *,
     chunk: int,
     z_coefficient: float = 0.0,
@@ -183,9 +183,7 @@ _cross_entropy: Any = jax.custom_vjp(_cross_entropy_sums, nondiff_argnums=(0,))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def token_nll(
-    hidden_BTD: Hidden, head_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], *, chunk: int
-) -> Float[Array, "B T"]:
+def token_nll(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk: int) -> jax.Array:
     """Return the negative log-likelihood of every target in nats, float32 [B, T]; for evaluation, not for gradients.
 
     Args:
@@ -194,15 +192,39 @@ def token_nll(
         targets_BT: token to predict at each position, int [B, T].
         chunk: positions per chunk; T need not be a multiple.
     """
+    nll = lambda logits, targets, vocabulary: chunk_nll(logits, targets, vocabulary)[0]  # noqa: E731
+    return _by_chunk(nll, TOKENS, hidden_BTD, head_VD, targets_BT, chunk)
+
+
+def token_scores(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return what ``token_nll`` does, and the most likely token at every position, int32 [B, T]; the same arguments."""
+
+    def scores(logits_BCV: jax.Array, targets_BC: jax.Array, vocabulary: VocabularyShard) -> Any:
+        return chunk_nll(logits_BCV, targets_BC, vocabulary)[0], vocabulary.argmax(logits_BCV)
+
+    return _by_chunk(scores, (TOKENS, TOKENS), hidden_BTD, head_VD, targets_BT, chunk)
+
+
+def _by_chunk(
+    score: Callable[[jax.Array, jax.Array, VocabularyShard], Any],
+    axes: Any,
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+) -> Any:
+    """Apply ``score`` (logits [B, C, V], targets [B, C], vocabulary -> arrays [B, C] of ``axes``) chunk by chunk."""
 
     def local(hidden_BTD, head_VD, targets_BT):
         head = whole_width(head_VD.astype(hidden_BTD.dtype))
         vocabulary = VocabularyShard(head.shape[0])
 
         def one_chunk(inputs):
-            return chunk_nll(_chunk_logits(inputs[0], head), inputs[1], vocabulary)[0]
+            return score(_chunk_logits(inputs[0], head), inputs[1], vocabulary)
 
-        nll_IBC = jax.lax.map(one_chunk, (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk)))
-        return _unchunked(nll_IBC, hidden_BTD.shape[1])
+        scores_IBC = jax.lax.map(one_chunk, (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk)))
+        return jax.tree.map(lambda a_IBC: _unchunked(a_IBC, hidden_BTD.shape[1]), scores_IBC)
 
-    return on_shards(local, (HIDDEN, HEAD, TOKENS), TOKENS)(hidden_BTD, head_VD, targets_BT)
+    return on_shards(local, (HIDDEN, HEAD, TOKENS), axes)(hidden_BTD, head_VD, targets_BT)

@@ -65,7 +65,7 @@ def plan_mesh(config: Config, topology: Topology) -> tuple[Config, Mesh]:
     if config.mesh.slice == 1:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.slices))
     mesh = make_mesh(config.mesh, list(topology.devices))
-    return dataclasses.replace(config, perf=resolve_perf(config, mesh)), mesh
+    return dataclasses.replace(config, perf=resolve_perf(config, mesh).asked), mesh
 
 
 def compile_step(config: Config, topology: Topology) -> CompiledStep:

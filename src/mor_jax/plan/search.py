@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-from mor_jax.config import Config, MeshConfig, Remat
+from mor_jax.config import Config, MeshConfig, RematPolicy
 from mor_jax.errors import UserError, require
 from mor_jax.mesh.devices import GIB
 from mor_jax.plan.compile import CompiledStep, DoesNotFitError, compile_step
@@ -129,8 +129,7 @@ def _variants(config: Config, topology: Topology, devices: int | None = None) ->
                         dataclasses.replace(
                             config, mesh=mesh, train=train, perf=dataclasses.replace(config.perf, remat=remat)
                         )
-                        for remat in get_args(Remat)
-                        if remat != "auto"
+                        for remat in get_args(RematPolicy)
                     )
 
 

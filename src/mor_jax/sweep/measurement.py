@@ -1,6 +1,5 @@
 """Further measurements of a finished run of a sweep: loss on given texts, and loss by a cap on the passes."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.evaluate.inspect import calibrated, held_out
 from mor_jax.evaluate.text_loss import text_losses
 from mor_jax.evaluate.validation import threshold_refusal, validation_losses
-from mor_jax.runs.restore import RestoredRun, restore_run
+from mor_jax.interop.sources import open_run
+from mor_jax.runs.restore import RestoredRun
 from mor_jax.sweep.execute import Measure
 
 
@@ -32,7 +32,7 @@ def measurer(texts: Sequence[Path], *, depth_curve: bool, calibration_rows: int 
         return None
 
     def measure(folder: Path) -> dict[str, Any]:
-        run = restore_run(folder)
+        run = open_run(folder)
         found: dict[str, Any] = {}
         if texts:
             found["text"] = text_losses(run, texts, stride=run.config.model.context_length)
@@ -56,7 +56,7 @@ def depth_losses(run: RestoredRun, rows: int | None = None) -> list[dict[str, An
     """Measure the causal held-out loss with the depth capped at 1, 2, ..., N_r passes (test-time scaling).
 
     Args:
-        run: of ``restore_run``.
+        run: of ``open_run``.
         rows: rows of held-out text; None is the run's ``train.eval_rows``.
 
     Returns:
@@ -65,9 +65,8 @@ def depth_losses(run: RestoredRun, rows: int | None = None) -> list[dict[str, An
     dataset, curve = held_out(run.config), []
     prefix = "validation_" if run.config.model.routing.kind == "none" else "validation_threshold_"
     for cap in range(1, run.config.model.recursion.num_recursions + 1):
-        model, params, bias_R = cap_depth(run.config.model, run.params, run.router_bias_R, cap)
-        config = dataclasses.replace(run.config, model=model)
-        losses = validation_losses(config, params, bias_R, dataset, rows or run.config.train.eval_rows)
+        weights, wanted = cap_depth(run.weights, cap), rows or run.config.train.eval_rows
+        losses = validation_losses(weights, run.config.perf, dataset, wanted)
         point = {"max_depth": cap, "nll": losses[f"{prefix}nll"], "bits_per_byte": losses[f"{prefix}bits_per_byte"]}
         shares = losses.get(f"{prefix}tokens_per_depth")
         if shares is not None:
@@ -82,7 +81,7 @@ def calibrated_losses(run: RestoredRun, calibration_rows: int, texts: Sequence[P
     run = calibrated(run, calibration_rows)
     config = run.config
     dataset = held_out(config)
-    losses = validation_losses(config, run.params, run.router_bias_R, dataset, config.train.eval_rows)
+    losses = validation_losses(run.weights, config.perf, dataset, config.train.eval_rows)
     dataset.close()
     figures: dict[str, Any] = {"nll": losses["validation_threshold_nll"], "gap": losses["validation_gap"]}
     figures["tokens_per_depth"] = losses["validation_threshold_tokens_per_depth"]

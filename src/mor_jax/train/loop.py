@@ -26,6 +26,7 @@ from mor_jax.kernels.attention.backend import resolve_backend
 from mor_jax.mesh.devices import Device
 from mor_jax.mesh.mesh import check_mesh, local_rows, make_mesh, shard_batch
 from mor_jax.mesh.processes import barrier, is_primary, primary_first
+from mor_jax.model.parameters import Weights
 from mor_jax.model.routing.capacity import warmup_steps
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.folder import RunLock, check_run_folder, claim_run_folder, writing_to
@@ -67,7 +68,7 @@ def train(
         config: of the run.
         make_dataset: opens a split of the data; a team's own may replace the default.
         devices: devices of the mesh; None takes all.
-        initial_weights: loads what ``config.init`` names; called only where the run starts.
+        initial_weights: loads the weights that the run starts from, or gives None; called only where it starts.
 
     Returns:
         The run folder: config.json, metrics.jsonl, checkpoints/ and, after the last step, the pictures.
@@ -167,17 +168,17 @@ class _Run:
         self.dataset.step = restored.data_step
 
     def _initial_weights(self) -> InitialWeights | None:
-        """Load the weights that the configuration names, before anything is written."""
+        """Load the weights that the run starts from, before anything is written."""
         source = self.config.init.source
-        if not source:
+        if self.initial_weights is None:
+            require(not source, f"init.from={source!r} needs train(..., initial_weights=...)")
             return None
-        require(self.initial_weights is not None, f"init.from={source!r} needs train(..., initial_weights=...)")
-        assert self.initial_weights is not None
         first = self.initial_weights(self.config)
         if first is None or first.tokenizer_hash is None:
             return first
         known = first.tokenizer_hash == self.dataset.tokenizer.hash
-        require(known, f"init.from={source!r} was trained with another tokenizer than the one of data.source")
+        what = f"init.from={source!r}" if source else first.origin
+        require(known, f"{what} was trained with another tokenizer than the one of data.source")
         return first
 
     def train_steps(self, vote: StopVote) -> bool:
@@ -248,11 +249,7 @@ class _Run:
             self.watchdog.reached(f"the validation after step {done}")
             with self.ledger.measure("eval"):
                 values |= validation_losses(
-                    self.config,
-                    self.state.params,
-                    self.state.router_bias_R,
-                    self.held_out,
-                    self.config.train.eval_rows,
+                    self._weights(), self.config.perf, self.held_out, self.config.train.eval_rows
                 )
         self.writers.write(done, values)
         self.reporter.log(done, values)
@@ -276,8 +273,10 @@ class _Run:
         """Write loss.png, depth.png and routing.html."""
         self.watchdog.reached("the pictures")
         with self.ledger.measure("eval"):
-            state = self.state
-            write_run_pictures(self.folder, self.config, state.params, state.router_bias_R, self.held_out)
+            write_run_pictures(self.folder, self.config, self._weights(), self.held_out)
+
+    def _weights(self) -> Weights:
+        return Weights(self.config.model, self.state.params, self.state.router_bias_R)
 
     def close(self) -> None:
         """Complete the last save and close what is open."""

@@ -1,6 +1,6 @@
 """Time one case in this process: the train step that ``mor train`` runs, on random tokens (B rows, T positions).
 
-Run as ``python -m mor_jax.bench.step REQUEST.json RESULT.json`` by ``bench.run``, so that every case has the device,
+Run as ``python -m mor_jax.bench.measure REQUEST.json RESULT.json`` by ``bench.run``, so that every case has the device,
 its memory and its compile time to itself.
 """
 
@@ -88,7 +88,7 @@ def measure(request: Request) -> dict[str, Any]:
     train = dataclasses.replace(train, batch_size=train.batch_size * len(devices))
     config = dataclasses.replace(request.config, train=train)
     mesh = make_mesh(config.mesh, devices)
-    config = dataclasses.replace(config, perf=resolve_perf(config, mesh))
+    config = dataclasses.replace(config, perf=resolve_perf(config, mesh).asked)
     start = time.perf_counter()
     step = compile_train_step(config, mesh)
     compile_seconds = time.perf_counter() - start
