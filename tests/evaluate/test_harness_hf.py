@@ -17,6 +17,7 @@ from mor_jax.evaluate.scoring import Scorer
 from mor_jax.evaluate.tasks.local import local_task
 from mor_jax.interop import convert, sources
 from mor_jax.interop import weights_folder as weights
+from mor_jax.model.parameters import Weights
 from mor_jax.model.transformer import init_params
 
 pytest.importorskip("torch")
@@ -96,7 +97,8 @@ def export(model, folder):
 def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     loaded = export(request.param, folder)
-    scorer = Scorer(loaded.model, PerfConfig(), jax.tree.map(jnp.asarray, loaded.params), all_devices=False)
+    held = Weights.of_tree(loaded.model, jax.tree.map(jnp.asarray, loaded.params))
+    scorer = Scorer(held, PerfConfig(), all_devices=False)
     assert loaded.tokenizer is not None
     ours = harness.MorLM(scorer, loaded.tokenizer, batch_size=8)
     theirs = HFLM(pretrained=str(folder / "hf"), dtype="float32", device="cpu", batch_size=8)

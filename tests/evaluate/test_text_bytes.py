@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from evaluation_examples import Bytes, T, config, params
+from evaluation_examples import Bytes, T, config, weights
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mor_jax.data.packing import Row, expand_row
@@ -123,7 +123,7 @@ def test_bytes_of_files_are_those_of_their_texts(named, tmp_path):
     streams, sizes = read_streams([tmp_path / "a.jsonl", tmp_path / "b.txt"], tokenizer)
     base = config("none")
     cfg = dataclasses.replace(base, model=dataclasses.replace(base.model, vocab_size=400))
-    found = sliding_losses(cfg, params(cfg), None, streams, tokenizer, batch_size=2, text_bytes=sizes)["sources"]
+    found = sliding_losses(weights(cfg), cfg.perf, streams, tokenizer, batch_rows=2, text_bytes=sizes)["sources"]
     assert found["a.jsonl"]["bytes"] == sum(len(line["text"].encode()) for line in lines)
     assert found["all"]["bytes"] == found["a.jsonl"]["bytes"] + len(b"  plain\n")
     bits = found["all"]["nll"] * found["all"]["tokens"] / np.log(2) / found["all"]["bytes"]

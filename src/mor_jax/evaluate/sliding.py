@@ -110,9 +110,8 @@ def sliding_losses(
             sources[name] |= _measure(model, scorer, found, lengths_2V, rows, prefix)
     for name, size in (text_bytes or {}).items():
         whole = expand_row(streams[name], len(streams[name].tokens))
-        sources[name]["bytes"] += size - int(
-            target_bytes(lengths_2V, whole["tokens"][None], whole["positions"][None]).sum()
-        )
+        counted = target_bytes(lengths_2V, whole["tokens"][None], whole["positions"][None])
+        sources[name]["bytes"] += size - int(counted.sum())
     total = _total(sources)
     return {
         "stride": stride,

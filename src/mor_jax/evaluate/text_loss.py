@@ -29,8 +29,7 @@ def text_losses(
     Raises:
         UserError: a file that cannot be read, or a stride or cap out of range.
     """
-    train = run.config.train
-    streams, sizes = read_streams(files, run.tokenizer)
+    train, (streams, sizes) = run.config.train, read_streams(files, run.tokenizer)
     return sliding_losses(
         run.weights,
         run.config.perf,
