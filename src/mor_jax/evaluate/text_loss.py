@@ -41,7 +41,8 @@ def read_streams(files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Row]:
     for file in files:
         for document in read_documents(file):
             texts.setdefault(document.source or file.name, []).append(document.text)
-    return {name: text_stream(tokenizer.encode_batch(documents), tokenizer.eos_id) for name, documents in texts.items()}
+    before = () if tokenizer.special.before else (tokenizer.special.start_id,)
+    return {name: text_stream(tokenizer.encode_documents(documents), before) for name, documents in texts.items()}
 
 
 def text_summary(losses: dict[str, Any]) -> str:

@@ -51,6 +51,8 @@ class _Plan:
     """Rows of a program."""
     depth: int
     vocabulary: int
+    known: int
+    """Entries that may be chosen."""
     epsilon: float
     precision: Any
 
@@ -103,6 +105,7 @@ def _kernel(
     noise_EN = gumbel(keys[0][:, None], keys[1][:, None], entry_1N.astype(jnp.uint32))
     draws_E1 = (temperature_E > 0)[:, None]
     noised_EN = jnp.where(draws_E1, logits_EN / jnp.maximum(temperature_E, 1e-4)[:, None] + noise_EN, logits_EN)
+    noised_EN = jnp.where(entry_1N < plan.known, noised_EN, -jnp.inf)
     best_E, nth_E = jnp.max(noised_EN, axis=1), jnp.argmax(noised_EN, axis=1)
     chosen_EN = jnp.arange(width)[None, :] == nth_E[:, None]
     logit_E = jnp.max(jnp.where(chosen_EN, logits_EN, -jnp.inf), axis=1)
@@ -139,6 +142,7 @@ def sample_head(
     position_E: jax.Array,
     *,
     epsilon: float,
+    known_tokens: int | None = None,
     tile: HeadTile | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -151,6 +155,7 @@ def sample_head(
         rows: how; top-k and top-p are ignored.
         position_E: int32 position of the token that the logits follow.
         epsilon: of the norm.
+        known_tokens: see ``sampling.sample``.
         tile: how to cut; None is ``head_tile_for``.
         interpret: run the kernel's program on the CPU, to test it.
 
@@ -162,7 +167,7 @@ def sample_head(
     height = next((h for h in (16, 32, 64) if count <= h), 128)
     precision = jax.lax.Precision.HIGHEST if x_ED.dtype == jnp.float32 else None
     tile = tile or head_tile_for(count, x_ED.dtype.itemsize)
-    plan = _Plan(tile, count, height, depth, vocabulary, epsilon, precision)
+    plan = _Plan(tile, count, height, depth, vocabulary, known_tokens or vocabulary, epsilon, precision)
     tiles = pl.cdiv(vocabulary, tile.entries)
     params = plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
     found_YX, tokens_EX = pl.pallas_call(

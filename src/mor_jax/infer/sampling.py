@@ -75,24 +75,30 @@ def _mix(bits: jax.Array) -> jax.Array:
     return bits ^ (bits >> jnp.uint32(16))
 
 
-def sample(logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sample(
+    logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array, known_tokens: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Choose a token per row.
 
     Args:
         logits_EV: float32.
         rows: how.
         position_E: int32 position of the token that the logits follow.
+        known_tokens: ids from here on are never chosen; None is no limit.
 
     Returns:
         int32 tokens, and their float32 log-probability under the model (before temperature and cuts).
     """
+    all_EV = logits_EV
+    if known_tokens is not None:
+        logits_EV = jnp.where(jnp.arange(logits_EV.shape[1])[None, :] < known_tokens, logits_EV, -jnp.inf)
     greedy_E, draws_E = jnp.argmax(logits_EV, axis=-1).astype(jnp.int32), rows.draws_E
     # noise is made only if somebody draws, and the vocabulary is sorted only if somebody cuts it
     level = jnp.any(draws_E).astype(jnp.int32) + jnp.any(rows.cuts_E)
     drawn_E = jax.lax.switch(level, (lambda *_: greedy_E, _draw, _draw_cut), logits_EV, rows, position_E)
     token_E = jnp.where(draws_E, drawn_E, greedy_E)
-    picked_E1 = jnp.take_along_axis(logits_EV, token_E[:, None], axis=-1)
-    return token_E, picked_E1[:, 0] - jax.nn.logsumexp(logits_EV, axis=-1)
+    picked_E1 = jnp.take_along_axis(all_EV, token_E[:, None], axis=-1)
+    return token_E, picked_E1[:, 0] - jax.nn.logsumexp(all_EV, axis=-1)
 
 
 def _draw(logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array) -> jax.Array:

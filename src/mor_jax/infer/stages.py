@@ -256,7 +256,8 @@ def _leave(
     # nobody reads what the others would draw, and a cut of theirs would sort the vocabulary
     sampling = dataclasses.replace(sampling, temperature_E=jnp.where(leaves_E, sampling.temperature_E, 0.0))
     sampled_E, log_probability_E = _sample(model, x_E1D, sampling, position_E, shape)
-    ends_E = (at(state.requests.remaining) <= 1) | (sampled_E == at(state.requests.stop_token))
+    stops_E = jnp.any(sampled_E[:, None] == at(state.requests.stop_tokens), axis=1)
+    ends_E = (at(state.requests.remaining) <= 1) | stops_E
     emitted = Emitted(
         place=jnp.where(leaves_E, place_E, -1),
         token=sampled_E,
@@ -275,13 +276,14 @@ def _sample(
     shape: EngineShape,
 ) -> tuple[jax.Array, jax.Array]:
     """Head and sampling: token and log-probability of every row."""
-    plain = lambda: sample(logits(model, x_E1D)[:, 0], rows, position_E)  # noqa: E731
+    known = model.known_tokens
+    plain = lambda: sample(logits(model, x_E1D)[:, 0], rows, position_E, known)  # noqa: E731
     if shape.products != "pallas":
         return plain()
     head_VD = model.embedding_VD if model.head_VD is None else model.head_VD
     interpret, epsilon = jax.default_backend() == "cpu", model.config.norm_epsilon
     arguments = (x_E1D[:, 0], model.final_norm_D, head_VD, rows, position_E)
-    fused = lambda: sample_head(*arguments, epsilon=epsilon, interpret=interpret)  # noqa: E731
+    fused = lambda: sample_head(*arguments, epsilon=epsilon, known_tokens=known, interpret=interpret)  # noqa: E731
     return jax.lax.cond(jnp.any(rows.cuts_E), plain, fused) if shape.cuts else fused()
 
 

@@ -125,7 +125,8 @@ class _Run:
         primary = is_primary()
         if primary:  # not before mesh, data and checkpoint have been found to fit
             claim_run_folder(config)
-            self.dataset.tokenizer.save(folder / "tokenizer.json")
+            if starts_anew or not (folder / "tokenizer.json").is_file():
+                self.dataset.tokenizer.save(folder / "tokenizer.json")
         self.writers = make_writers(
             folder, restored_step=self.start, tensorboard=config.train.tensorboard, primary=primary
         )
@@ -166,6 +167,8 @@ class _Run:
             return first
         known = first.tokenizer_hash == self.dataset.tokenizer.hash
         require(known, f"init.from={source!r} was trained with another tokenizer than the one of data.source")
+        if first.special is not None:
+            self.dataset.tokenizer.describe(first.special)
         return first
 
     def _roll_call(self) -> None:
