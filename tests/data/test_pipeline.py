@@ -181,7 +181,7 @@ def test_damage_is_found(broken, damage, message):
     [
         ({"context_length": 64}, "context_length=64 is longer than the 32 tokens"),
         ({"context_length": 12}, "context_length=12 does not divide the 32 tokens"),
-        ({"vocab_size": 512}, "vocab_size=512 differs from the 257"),
+        ({"vocab_size": 200}, "vocab_size=200 is less than the 257"),
         ({"rows": [7, 8]}, r"rows=\[7, 8\] are outside batch_size=8"),
         ({"rows": []}, r"rows=\[\] are outside"),
         ({"batch_size": 0}, "batch_size=0"),

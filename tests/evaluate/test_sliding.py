@@ -23,11 +23,11 @@ from mor_jax.model.forward import forward
 from mor_jax.model.transformer import init_params
 
 DOCUMENTS = [np.random.default_rng(i).integers(0, 256, length) for i, length in enumerate((20, 33, 11))]
-STREAM = text_stream(DOCUMENTS, eos_id=256)
+STREAM = text_stream([np.append(document, 256) for document in DOCUMENTS], [256])
 
 
 def test_documents_are_joined_as_in_training():
-    stream = text_stream([np.array([1, 2]), np.array([3])], eos_id=9)
+    stream = text_stream([np.array([1, 2, 9]), np.array([3, 9])], [9])
     assert stream.tokens.tolist() == [9, 1, 2, 9, 3, 9] and stream.starts.tolist() == [0, 1, 4]
     assert len(STREAM.tokens) == 1 + 21 + 34 + 12
 
@@ -61,7 +61,7 @@ def test_without_overlap_it_is_the_trainers_validation(kind, sharing):
     losses = validation_losses(
         cfg, params(cfg), jnp.zeros(2), Rows({n: np.stack([r[n] for r in rows]) for n in rows[0]}), len(rows)
     )
-    whole = text_stream([], 256)._replace(tokens=STREAM.tokens[: len(full) * T + 1], starts=STREAM.starts)
+    whole = text_stream([], [256])._replace(tokens=STREAM.tokens[: len(full) * T + 1], starts=STREAM.starts)
     cut = sliding_losses(cfg, params(cfg), jnp.zeros(2), {"a": whole}, Bytes(), stride=T, batch_size=2)["sources"]["a"]
     assert cut["tokens"] == losses["validation_tokens"] and cut["bytes"] == losses["validation_bytes"]
     names = ("topk_nll", "threshold_nll", "topk_bits_per_byte") if kind == "expert" else ("nll",)

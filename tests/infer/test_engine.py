@@ -135,7 +135,7 @@ def test_a_stop_token_ends_a_request(engine):
     request = Request((3, 4), 20)
     (result,) = serve(engine, [request])
     third = result[2].token
-    (stopped,) = serve(engine, [dataclasses.replace(request, stop_token=third)])
+    (stopped,) = serve(engine, [dataclasses.replace(request, stop_tokens=(third,))])
     first = next(i for i, t in enumerate(result) if t.token == third)
     assert [t.token for t in stopped] == [t.token for t in result[: first + 1]]
     assert stopped[-1].finished

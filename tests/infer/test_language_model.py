@@ -36,6 +36,9 @@ class Letters:
     def decode(self, ids):
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
 
+    def may_change(self, ids):
+        return False
+
 
 def test_text_grows_by_whole_characters():
     text = GrowingText(Letters())
@@ -63,6 +66,9 @@ class Words:
     def decode(self, ids):
         self.most = max(self.most, len(ids))
         return "".join(self.pieces[i] for i in ids).removeprefix(" ")
+
+    def may_change(self, ids):
+        return False
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -121,7 +121,10 @@ def test_every_misfit_is_named_at_once(tmp_path):
     [
         ({"model_type": "gpt2"}, "model_type='gpt2' is not 'llama'"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rotary scaling 'linear'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
+            r"rope_scaling.type='linear': rotary scaling is not supported",
+        ),
         ({"num_attention_heads": "x"}, "num_attention_heads='x' is not a positive integer"),
         ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0 is not a positive integer"),
         ({"head_dim": 8.0}, "head_dim=8.0 is not a positive integer"),

@@ -186,7 +186,7 @@ class Tokenizer:
         return cls(json.dumps(_BYTES))
 
     def exported(self) -> str:
-        """Return a tokenizer.json for other readers: bytes as a vocabulary, around texts what this object puts there."""
+        """Return a tokenizer.json for other readers: bytes as a vocabulary, with what this object adds."""
         if self._model is None:
             return byte_vocabulary(END_OF_TEXT)
         if added_around(self._model) == (self.special.before, self.special.after):

@@ -65,7 +65,8 @@ class GrowingText:
         decoded = self._tokenizer.decode(self._window)
         start = len(self._before)
         if self._before.endswith(_INCOMPLETE):  # the rest of the prompt's last character may have come
-            start = next((i for i, pair in enumerate(zip(self._before, decoded)) if pair[0] != pair[1]), start)
+            pairs = zip(self._before, decoded, strict=False)
+            start = next((i for i, (old, new) in enumerate(pairs) if old != new), start)
         fresh = decoded[start:]
         self.text = self._settled + fresh
         if self._tokenizer.may_change(self._window):

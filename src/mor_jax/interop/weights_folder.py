@@ -2,8 +2,8 @@
 
 Files: `config.json` (``ModelConfig``, with the format's name), `model.safetensors` or shards with an index,
 `tokenizer.json`, `special_tokens.json`, `README.md`. Names are the parameter tree's paths joined by dots; the leaves of
-the shared block, which are stacked by layer, are written one layer at a time (``block.3.ffn.down``): no reader or writer
-holds a stack.
+the shared block, which are stacked by layer, are written one layer at a time (``block.3.ffn.down``): no reader or
+writer holds a stack.
 """
 
 import json
