@@ -97,8 +97,8 @@ def test_what_the_post_processor_puts_around_a_text(post, before, after, eos, tm
     config = {"add_bos_token": not before, "eos_token": NAMES[eos]}
     loaded = Tokenizer.load(folder(tmp_path, text, tokenizer_config=config))
     assert (list(loaded.special.before), list(loaded.special.after)) == (before, after)
-    assert loaded.encode_prompt("ab<|im_end|>") == [*before, 6, 7, 4, *after]
-    assert loaded.encode_prompt("ab", around=False) == [6, 7]
+    assert loaded.encode("ab<|im_end|>") == [*before, 6, 7, 4, *after]
+    assert loaded.encode("ab", around=False) == [6, 7]
     assert loaded.encode_documents(["ab"])[0].tolist() == [*before, 6, 7, *(after or [eos])]
     assert Tokenizer(text).special.eos_id == eos  # without any other file
 
@@ -167,9 +167,9 @@ def test_tokens_that_only_the_configuration_lists_are_tokens(tmp_path):
     config = {"eos_token": "<|end|>", "added_tokens_decoder": {"8": {"content": "<|end|>", "special": True}}}
     loaded = Tokenizer.load(folder(tmp_path, definition(), tokenizer_config=config))
     assert loaded.special.eos_id == 8 and loaded.vocab_size == 9
-    assert loaded.encode_prompt("a<|end|>b") == [6, 8, 7] and loaded.decode([6, 8]) == "a"
+    assert loaded.encode("a<|end|>b") == [6, 8, 7] and loaded.decode([6, 8]) == "a"
     named = Tokenizer.load(folder(tmp_path, definition(["<s>"]), tokenizer_config={"eos_token": "b"}))
-    assert named.encode_prompt("ab") == [1, 2] and named.decode([1, 2]) == "a"  # named, so special
+    assert named.encode("ab") == [1, 2] and named.decode([1, 2]) == "a"  # named, so special
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_folders_from_before_the_records_work_as_they_did(marker, tmp_path):
     (tmp_path / marker).parent.mkdir(exist_ok=True)
     (tmp_path / marker).write_text('{"format": "mor_jax-weights-1"}')
     loaded = Tokenizer.load(path)
-    assert loaded.special == SpecialTokens(3, (3,)) and loaded.encode_prompt("a") == [6]
+    assert loaded.special == SpecialTokens(3, (3,)) and loaded.encode("a") == [6]
     assert loaded.identity == loaded.hash
     loaded.save(path)
     assert Tokenizer.load(path).special == loaded.special

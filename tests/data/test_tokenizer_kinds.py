@@ -31,7 +31,7 @@ def tokenizer(kind) -> Tokenizer:
 
 
 def test_prompts_have_the_ids_of_transformers(kind, tokenizer):
-    assert [tokenizer.encode_prompt(text) for text in TEXTS] == KINDS[kind]["ids"]
+    assert [tokenizer.encode(text) for text in TEXTS] == KINDS[kind]["ids"]
 
 
 def test_ids_have_the_texts_of_transformers(kind, tokenizer):
@@ -63,7 +63,7 @@ def test_a_saved_tokenizer_is_the_same(kind, tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     assert loaded.special == tokenizer.special and loaded.identity == tokenizer.identity
-    assert [loaded.encode_prompt(text) for text in TEXTS] == KINDS[kind]["ids"]
+    assert [loaded.encode(text) for text in TEXTS] == KINDS[kind]["ids"]
 
 
 def test_the_fixtures_are_what_transformers_makes_now(kind, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def tokenizer(request) -> Tokenizer:
 
 
 def prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    texts = [tokenizer.encode_prompt(text) for text in PROMPTS]
+    texts = [tokenizer.encode(text) for text in PROMPTS]
     return [ids for ids in texts if not tokenizer.decode(ids).endswith(BAD)]
 
 
@@ -65,8 +65,8 @@ def test_pieces_join_to_the_text_behind_the_prompt(tokenizer, seed):
 
 def test_a_completion_keeps_its_first_space():
     llama = Tokenizer.load(FIXTURES / "llama2" / "tokenizer.json")
-    prompt = llama.encode_prompt("the cat")
-    whole = llama.encode_prompt("the cat sat on")
+    prompt = llama.encode("the cat")
+    whole = llama.encode("the cat sat on")
     assert whole[: len(prompt)] == prompt
     text = GrowingText(llama, prompt=prompt)
     assert "".join(text.add(token) for token in whole[len(prompt) :]) == " sat on"
@@ -74,7 +74,7 @@ def test_a_completion_keeps_its_first_space():
 
 def test_a_stop_string_that_begins_with_the_first_space_is_seen():
     llama = Tokenizer.load(FIXTURES / "llama2" / "tokenizer.json")
-    prompt, whole = llama.encode_prompt("one"), llama.encode_prompt("one two three")
+    prompt, whole = llama.encode("one"), llama.encode("one two three")
     text = GrowingText(llama, [" two"], prompt)
     assert "".join(text.add(token) for token in whole[len(prompt) :]) == "" and text.stopped
 
@@ -91,10 +91,10 @@ def test_bytes_are_shown_when_nothing_can_undo_them():
     llama = Tokenizer.load(FIXTURES / "llama2" / "tokenizer.json")
     bytes_of = [llama.encode(text)[-1] for text in ("\x00", "\x01")]
     first, second = (bytes_of[0] + byte for byte in "é".encode())
-    text = GrowingText(llama, prompt=llama.encode_prompt("the"))
-    letter = llama.encode_prompt("the cat")[-1]
+    text = GrowingText(llama, prompt=llama.encode("the"))
+    letter = llama.encode("the cat")[-1]
     assert [text.add(first), text.add(second), text.add(letter)] == ["", "", "é cat"]
-    undone = GrowingText(llama, prompt=llama.encode_prompt("the"))
+    undone = GrowingText(llama, prompt=llama.encode("the"))
     assert [undone.add(i) for i in (first, second, second, letter)] == ["", "", "", BAD * 3 + " cat"]
 
 

@@ -162,7 +162,7 @@ def test_models_that_llama_lacks_are_refused_with_all_reasons():
     [
         ({}, r"holds no \*.safetensors"),
         ({"model.safetensors": b"not a tensor file"}, "not a readable safetensors file"),
-        ({INDEX: b"{}"}, "not an index of safetensors shards"),
+        ({INDEX: b"{}"}, "not an index of shards"),
         ({INDEX: b'{"weight_map": {"a": "one.safetensors"}}'}, "names shards that are not there: one.safetensors"),
     ],
 )

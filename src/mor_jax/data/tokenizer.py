@@ -93,12 +93,21 @@ class Tokenizer:
         own = self.special
         self.special = dataclasses.replace(special, eos_id=own.eos_id, before=own.before, after=own.after)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text as it stands in a document, without any special token."""
-        return self.encode_batch([text])[0].tolist()
+    def encode(self, text: str, *, around: bool = True) -> list[int]:
+        """Return the ids that `transformers` gives for a text, such as a prompt: special tokens are recognised in it.
+
+        Args:
+            text: any.
+            around: whether to put what the tokenizer adds around a text.
+        """
+        if self._model is None:
+            ids = list(text.encode("utf-8"))
+        else:
+            ids = self._prompts.encode(text, add_special_tokens=False).ids
+        return [*self.special.before, *ids, *self.special.after] if around else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of several texts as int32 arrays."""
+        """Return the ids of several texts as they stand in documents, without any special token, as int32 arrays."""
         if self._model is None:
             return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32) for text in texts]
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -110,16 +119,6 @@ class Tokenizer:
         end = special.after if special.eos_id in special.after else (*special.after, special.eos_id)
         parts = [np.asarray(ids, np.int32) for ids in (special.before, end)]
         return [np.concatenate([parts[0], tokens, parts[1]]) for tokens in self.encode_batch(texts)]
-
-    def encode_prompt(self, text: str, *, around: bool = True) -> list[int]:
-        """Return the ids that `transformers` gives for a text: special tokens are recognised in it.
-
-        Args:
-            text: the prompt.
-            around: whether to put what the tokenizer adds around a text.
-        """
-        ids = self.encode(text) if self._model is None else self._prompts.encode(text, add_special_tokens=False).ids
-        return [*self.special.before, *ids, *self.special.after] if around else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
@@ -139,7 +138,9 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Return how a token, special or not, is spelled; empty where it has no spelling."""
-        return "" if self._model is None else self._model.decode([token_id], skip_special_tokens=False)
+        if self._model is None:
+            return END_OF_TEXT if token_id == _BYTE_END else ""
+        return self._model.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token stands for (none for a special token).

@@ -70,7 +70,7 @@ class MorLM(TemplateLM):
         """
         if add_special_tokens is None:
             add_special_tokens = not (self._prefix and string.startswith(self._prefix))
-        return self._tokens.encode_prompt(string, around=add_special_tokens)
+        return self._tokens.encode(string, around=add_special_tokens)
 
     def bucket(self, length: int) -> int:
         """Return the row length for ``length`` inputs: a power of two, at most the context."""

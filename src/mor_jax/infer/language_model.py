@@ -158,7 +158,7 @@ class LanguageModel:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         require(len(prompts) > 0, "there is no prompt")
         special = self.tokenizer.special
-        token_lists = [self.tokenizer.encode_prompt(prompt) or [special.start_id] for prompt in prompts]
+        token_lists = [self.tokenizer.encode(prompt) or [special.start_id] for prompt in prompts]
         longest = max(map(len, token_lists)) + max_tokens
         limit = self.config.context_length if max_length is None else max_length
         require(

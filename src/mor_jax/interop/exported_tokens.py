@@ -16,7 +16,8 @@ from mor_jax.data.tokenizer import Tokenizer
 
 def token_ids(special: SpecialTokens) -> dict[str, Any]:
     """Return the keys about tokens of config.json."""
-    return {**_ids(special), **_without_class(special.files.get(CONFIG, {}))}
+    said = special.files.get(CONFIG)
+    return {**_ids(special, said), **{name: value for name, value in (said or {}).items() if name.endswith("_id")}}
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
@@ -39,7 +40,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
     _write_json(folder / TOKENIZER_CONFIG, config)
     if listed:
         _write_json(folder / TOKENS_MAP, listed)
-    _write_json(folder / GENERATION, {**_ids(special), **files.get(GENERATION, {})})
+    _write_json(folder / GENERATION, {**_ids(special, files.get(GENERATION)), **files.get(GENERATION, {})})
     for name, text in files.items():
         if name.endswith(".jinja"):
             (folder / name).parent.mkdir(exist_ok=True)
@@ -48,19 +49,16 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
         _write_json(folder / ADDED, files[ADDED])
 
 
-def _ids(special: SpecialTokens) -> dict[str, Any]:
+def _ids(special: SpecialTokens, said: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a file must name; padding only where there was none."""
     stops = list(special.stop_ids)
     ids = {"bos_token_id": special.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
-    return ids if special.pad_id is None else {**ids, "pad_token_id": special.pad_id}
+    return ids if special.pad_id is None or said is not None else {**ids, "pad_token_id": special.pad_id}
 
 
 def _named(special: SpecialTokens) -> dict[str, int]:
     ids = {"bos_token": special.bos_id, "eos_token": special.eos_id, "pad_token": special.pad_id}
     return {name: i for name, i in {**ids, "unk_token": special.unk_id}.items() if i is not None}
-
-
-def _without_class(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name != "tokenizer_class"}
 
 
 def _write_json(path: Path, values: Any) -> None:

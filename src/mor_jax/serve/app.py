@@ -136,7 +136,7 @@ class Endpoints:
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """An empty text begins a new document, as in ``LanguageModel.stream``."""
         if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode_prompt(prompt)) or (self._tokenizer.special.start_id,)
+            return tuple(self._tokenizer.encode(prompt)) or (self._tokenizer.special.start_id,)
         return prompt
 
 
