@@ -11,12 +11,13 @@ import pytest
 
 from mor_jax import perf as perf_module
 from mor_jax import presets
-from mor_jax.bench.step import random_batch
-from mor_jax.config import Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.bench.measure import random_batch
+from mor_jax.config import PLAIN, Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.errors import UserError
-from mor_jax.kernels import swiglu_hopper
+from mor_jax.kernels import pallas_triton, swiglu_hopper
 from mor_jax.mesh.mesh import make_mesh
-from mor_jax.perf import PLAIN, activation_bytes, block_parameters, compiler_options, resolve_perf, state_bytes
+from mor_jax.model.flops import block_parameters
+from mor_jax.perf import activation_bytes, compiler_options, resolve_perf, state_bytes
 from mor_jax.runs.state import init_train_state
 from mor_jax.train.step import loss_fn
 
@@ -66,6 +67,12 @@ def test_swiglu_within_products_where_device_widths_and_remat_allow_it(monkeypat
             fusion(kind, fusion="mosaic", **changes)
     monkeypatch.setattr(swiglu_hopper, "is_hopper", lambda: False)
     assert fusion() == "triton"
+    monkeypatch.setattr(pallas_triton, "plt", None)
+    assert fusion() == "xla"
+    with pytest.raises(UserError, match=r"perf.fusion='triton': this version of JAX has no Triton backend"):
+        fusion(fusion="triton")
+    monkeypatch.setattr(swiglu_hopper, "is_hopper", lambda: True)
+    assert fusion() == "mosaic"
 
 
 def test_a_cpu_refuses_kernels_for_hopper():

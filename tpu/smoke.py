@@ -14,8 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mor_jax.config import DistributedConfig
 from mor_jax.errors import UserError, require
-from mor_jax.mesh.processes import DistributedConfig, initialize
+from mor_jax.mesh.processes import initialize
 from mor_jax.paths import to_path
 
 

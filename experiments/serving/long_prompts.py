@@ -20,7 +20,8 @@ import numpy as np
 import tyro
 
 from mor_jax import presets
-from mor_jax.bench.serving_setup import ServeSettings, random_model
+from mor_jax.bench.serving_settings import ServeSettings
+from mor_jax.bench.serving_setup import random_model
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import CacheShape, init_cache, kv_layout

@@ -26,8 +26,8 @@ from jax.sharding import PartitionSpec
 
 from mor_jax.config import MeshConfig
 from mor_jax.kernels.attention.backend import attend
+from mor_jax.kernels.attention.mask import Mask, TokenView
 from mor_jax.mesh.mesh import make_mesh
-from mor_jax.model.layer_context import TokenView
 from mor_jax.plan.collectives import bytes_by_kind, collectives
 from mor_jax.plan.hlo import parse
 
@@ -39,7 +39,7 @@ ROWS = PartitionSpec(None, "context")
 def gathered(query: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """What the model does: keys and values gathered on every device, queries split."""
     rows = TokenView(rows_BC=jnp.arange(T)[None], positions_BC=jnp.arange(T)[None])
-    return attend(query, keys, values, rows, None, "xla")
+    return attend(query, keys, values, Mask(rows), "xla")
 
 
 def ring(query: jax.Array, keys: jax.Array, values: jax.Array, shards: int) -> jax.Array:

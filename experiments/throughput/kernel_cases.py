@@ -12,16 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mor_jax.kernels import norm as fused_gpu
-from mor_jax.kernels import rotary as rotary_gpu
-from mor_jax.kernels import swiglu_hopper
+from mor_jax.kernels import norm, rotary, swiglu_hopper
 from mor_jax.kernels.attention import hopper as attention_hopper
 from mor_jax.kernels.attention import triton as attention_gpu
-from mor_jax.kernels.attention.runs import visible_runs
-from mor_jax.kernels.norm import skip_norm
-from mor_jax.kernels.rotary import split_rotate
+from mor_jax.kernels.attention.mask import Mask, TokenView
+from mor_jax.kernels.norm import rms_norm, skip_norm
+from mor_jax.kernels.rotary import apply_rotary, rotary_tables, split_rotate
+from mor_jax.kernels.swiglu import swiglu
 from mor_jax.model.attention import project_qkv
-from mor_jax.model.layers import apply_rotary, compute_weight, rms_norm, rotary_tables
+from mor_jax.model.layers import compute_weight
 
 _EPSILON = 1e-5
 
@@ -182,8 +181,8 @@ def _attention(shape: Shape, kind: str, *, backward: bool) -> Case:
         end = jnp.sort(order, axis=1).astype(jnp.int32) + 1
     if kind == "packed":
         ends = jax.random.bernoulli(jax.random.key(5), 1 / 512, (rows, keys))
-        start, end = visible_runs(None, jnp.cumsum(ends, axis=1).astype(jnp.int32), None, keys)
-        end = jnp.broadcast_to(end, (rows, keys))
+        index_BT = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (rows, keys))
+        start, end = Mask(TokenView(index_BT, index_BT, jnp.cumsum(ends, axis=1).astype(jnp.int32))).runs()
 
     def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
@@ -213,7 +212,7 @@ def _feed_forward(shape: Shape, tokens: int, *, backward: bool) -> Case:
 
     def separate(x_BCD: jax.Array, gate_up_DXF: jax.Array, down_FD: jax.Array) -> jax.Array:
         hidden_BCXF = jnp.einsum("BCD,DXF->BCXF", x_BCD, gate_up_DXF)
-        return jnp.einsum("BCF,FD->BCD", fused_gpu.swiglu(hidden_BCXF), down_FD)
+        return jnp.einsum("BCF,FD->BCD", swiglu(hidden_BCXF), down_FD)
 
     variants: dict[str, Callable[..., Any]] = {"separate": separate, "within": swiglu_hopper.feed_forward}
     if not backward:
@@ -243,10 +242,10 @@ CASES: dict[str, Callable[[Shape], Case]] = {
 }
 """The pieces, by name."""
 
-_NORM_SIZES = (fused_gpu, {"GRAD_ROWS": (1, 2, 4), "GRAD_CHUNK": (16, 32, 48, 64), "GRAD_WARPS": (2, 4, 8)})
-_ROTARY_SIZES = (rotary_gpu, {"ROWS": (8, 16, 32, 64), "HEADS": (5, 25), "WARPS": (2, 4, 8)})
+_NORM_SIZES = (norm, {"GRAD_ROWS": (1, 2, 4), "GRAD_CHUNK": (16, 32, 48, 64), "GRAD_WARPS": (2, 4, 8)})
+_ROTARY_SIZES = (rotary, {"ROWS": (8, 16, 32, 64), "HEADS": (5, 25), "WARPS": (2, 4, 8)})
 TUNABLE: dict[str, tuple[ModuleType, Mapping[str, tuple[int, ...]]]] = {
-    "skip_norm": (fused_gpu, {"ROWS": (1, 2, 4, 8), "WARPS": (2, 4, 8)}),
+    "skip_norm": (norm, {"ROWS": (1, 2, 4, 8), "WARPS": (2, 4, 8)}),
     "norm_gradient": _NORM_SIZES,
     "norm_gradient_selected": _NORM_SIZES,
     "split_rotate": _ROTARY_SIZES,

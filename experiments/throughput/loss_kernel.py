@@ -28,10 +28,9 @@ from mor_jax import presets
 from mor_jax.bench.serving_profile import trace_kernels
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
-from mor_jax.kernels import cross_entropy as loss_gpu
-from mor_jax.kernels.cross_entropy import RowTile
-from mor_jax.model import loss
-from mor_jax.model.loss_shards import VocabularyShard
+from mor_jax.kernels import cross_entropy
+from mor_jax.kernels.cross_entropy import RowTile, VocabularyShard, plain_gradient
+from mor_jax.model.loss import fused_cross_entropy
 from mor_jax.plan.report import versions
 
 Row = dict[str, Any]
@@ -82,7 +81,7 @@ def compile_loss(arguments: tuple[jax.Array, ...], chunk: int, tile: RowTile | N
     """Compile value and gradients of the mean loss; ``tile`` None is XLA's softmax."""
 
     def mean(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-        entropy = loss.fused_cross_entropy(
+        entropy = fused_cross_entropy(
             hidden_BTD,
             head_VD,
             targets_BT,
@@ -93,12 +92,12 @@ def compile_loss(arguments: tuple[jax.Array, ...], chunk: int, tile: RowTile | N
         )
         return entropy.loss_sum / jnp.sum(weights_BT)
 
-    usual, loss_gpu.TILE = loss_gpu.TILE, tile or loss_gpu.TILE
+    usual, cross_entropy.TILE = cross_entropy.TILE, tile or cross_entropy.TILE
     jax.clear_caches()  # nothing that was traced with another tile
     try:
         return jax.jit(jax.value_and_grad(mean, argnums=(0, 1))).lower(*arguments).compile()
     finally:
-        loss_gpu.TILE = usual
+        cross_entropy.TILE = usual
 
 
 def differences(found: Any, wanted: Any) -> Row:
@@ -159,16 +158,16 @@ def measure_tiles(config: ModelConfig, settings: Settings) -> Iterator[Row]:
 
     def plain(logits_MV: jax.Array, targets_M: jax.Array, weights_M: jax.Array) -> Any:
         shard = VocabularyShard(config.vocab_size)
-        return loss._chunk_gradient(logits_MV[None], targets_M[None], weights_M[None], shard, dtype, 0.0)
+        return plain_gradient(logits_MV[None], targets_M[None], weights_M[None], shard, dtype, 0.0)
 
     for tile in (None, *TILES):
-        head = {"tile": dataclasses.asdict(tile) if tile else None, "default": tile == loss_gpu.TILE}
+        head = {"tile": dataclasses.asdict(tile) if tile else None, "default": tile == cross_entropy.TILE}
         try:
             if tile is None:
                 program = jax.jit(plain)
             else:
                 options = {"dtype": dtype, "z_coefficient": 0.0, "tile": tile}
-                program = jax.jit(functools.partial(loss_gpu.softmax_cross_entropy, **options))
+                program = jax.jit(functools.partial(cross_entropy.softmax_cross_entropy, **options))
             run, name = lambda program=program: program(logits_MV, *rest), "mor_cross_entropy" if tile else ""
             found = kernel_microseconds(run, name, settings.repeats)
         except jax.errors.JaxRuntimeError as error:
@@ -191,13 +190,13 @@ def measure(settings: Settings) -> Row:
         "device": device.device_kind,
         "versions": versions(),
     }
-    tiles = (loss_gpu.TILE,)
+    tiles = (cross_entropy.TILE,)
     if settings.tiles:
         record["tiles"] = _shown(measure_tiles(config, settings))
         timed = [row for row in record["tiles"] if row["tile"] and row["microseconds"] is not None]
         if timed:
             best = min(timed, key=lambda row: row["microseconds"])
-            tiles = tuple(dict.fromkeys((loss_gpu.TILE, RowTile(**best["tile"]))))
+            tiles = tuple(dict.fromkeys((cross_entropy.TILE, RowTile(**best["tile"]))))
         settings.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     record["loss"] = _shown(measure_loss(config, settings, tiles))
     settings.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import cast
 
-import fsspec
-from etils import epath
-
 from mor_jax.errors import UserError
 
 
@@ -20,6 +17,9 @@ def to_path(name: str | Path) -> Path:
         return Path(text)
     if not text.startswith("gs://"):
         raise UserError(f"{text!r} is neither a local path nor gs://BUCKET/...")
+    import fsspec  # slow to import, and most paths are local
+    from etils import epath
+
     try:
         fsspec.get_filesystem_class("gcs")
     except ImportError as error:

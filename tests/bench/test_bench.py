@@ -8,9 +8,9 @@ import pytest
 
 from mor_jax import presets
 from mor_jax.bench.cases import parse_case
+from mor_jax.bench.measure import Request, measure, random_batch, tokens_per_recursion
 from mor_jax.bench.profile import KINDS, kind_of, read_instructions
 from mor_jax.bench.run import Settings, measured_config, profile_table, ratios, table
-from mor_jax.bench.step import Request, measure, random_batch, tokens_per_recursion
 from mor_jax.config import Config, ModelConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.errors import UserError
 

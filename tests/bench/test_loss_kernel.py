@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mor_jax.config import ModelConfig
-from mor_jax.kernels import cross_entropy as loss_gpu
+from mor_jax.kernels import cross_entropy
 from mor_jax.kernels.cross_entropy import RowTile
 
 TINY = ModelConfig(96, 2, 32, 4, 2, 16, 48, 64, dtype="float32")
@@ -24,17 +24,19 @@ def script():
 
 
 def test_head_and_loss_agree_in_every_program(script, tmp_path, monkeypatch):
-    seen, usual = [], loss_gpu.TILE
-    kernel = loss_gpu.softmax_cross_entropy
+    seen, usual = [], cross_entropy.TILE
+    kernel = cross_entropy.softmax_cross_entropy
     monkeypatch.setattr(
-        loss_gpu, "softmax_cross_entropy", lambda *x, **y: (seen.append(loss_gpu.TILE.columns), kernel(*x, **y))[1]
+        cross_entropy,
+        "softmax_cross_entropy",
+        lambda *x, **y: (seen.append(cross_entropy.TILE.columns), kernel(*x, **y))[1],
     )
     settings = script.Settings(tmp_path / "x.json", rows=2, length=9, chunks=(4, 8), repeats=1)
     rows = script.measure_loss(TINY, settings, (RowTile(32), RowTile(64)))
     assert [(row["chunk_tokens"], row["fusion"]) for row in rows] == [
         (chunk, fusion) for chunk in (4, 8) for fusion in ("xla", "triton", "triton")
     ]
-    assert seen == [32, 64] * 2 and loss_gpu.TILE is usual
+    assert seen == [32, 64] * 2 and cross_entropy.TILE is usual
     assert all(0 < row["fastest"] <= row["milliseconds"] for row in rows)
     differences = [value for row in rows for value in row["difference"].values()]
     assert max(differences) < 1e-5 and any(differences)

@@ -9,9 +9,9 @@ import pytest
 
 from mor_jax.bench import serving as serve
 from mor_jax.bench.serving_profile import summarize
+from mor_jax.bench.serving_settings import ServeSettings
 from mor_jax.bench.serving_setup import (
     Scenario,
-    ServeSettings,
     bytes_per_position,
     make_requests,
     options_for,
@@ -21,7 +21,7 @@ from mor_jax.cli.bench_serve import line
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import UserError
 from mor_jax.infer.decode_model import DecodeModel
-from mor_jax.infer.replicas import EngineMesh
+from mor_jax.infer.engine_options import EngineMesh
 from mor_jax.model.transformer import init_params
 
 VANILLA = ModelConfig(64, 6, 16, 2, 1, 8, 24, 64)

@@ -33,6 +33,15 @@ def test_bad_arguments_are_one_line(mor, arguments, words):
     assert len(outcome.err.splitlines()) == 1, outcome.err
 
 
+@pytest.mark.parametrize("arguments", [("serve", "nowhere"), ("bench", "serve", "debug")])
+@pytest.mark.parametrize("flag", [("--products", "xla"), ("--products=pallas",)])
+def test_the_flag_of_kernels_that_are_gone_is_refused_with_the_reason(mor, arguments, flag):
+    outcome = mor(*arguments, *flag)
+    assert outcome.code == 2 and outcome.out == ""
+    reason = "--products is gone: the kernels gained nothing over XLA's (experiments/serving/README.md)"
+    assert outcome.err == f"mor {arguments[0]}: {reason}\n"
+
+
 def test_a_missing_package_is_named(mor, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("mor_jax.serve.")]:
         monkeypatch.delitem(sys.modules, name)

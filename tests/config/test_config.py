@@ -1,10 +1,12 @@
 """Every rule of the configuration: broken, it is one message that names field, value and rule."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from mor_jax.config import (
+    PLAIN,
     Config,
     DataConfig,
     MeshConfig,
@@ -12,6 +14,7 @@ from mor_jax.config import (
     OptimizerConfig,
     PerfConfig,
     RecursionConfig,
+    ResolvedPerf,
     RoutingConfig,
     TrainConfig,
 )
@@ -210,3 +213,26 @@ def test_capacities_are_equal_steps_unless_given():
     assert ModelConfig(recursion=recursion, routing=EXPERT).capacities == (1.0, 0.75, 0.5, 0.25)
     own = RoutingConfig("expert", capacities=(0.9, 0.5, 0.5, 0.1))
     assert ModelConfig(recursion=recursion, routing=own).capacities == (0.9, 0.5, 0.5, 0.1)
+
+
+def test_a_resolved_perf_leaves_nothing_open_and_keeps_what_was_asked():
+    assert PerfConfig().resolved() == PLAIN
+    assert [f.name for f in dataclasses.fields(PerfConfig)] == [f.name for f in dataclasses.fields(PLAIN)]
+    asked: dict[str, Any] = {
+        "execution": "scan", "attention_backend": "xla", "remat": "full", "scan_unroll": 0, "loss_chunk": 64,
+        "slot_multiple": 8, "logits_dtype": "bfloat16", "fusion": "mosaic", "whole_block": False,
+        "compiler_options": ("a=b",),
+    }  # fmt: skip
+    assert PerfConfig(**asked).resolved() == ResolvedPerf(**asked)
+    assert ResolvedPerf(**asked).asked == PerfConfig(**asked)
+    assert PerfConfig(remat="names").resolved(ResolvedPerf(**asked)) == ResolvedPerf(**asked | {
+        "execution": "gather", "remat": "names",
+    })  # fmt: skip
+
+
+def test_loss_free_balancing_belongs_to_token_choice():
+    token = {"kind": "token", "score": "softmax"}
+    assert RoutingConfig(**token, balancing="loss_free").is_loss_free
+    assert not RoutingConfig(**token).is_loss_free and not RoutingConfig("expert", balancing="loss_free").is_loss_free
+    assert RoutingConfig("expert", sampling="aux_router").has_aux_router
+    assert not RoutingConfig(**token, sampling="aux_router").has_aux_router

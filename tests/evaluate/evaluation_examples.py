@@ -8,6 +8,7 @@ import numpy as np
 
 from mor_jax.config import Config, ModelConfig, RecursionConfig, RoutingConfig, TrainConfig
 from mor_jax.config import OptimizerConfig as Optimizer
+from mor_jax.model.parameters import Weights
 from mor_jax.model.transformer import init_params
 
 T = 16
@@ -27,7 +28,7 @@ class Bytes:
         return bytes([token]) if token < 256 else b""
 
 
-class Rows:
+class HeldOut:
     """Fixed batches with their tokenizer."""
 
     def __init__(self, *batches: Any) -> None:
@@ -92,3 +93,8 @@ def config(
 def params(config: Config) -> Any:
     """Fresh parameters."""
     return jax.jit(lambda: init_params(config.model, jax.random.key(0)))()
+
+
+def weights(config: Config, router_bias_R: Any = None) -> Weights:
+    """A model of ``params``."""
+    return Weights(config.model, params(config), router_bias_R)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation_examples import TEXT, Bytes, T, batch, config, params
+from evaluation_examples import TEXT, Bytes, T, batch, config, params, weights
 
 from mor_jax.errors import UserError
 from mor_jax.evaluate.analysis import ROUTER_METRICS, analyse, router_history
@@ -16,6 +16,7 @@ from mor_jax.evaluate.hidden import hidden_changes
 from mor_jax.evaluate.inspect import text_rows
 from mor_jax.evaluate.routing import RoutedRow
 from mor_jax.model.forward import forward
+from mor_jax.model.rows import Rows
 from mor_jax.runs.restore import RestoredRun
 
 
@@ -71,14 +72,12 @@ def test_depth_is_grouped_by_every_property():
 @pytest.mark.parametrize("sharing", ["cycle", "middle_cycle"])
 def test_hidden_changes_are_those_of_the_states(sharing):
     cfg = config("none", sharing=sharing) if sharing == "cycle" else config("expert", sharing=sharing, num_layers=4)
-    inputs = {name: value[:, :-1] for name, value in batch(0).items()}
+    rows = Rows.of_batch(batch(0))
     mode = "topk" if cfg.model.routing.kind == "none" else "threshold"
-    changes = hidden_changes(cfg, params(cfg), None, [inputs, inputs], mode)
-    out = forward(
-        cfg.model, params(cfg), inputs["tokens"], mode=mode, positions=inputs["positions"], return_hidden=True
-    )
+    changes = hidden_changes(weights(cfg), cfg.perf, [rows, rows], mode)
+    out = forward(cfg.model, params(cfg), rows.tokens_BT, mode=mode, positions=rows.positions_BT, return_hidden=True)
     assert out.hidden is not None
-    before = params(cfg)["embedding"]["embedding"][inputs["tokens"]] if out.hidden.first is None else out.hidden.first
+    before = params(cfg)["embedding"]["embedding"][rows.tokens_BT] if out.hidden.first is None else out.hidden.first
     for r, after in enumerate(out.hidden.recursions):
         selected = np.ones(after.shape[:2], bool) if out.trace is None else np.asarray(out.trace.selected_RBT[r])
         a, b = np.asarray(before)[selected], np.asarray(after)[selected]

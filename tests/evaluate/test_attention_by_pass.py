@@ -5,21 +5,24 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from evaluation_examples import T, batch, config, params
+from evaluation_examples import T, batch, config, params, weights
 
+from mor_jax.config import PerfConfig
 from mor_jax.errors import UserError
 from mor_jax.evaluate.attention_by_pass import FIGURES, attention_by_pass
-from mor_jax.evaluate.passes import inputs_of
+from mor_jax.kernels.norm import rms_norm
+from mor_jax.kernels.rotary import apply_rotary, rotary_tables
 from mor_jax.model.forward import forward
-from mor_jax.model.layers import apply_rotary, rms_norm, rotary_tables
+from mor_jax.model.parameters import Weights
+from mor_jax.model.rows import Rows
 
 
 def test_uniform_attention_has_its_literal_figures():
     cfg = config("none")
     blind = jax.tree.map(lambda a: a, params(cfg))
     blind["block"]["attention"]["query"] *= 0.0
-    inputs = inputs_of(batch(0))
-    passes = attention_by_pass(cfg, blind, None, [inputs, inputs], "topk")
+    rows = Rows.of_batch(batch(0))
+    passes = attention_by_pass(Weights(cfg.model, blind), cfg.perf, [rows, rows], "topk")
     seen = np.arange(2, T + 1)  # keys of every query but the first, which sees itself only
     for found in passes:
         assert found["queries"] == 2 * 2 * (T - 1) and found["keys"] == pytest.approx(seen.mean())
@@ -42,30 +45,30 @@ def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, ac
     recursion = dataclasses.replace(cfg.model.recursion, kv_strategy=strategy)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, recursion=recursion))
     mode = "threshold" if kind == "expert" else "topk"
-    inputs = inputs_of(batch(1, padding=2))
-    passes = attention_by_pass(cfg, params(cfg), None, [inputs], mode)
-    segments, positions = inputs["segment_ids"], inputs["positions"]
+    rows = Rows.of_batch(batch(1, padding=2))
+    passes = attention_by_pass(weights(cfg), cfg.perf, [rows], mode)
+    segments, positions = np.asarray(rows.segment_ids_BT), np.asarray(rows.positions_BT)
     out = forward(
         cfg.model,
         params(cfg),
-        inputs["tokens"],
+        rows.tokens_BT,
         mode=mode,
         positions=positions,
         segment_ids=segments,
         return_hidden=True,
     )
     assert out.hidden is not None and out.hidden.first is not None
-    weights = jax.tree.map(lambda a: a[0], params(cfg)["block"])
+    layer = jax.tree.map(lambda a: a[0], params(cfg)["block"])
     selected = np.ones((2, 2, T), bool) if out.trace is None else np.asarray(out.trace.selected_RBT)
     rotary = rotary_tables(positions, cfg.model.head_dim, cfg.model.rope_theta)
 
     def normed(states):
-        return rms_norm(states, weights["attention_norm"]["scale"], cfg.model.norm_epsilon)
+        return rms_norm(states, layer["attention_norm"]["scale"], cfg.model.norm_epsilon)
 
     second = np.where(selected[0][..., None], out.hidden.recursions[0], out.hidden.first)
     own = out.hidden.first if strategy == "shared" else second
-    query = apply_rotary(np.einsum("BTD,DNH->BTNH", normed(second), weights["attention"]["query"]), rotary)
-    keys = apply_rotary(np.einsum("BTD,DKH->BTKH", normed(own), weights["attention"]["key_value"][:, 0]), rotary)
+    query = apply_rotary(np.einsum("BTD,DNH->BTNH", normed(second), layer["attention"]["query"]), rotary)
+    keys = apply_rotary(np.einsum("BTD,DKH->BTKH", normed(own), layer["attention"]["key_value"][:, 0]), rotary)
     scores = np.einsum("BTNH,BSKH->BNTS", query, keys) * cfg.model.head_dim**-0.5  # one key/value head
     mask = np.tril(np.ones((T, T), bool))[None] & np.ones((2, 1, 1), bool)
     if strategy == "recursion":
@@ -88,4 +91,4 @@ def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, ac
 
 def test_layers_repeated_in_place_make_no_passes():
     with pytest.raises(UserError, match="has no block passes"):
-        attention_by_pass(config("none", sharing="sequence"), {}, None, [], "topk")
+        attention_by_pass(Weights(config("none", sharing="sequence").model, {}), PerfConfig(), [], "topk")

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from evaluation_examples import Bytes, Rows, batch, config, params
+from evaluation_examples import Bytes, HeldOut, batch, config, weights
 
 from mor_jax.evaluate.bigram import END, SYMBOLS, ByteBigram, ByteRows, bigram_bits_per_byte, count_bigrams
 from mor_jax.evaluate.validation import validation_losses
@@ -48,16 +48,16 @@ def test_rows_are_spelled_in_bytes_with_document_ends():
 @pytest.mark.parametrize("across", [True, False])
 def test_it_predicts_exactly_the_bytes_that_the_model_predicts(across):
     cfg = config("none", across=across)
-    rows = Rows(batch(0), batch(1, padding=3))
+    rows = HeldOut(batch(0), batch(1, padding=3))
     bits = bigram_bits_per_byte(cfg.model, ByteBigram(), rows.batches, rows.tokenizer, 4)
-    losses = validation_losses(cfg, params(cfg), None, rows, 4)
+    losses = validation_losses(weights(cfg), cfg.perf, rows, 4)
     assert bits.bytes == losses["validation_bytes"]
     np.testing.assert_allclose(bits.bits, losses["validation_tokens"] * math.log2(SYMBOLS))  # nothing was counted
     assert bits.value == bits.bits / bits.bytes
 
 
 def test_counting_reads_the_rows_asked_for():
-    rows = Rows(batch(0), batch(1))
+    rows = HeldOut(batch(0), batch(1))
     model = config("none").model
     one, three = (count_bigrams(model, rows.batches, rows.tokenizer, n).counts.sum() for n in (1, 3))
     assert (one, three) == (16, 48)

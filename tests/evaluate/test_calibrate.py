@@ -2,14 +2,18 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from evaluation_examples import batch, config, params
+from evaluation_examples import batch, config, params, weights
 
+from mor_jax.config import PLAIN
 from mor_jax.errors import UserError
 from mor_jax.evaluate.calibrate import _cut, calibrate, with_boundaries
-from mor_jax.evaluate.passes import inputs_of, trace_pass
+from mor_jax.evaluate.passes import batch_trace
+from mor_jax.model.parameters import Weights
 from mor_jax.model.routing.router import has_boundary
+from mor_jax.model.rows import Rows
 
 
 def test_a_cut_is_halfway_between_what_is_in_and_what_is_out():
@@ -21,15 +25,14 @@ def test_as_many_tokens_pass_as_by_topk():
     cfg = config(sampling="none")
     assert not has_boundary(cfg.model)
     batches = [batch(seed, rows=8) for seed in range(3)]
-    boundaries = calibrate(cfg, params(cfg), batches)
+    boundaries = calibrate(weights(cfg), cfg.perf, batches)
     fixed = with_boundaries(cfg, boundaries)
     assert boundaries[0] == 0.0 and has_boundary(fixed.model)  # the first recursion takes all
     shares = {}
     for name, each, mode in (("topk", cfg, "topk"), ("threshold", fixed, "threshold")):
-        depths = [
-            np.asarray(trace_pass(each.model, each.perf, mode)(params(cfg), None, inputs_of(b), None).depth_BT)
-            for b in batches
-        ]
+        model = Weights(each.model, params(cfg))
+        traces = [batch_trace(model, PLAIN, mode, Rows.of_batch(b), jax.random.key(0)) for b in batches]
+        depths = [np.asarray(trace.depth_BT) for trace in traces]
         shares[name] = np.mean(np.concatenate(depths) == 2)
     assert shares["topk"] == 0.5
     np.testing.assert_allclose(shares["threshold"], 0.5, atol=1 / (3 * 8 * 16))
@@ -42,5 +45,5 @@ def test_what_has_no_boundary_to_calibrate_is_refused():
         (config(sampling="aux_router"), "second router"),
     ):
         with pytest.raises(UserError, match=message):
-            calibrate(cfg, {}, [])
+            calibrate(Weights(cfg.model, {}), cfg.perf, [])
     assert dataclasses.asdict(config().model)["routing"]["boundaries"] is None

@@ -7,7 +7,7 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation_examples import config, params
+from evaluation_examples import config, weights
 
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
@@ -105,7 +105,7 @@ def test_a_row_is_as_long_as_its_own_bucket(monkeypatch):
 def test_scores_of_a_model_do_not_depend_on_the_other_requests(kind, monkeypatch):
     monkeypatch.setattr(harness, "_SHORTEST", 8)
     cfg = config(kind)
-    scorer = Scorer(cfg.model, cfg.perf, params(cfg), jnp.zeros(2), all_devices=False)
+    scorer = Scorer(weights(cfg, jnp.zeros(2)), cfg.perf, all_devices=False)
     model = harness.MorLM(scorer, Tokenizer.bytes_level(), batch_size=2)
     generator = np.random.default_rng(0)
     requests = [

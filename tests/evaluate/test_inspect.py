@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from evaluation_examples import TEXT, Rows, T, batch, config
+from evaluation_examples import TEXT, HeldOut, T, batch, config
 
 from mor_jax.config import MeshConfig
 from mor_jax.config import io as config_io
@@ -59,7 +59,7 @@ def test_a_run_of_another_device_is_measured_here(run):
     perf = dataclasses.replace(CONFIG.perf, attention_backend="splash", fusion="triton")
     config_io.save(dataclasses.replace(CONFIG, perf=perf), run / "config.json")
     restored = restore_run(run)
-    losses = validation_losses(restored.config, restored.params, None, Rows(batch(0)), 2)
+    losses = validation_losses(restored.weights, restored.config.perf, HeldOut(batch(0)), 2)
     assert losses["validation_tokens"] > 0
 
 
@@ -74,7 +74,7 @@ def test_any_text_can_be_inspected(run):
 
 
 def test_the_held_out_text_is_the_default(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect, "held_out", lambda config: Rows(batch(0)))
+    monkeypatch.setattr(inspect, "held_out", lambda config: HeldOut(batch(0)))
     written = inspect.inspect_run(run)
     assert written == [run / "loss.png", run / "depth.png", run / "routing.html"]
     assert (run / "routing.html").read_text(encoding="utf-8").count('title="token') == 2 * 2 * T
@@ -83,11 +83,9 @@ def test_the_held_out_text_is_the_default(run, tmp_path, monkeypatch):
 
 
 def test_a_run_can_be_evaluated_again(run, monkeypatch, state):
-    monkeypatch.setattr(inspect, "held_out", lambda config: Rows(batch(0), batch(1)))
+    monkeypatch.setattr(inspect, "held_out", lambda config: HeldOut(batch(0), batch(1)))
     restored, losses = inspect.evaluate_run(run)
-    assert losses == validation_losses(
-        restored.config, restored.params, state.router_bias_R, Rows(batch(0), batch(1)), 4
-    )
+    assert losses == validation_losses(restored.weights, restored.config.perf, HeldOut(batch(0), batch(1)), 4)
     assert inspect.evaluate_run(run, rows=2)[1]["validation_tokens"] == losses["validation_tokens"] // 2
 
 

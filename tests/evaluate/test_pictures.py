@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from evaluation_examples import Rows, T, batch, config, params
+from evaluation_examples import HeldOut, T, batch, config, weights
 
 from mor_jax.errors import UserError
 from mor_jax.evaluate import pictures, plots
 from mor_jax.evaluate.inspect import text_batches
 from mor_jax.evaluate.pictures import run_title, trace_rows, write_run_pictures
+from mor_jax.model.rows import Rows
 
 METRICS = [
     {"step": 1, "loss": 5.5, "tokens_per_second": 10.0},
@@ -24,7 +25,7 @@ def _write(folder, cfg, metrics=METRICS):
     lines = "".join(json.dumps(line) + "\n" for line in metrics)
     (folder / "metrics.jsonl").write_text(lines)
     bias = jnp.zeros(cfg.model.recursion.num_recursions)
-    return write_run_pictures(folder, cfg, params(cfg), bias, Rows(batch(0), batch(1, padding=3)))
+    return write_run_pictures(folder, cfg, weights(cfg, bias), HeldOut(batch(0), batch(1, padding=3)))
 
 
 def _is_picture(path):
@@ -71,17 +72,16 @@ def test_without_metrics_there_is_no_loss_picture(tmp_path):
 def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        write_run_pictures(tmp_path / "file" / "run", config("none"), params(config("none")), None, Rows(batch(0)))
+        write_run_pictures(tmp_path / "file" / "run", config("none"), weights(config("none")), HeldOut(batch(0)))
 
 
 def test_the_rows_drawn_are_those_that_the_model_routed():
     cfg = config()
-    inputs = {name: values[:, :-1] for name, values in batch(0).items()}
-    (first, second) = trace_rows(cfg, params(cfg), jnp.zeros(2), [inputs], "topk")
+    (first, second) = trace_rows(weights(cfg, jnp.zeros(2)), cfg.perf, [Rows.of_batch(batch(0))], "topk")
     for row in (first, second):
         assert row.depth_T.min() >= 1 and np.count_nonzero(row.depth_T == 2) == T // 2  # capacities 1 and 1/2
         np.testing.assert_array_equal(row.selected_RT.sum(axis=0), row.depth_T)
-    assert first.tokens_T.tolist() == inputs["tokens"][0].tolist()
+    assert first.tokens_T.tolist() == batch(0)["tokens"][0, :-1].tolist()
 
 
 def test_the_title_names_a_preset_of_another_name(tmp_path):
@@ -96,10 +96,10 @@ def test_series_keeps_the_last_line_of_a_step():
 
 def test_a_text_is_cut_into_rows_without_padding():
     full, rest = text_batches(range(2 * T + 3), T)
-    assert full["tokens"].tolist() == [list(range(T)), list(range(T, 2 * T))]
-    assert rest["tokens"].tolist() == [[2 * T, 2 * T + 1, 2 * T + 2]]
-    assert rest["positions"].tolist() == [[0, 1, 2]] and np.all(full["segment_ids"] == 1)
-    assert [part["tokens"].shape for part in text_batches(range(5), T)] == [(1, 5)]
-    assert [part["tokens"].shape for part in text_batches(range(T), T)] == [(1, T)]
+    assert full.tokens_BT.tolist() == [list(range(T)), list(range(T, 2 * T))]
+    assert rest.tokens_BT.tolist() == [[2 * T, 2 * T + 1, 2 * T + 2]]
+    assert rest.positions_BT.tolist() == [[0, 1, 2]] and np.all(full.segment_ids_BT == 1)
+    assert [part.tokens_BT.shape for part in text_batches(range(5), T)] == [(1, 5)]
+    assert [part.tokens_BT.shape for part in text_batches(range(T), T)] == [(1, T)]
     with pytest.raises(UserError, match="empty"):
         text_batches([], T)

@@ -1,16 +1,16 @@
 """Causal scores: what else is in the batch, how rows are padded, and how many devices there are change nothing."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation_examples import Bytes, T, config, params
+from evaluation_examples import Bytes, T, config, params, weights
 
+from mor_jax.config import ResolvedPerf
 from mor_jax.data.packing import Row, expand_row
 from mor_jax.errors import UserError
 from mor_jax.evaluate.scoring import Scorer, causal_mode
 from mor_jax.model.parameters import head_matrix
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk
 
 RECIPES = [("expert", {}), ("token", {}), ("none", {})]
@@ -28,12 +28,12 @@ def _text(seed, length=T + 1):
 @pytest.mark.parametrize(("kind", "routing"), RECIPES)
 def test_scores_are_those_of_a_plain_forward_pass(kind, routing):
     cfg = config(kind, sharing="none" if kind == "none" else "cycle", **routing)
-    scores = Scorer(cfg.model, cfg.perf, params(cfg), jnp.zeros(2), all_devices=False)(_batch(_text(0), _text(1)))
+    scores = Scorer(weights(cfg, jnp.zeros(2)), cfg.perf, all_devices=False)(_batch(_text(0), _text(1)))
     for row in range(2):
         tokens = jnp.asarray(_text(row))[None]
-        scan = dataclasses.replace(cfg.perf, execution="scan")
+        scan = ResolvedPerf(execution="scan")
         mode = "threshold" if kind == "expert" else "topk"
-        hidden = apply_trunk(cfg.model, scan, params(cfg), tokens[:, :-1], mode=mode).hidden_BTD[0]
+        hidden = apply_trunk(weights(cfg), scan, Rows(tokens[:, :-1]), mode=mode).hidden_BTD[0]
         logits = np.asarray(hidden @ head_matrix(cfg.model, params(cfg)).T, np.float64)
         nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(T), _text(row)[1:]]
         np.testing.assert_allclose(scores.nll_BT[row], nll, rtol=1e-4)
@@ -43,7 +43,7 @@ def test_scores_are_those_of_a_plain_forward_pass(kind, routing):
 @pytest.mark.parametrize(("kind", "routing"), RECIPES)
 def test_neither_company_nor_the_future_nor_padding_changes_a_score(kind, routing):
     cfg = config(kind, sharing="none" if kind == "none" else "cycle", **routing)
-    scorer = Scorer(cfg.model, cfg.perf, params(cfg), jnp.zeros(2), all_devices=False)
+    scorer = Scorer(weights(cfg, jnp.zeros(2)), cfg.perf, all_devices=False)
     alone = scorer(_batch(_text(0), [])).nll_BT[0]
     crowded = scorer(_batch(_text(0), _text(1)))
     np.testing.assert_array_equal(crowded.nll_BT[0], alone)  # bit for bit
@@ -58,7 +58,7 @@ def test_neither_company_nor_the_future_nor_padding_changes_a_score(kind, routin
 def test_rows_are_spread_over_all_devices():
     cfg = config()
     batch = _batch(*(_text(seed) for seed in range(8)))
-    one, eight = (Scorer(cfg.model, cfg.perf, params(cfg), all_devices=many) for many in (False, True))
+    one, eight = (Scorer(weights(cfg), cfg.perf, all_devices=many) for many in (False, True))
     assert (one.devices, eight.devices) == (1, 8)
     np.testing.assert_allclose(eight(batch).nll_BT, one(batch).nll_BT, rtol=1e-5)
 

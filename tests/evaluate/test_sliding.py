@@ -8,18 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation_examples import Bytes, Rows, T, config, params
+from evaluation_examples import Bytes, HeldOut, T, config, params, weights
 
-from mor_jax.config import RelaxationConfig
+from mor_jax.config import PLAIN, RelaxationConfig, ResolvedPerf
 from mor_jax.data.packing import Row, expand_row
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
 from mor_jax.evaluate.depth_cap import cap_depth
-from mor_jax.evaluate.passes import trace_pass
+from mor_jax.evaluate.passes import batch_trace
 from mor_jax.evaluate.sliding import sliding_losses, text_stream, windows
 from mor_jax.evaluate.text_loss import read_streams, text_summary
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.model.forward import forward
+from mor_jax.model.parameters import Weights
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import init_params
 
 DOCUMENTS = [np.random.default_rng(i).integers(0, 256, length) for i, length in enumerate((20, 33, 11))]
@@ -55,14 +57,14 @@ def test_windows_count_every_target_once(length, stride, table):
 def test_without_overlap_it_is_the_trainers_validation(kind, sharing):
     # full seats: token-choice is validated under `gather`, which may drop tokens, and scored without drops
     cfg = config(kind, sharing=sharing, capacities=(1.0, 1.0) if kind == "token" else None)
-    found = sliding_losses(cfg, params(cfg), jnp.zeros(2), {"a": STREAM}, Bytes(), stride=T, batch_size=2)["sources"]
+    model = weights(cfg, jnp.zeros(2))
+    found = sliding_losses(model, cfg.perf, {"a": STREAM}, Bytes(), stride=T, batch_rows=2)["sources"]
     full = [w.row for w in windows(STREAM, T, T) if w.first == 0]
     rows = [expand_row(row, T + 1) for row in full]
-    losses = validation_losses(
-        cfg, params(cfg), jnp.zeros(2), Rows({n: np.stack([r[n] for r in rows]) for n in rows[0]}), len(rows)
-    )
+    held_out = HeldOut({n: np.stack([r[n] for r in rows]) for n in rows[0]})
+    losses = validation_losses(model, cfg.perf, held_out, len(rows))
     whole = text_stream([], [256])._replace(tokens=STREAM.tokens[: len(full) * T + 1], starts=STREAM.starts)
-    cut = sliding_losses(cfg, params(cfg), jnp.zeros(2), {"a": whole}, Bytes(), stride=T, batch_size=2)["sources"]["a"]
+    cut = sliding_losses(model, cfg.perf, {"a": whole}, Bytes(), stride=T, batch_rows=2)["sources"]["a"]
     assert cut["tokens"] == losses["validation_tokens"] and cut["bytes"] == losses["validation_bytes"]
     names = ("topk_nll", "threshold_nll", "topk_bits_per_byte") if kind == "expert" else ("nll",)
     for name in names:
@@ -74,7 +76,7 @@ def test_without_overlap_it_is_the_trainers_validation(kind, sharing):
 def test_overlap_changes_the_context_but_not_what_is_counted():
     cfg = config()
     by_stride = {
-        stride: sliding_losses(cfg, params(cfg), None, {"a": STREAM, "b": STREAM}, Bytes(), stride=stride, batch_size=2)
+        stride: sliding_losses(weights(cfg), cfg.perf, {"a": STREAM, "b": STREAM}, Bytes(), stride=stride, batch_rows=2)
         for stride in (T, 5)
     }
     for found in by_stride.values():
@@ -97,20 +99,20 @@ def test_texts_are_read_by_source(tmp_path):
     assert {name: len(stream.tokens) for name, stream in streams.items()} == {"x": 1 + 4 + 6, "y": 5, "b.txt": 7}
 
 
-def _depths(cfg, parameters, bias, mode="threshold"):
-    rows = expand_row(Row(STREAM.tokens[:T], np.array([0])), T)
-    inputs = {name: value[None] for name, value in rows.items()}
-    trace = trace_pass(cfg.model, cfg.perf, mode)(parameters, bias, inputs, jax.random.key(0))
+def _depths(model, perf=PLAIN):
+    row = {name: value[None] for name, value in expand_row(Row(STREAM.tokens[:T], np.array([0])), T).items()}
+    rows = Rows(row["tokens"], row["positions"], row["segment_ids"])
+    trace = batch_trace(model, perf, "threshold", rows, jax.random.key(0))
+    assert trace is not None
     return np.asarray(trace.depth_BT)[0]
 
 
 def test_a_cap_cuts_the_deeper_passes_and_changes_no_other_decision():
     cfg = config(num_recursions=3)
-    full = _depths(cfg, params(cfg), None)
+    full = _depths(weights(cfg))
     assert set(full) >= {2, 3}  # otherwise the caps below cut nothing
     for cap in (1, 2, 3):
-        model, capped, bias = cap_depth(cfg.model, params(cfg), None, cap)
-        depths = _depths(dataclasses.replace(cfg, model=model), capped, bias)
+        depths = _depths(cap_depth(weights(cfg), cap))
         assert depths.tolist() == np.minimum(full, cap).tolist()
 
 
@@ -123,11 +125,11 @@ def test_a_cap_keeps_what_the_first_passes_do_not_share(kind):
     model = dataclasses.replace(cfg.model, recursion=recursion)
     noise = lambda path, leaf: leaf + 0.1 * jax.random.normal(jax.random.key(len(str(path))), leaf.shape)  # noqa: E731
     tree = jax.tree.map_with_path(noise, init_params(model, jax.random.key(0)))
-    capped, kept, _ = cap_depth(model, tree, None, 2)
+    capped = cap_depth(Weights(model, tree), 2)
     tokens_BT, mode = STREAM.tokens[None, :T], "threshold" if kind == "expert" else "topk"
     whole, short = (
         forward(m, p, tokens_BT, mode=mode, return_hidden=True, execution="scan").hidden
-        for m, p in ((model, tree), (capped, kept))
+        for m, p in ((model, tree), (capped.config, capped.params))
     )
     assert whole is not None and short is not None and len(short.recursions) == 2
     for wanted, found in zip(whole.recursions[:2], short.recursions, strict=True):
@@ -136,24 +138,22 @@ def test_a_cap_keeps_what_the_first_passes_do_not_share(kind):
 
 def test_token_choice_takes_the_best_depth_that_is_allowed():
     cfg = config("token", num_recursions=3)
-    cfg = dataclasses.replace(cfg, perf=dataclasses.replace(cfg.perf, execution="scan"))
-    bias = jnp.array([-1.0, 0.0, 1.0])  # of no effect: this model balances by a loss
-    assert _depths(cfg, params(cfg), bias).max() == 3
-    model, capped, masked = cap_depth(cfg.model, params(cfg), bias, 2)
-    depths = _depths(dataclasses.replace(cfg, model=model), capped, masked)
-    kept = _depths(cfg, params(cfg), bias)
+    model = weights(cfg, jnp.array([-1.0, 0.0, 1.0]))  # a bias of no effect: this model balances by a loss
+    scan = ResolvedPerf(execution="scan")
+    kept, depths = _depths(model, scan), _depths(cap_depth(model, 2), scan)
+    assert kept.max() == 3
     assert depths.max() == 2 and np.all(depths[kept < 3] == kept[kept < 3])
 
 
 def test_a_capped_recursive_model_is_the_model_of_fewer_recursions():
     cfg = config("none", sharing="cycle")
-    found = sliding_losses(cfg, params(cfg), None, {"a": STREAM}, Bytes(), max_depth=1, batch_size=2)
+    found = sliding_losses(weights(cfg), cfg.perf, {"a": STREAM}, Bytes(), max_depth=1, batch_rows=2)
     plain = dataclasses.replace(cfg.model.recursion, num_recursions=1, base_depth=1)
-    once = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, recursion=plain))
-    other = sliding_losses(once, params(cfg), None, {"a": STREAM}, Bytes(), batch_size=2)
+    once = Weights(dataclasses.replace(cfg.model, recursion=plain), params(cfg))
+    other = sliding_losses(once, cfg.perf, {"a": STREAM}, Bytes(), batch_rows=2)
     assert found["max_depth"] == 1 and found["sources"] == other["sources"]
     for cap in (0, 3):
         with pytest.raises(UserError, match=f"max_depth={cap} is outside 1..num_recursions=2"):
-            cap_depth(cfg.model, params(cfg), None, cap)
+            cap_depth(weights(cfg), cap)
     with pytest.raises(UserError, match="sharing='sequence'"):
-        cap_depth(config("none", sharing="sequence").model, {}, None, 1)
+        cap_depth(Weights(config("none", sharing="sequence").model, {}), 1)

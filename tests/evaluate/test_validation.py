@@ -1,6 +1,5 @@
 """Held-out losses against plain sums over an unfused forward pass."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -8,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation_examples import Bytes, Rows, T, batch, config, params
+from evaluation_examples import Bytes, HeldOut, T, batch, config, params, weights
 
-from mor_jax.config import MeshConfig
+from mor_jax.config import PLAIN, MeshConfig, Mode
 from mor_jax.errors import UserError
-from mor_jax.evaluate.passes import Mode, spread, token_lengths, totals_pass
+from mor_jax.evaluate.passes import batch_totals, spread, token_lengths
 from mor_jax.evaluate.validation import modes_of, summary, threshold_refusal, validation_losses
 from mor_jax.mesh.mesh import make_mesh, params_shardings
-from mor_jax.model.parameters import head_matrix
+from mor_jax.model.parameters import Weights, head_matrix
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk, logical_axes
 
 ZERO_BIAS = jnp.zeros(2)
@@ -26,11 +26,8 @@ def _plain(cfg, batches: Sequence, mode: Mode):
 
     @jax.jit
     def forward(rows):
-        inputs = {k: v[:, :-1] for k, v in rows.items()}
-        where = {"positions_BT": inputs["positions"], "segment_ids_BT": inputs["segment_ids"]}
-        tree, bias = params(cfg), ZERO_BIAS
-        output = apply_trunk(cfg.model, cfg.perf, tree, inputs["tokens"], mode=mode, router_bias_R=bias, **where)
-        return jax.nn.log_softmax(output.hidden_BTD @ head_matrix(cfg.model, tree).T), output.trace
+        output = apply_trunk(weights(cfg, ZERO_BIAS), PLAIN, Rows.of_batch(rows), mode=mode)
+        return jax.nn.log_softmax(output.hidden_BTD @ head_matrix(cfg.model, params(cfg)).T), output.trace
 
     nats, targets, size, traces = 0.0, 0, 0, []
     for rows in batches:
@@ -49,8 +46,8 @@ def _plain(cfg, batches: Sequence, mode: Mode):
 @pytest.mark.parametrize(("kind", "across"), [("expert", True), ("expert", False), ("token", True)])
 def test_both_modes_equal_plain_sums(kind, across):
     cfg = config(kind, across=across)
-    tree, batches = params(cfg), [batch(0), batch(1, padding=3)]
-    losses = validation_losses(cfg, tree, ZERO_BIAS, Rows(*batches), 4)
+    batches = [batch(0), batch(1, padding=3)]
+    losses = validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(*batches), 4)
     assert modes_of(cfg.model) == ("topk", "threshold")
     for mode in modes_of(cfg.model):
         nats, targets, size, _ = _plain(cfg, batches, mode)
@@ -66,8 +63,8 @@ def test_both_modes_equal_plain_sums(kind, across):
 
 def test_routing_figures_are_counted_over_all_rows():
     cfg = config()
-    tree, batches = params(cfg), [batch(0), batch(1, padding=3)]
-    losses = validation_losses(cfg, tree, ZERO_BIAS, Rows(*batches), 4)
+    batches = [batch(0), batch(1, padding=3)]
+    losses = validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(*batches), 4)
     *_, traces = _plain(cfg, batches, "topk")
     counted = np.concatenate([b["segment_ids"][:, :-1] > 0 for b in batches])
     depth = np.concatenate([t.depth_BT for t in traces])
@@ -84,9 +81,8 @@ def test_routing_figures_are_counted_over_all_rows():
 
 def test_dead_token_ratio_falls_with_more_rows():
     cfg = config(capacities=(1.0, 0.07))  # one of sixteen positions per row goes on
-    tree = params(cfg)
-    one = validation_losses(cfg, tree, ZERO_BIAS, Rows(batch(0, 1)), 1)
-    many = validation_losses(cfg, tree, ZERO_BIAS, Rows(*(batch(i, 1) for i in range(12))), 12)
+    one = validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(batch(0, 1)), 1)
+    many = validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(*(batch(i, 1) for i in range(12))), 12)
     assert one["validation_topk_dead_token_ratio"] == 15 / 16
     assert many["validation_topk_dead_token_ratio"] < 15 / 16
 
@@ -94,7 +90,7 @@ def test_dead_token_ratio_falls_with_more_rows():
 @pytest.mark.parametrize("routing", [{"random": True}, {"sampling": "none"}])
 def test_without_a_boundary_threshold_is_left_out_and_said(routing):
     cfg = config(**routing)
-    losses = validation_losses(cfg, params(cfg), ZERO_BIAS, Rows(batch(0)), 2)
+    losses = validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(batch(0)), 2)
     assert "validation_topk_nll" in losses
     assert not [k for k in losses if "threshold" in k or "gap" in k]
     assert "boundaries" in str(threshold_refusal(cfg.model))
@@ -105,8 +101,7 @@ def test_without_a_boundary_threshold_is_left_out_and_said(routing):
 
 def test_without_a_router_there_is_one_loss():
     cfg = config("none")
-    tree = params(cfg)
-    losses = validation_losses(cfg, tree, None, Rows(batch(0)), 2)
+    losses = validation_losses(weights(cfg), cfg.perf, HeldOut(batch(0)), 2)
     nats, targets, size, _ = _plain(cfg, [batch(0)], "topk")
     assert set(losses) == {"validation_tokens", "validation_bytes", "validation_nll", "validation_bits_per_byte"}
     np.testing.assert_allclose(losses["validation_nll"], nats / targets, rtol=1e-5)
@@ -116,23 +111,23 @@ def test_without_a_router_there_is_one_loss():
 
 def test_summary_says_which_mode_looks_ahead():
     cfg = config()
-    text = summary(cfg.model, validation_losses(cfg, params(cfg), ZERO_BIAS, Rows(batch(0)), 2))
+    text = summary(cfg.model, validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(batch(0)), 2))
     assert "bits/byte (looks ahead)" in text and "bits/byte (causal)" in text and "gap" in text
 
 
 def test_rows_are_rounded_up_to_whole_batches_and_no_more_are_read():
     cfg = config("none")
-    tree = params(cfg)
-    three, two = (validation_losses(cfg, tree, ZERO_BIAS, Rows(*map(batch, range(5))), n) for n in (3, 2))
+    three, two = (
+        validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(*map(batch, range(5))), n) for n in (3, 2)
+    )
     assert three["validation_tokens"] == 2 * two["validation_tokens"] == 4 * 16
 
 
 def test_one_compilation_serves_all_batches():
-    cfg = config("none", sharing="none", across=False)
+    cfg, before = config("none", sharing="none", across=False, num_layers=3), batch_totals._cache_size()
     for _ in range(2):
-        validation_losses(cfg, params(cfg), None, Rows(*map(batch, range(3))), 6)
-    perf = dataclasses.replace(cfg.perf, whole_block=False)  # what evaluation makes of an open field
-    assert totals_pass(cfg.model, perf, "topk")._cache_size() == 1
+        validation_losses(weights(cfg), cfg.perf, HeldOut(*map(batch, range(3))), 6)
+    assert batch_totals._cache_size() == before + 1
 
 
 def test_parameters_on_a_mesh_give_the_same_losses():
@@ -141,8 +136,9 @@ def test_parameters_on_a_mesh_give_the_same_losses():
     sharded = jax.device_put(params(cfg), params_shardings(mesh, logical_axes(cfg.model)))
     assert not spread(sharded, batch(0))["tokens"].is_fully_replicated
     assert spread(sharded, batch(0, rows=3))["tokens"].shape == (3, T + 1)  # two devices cannot share three rows
-    rows = Rows(batch(0), batch(1, padding=3))
-    there, here = (validation_losses(cfg, tree, ZERO_BIAS, rows, 4) for tree in (sharded, params(cfg)))
+    rows = HeldOut(batch(0), batch(1, padding=3))
+    models = (Weights(cfg.model, sharded, ZERO_BIAS), weights(cfg, ZERO_BIAS))
+    there, here = (validation_losses(model, cfg.perf, rows, 4) for model in models)
     assert there.keys() == here.keys()
     for name, value in here.items():
         np.testing.assert_allclose(there[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -150,9 +146,9 @@ def test_parameters_on_a_mesh_give_the_same_losses():
 
 def test_no_text_is_the_users_mistake():
     cfg = config("none")
-    for dataset, rows in ((Rows(), 2), (Rows(batch(0, padding=17)), 2), (Rows(batch(0)), 0)):
+    for dataset, rows in ((HeldOut(), 2), (HeldOut(batch(0, padding=17)), 2), (HeldOut(batch(0)), 0)):
         with pytest.raises(UserError):
-            validation_losses(cfg, params(cfg), ZERO_BIAS, dataset, rows)
+            validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, dataset, rows)
 
 
 def test_token_lengths_give_special_and_unused_entries_no_bytes():

@@ -3,12 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_examples import decode_model, make_params, model_config, tokens
+from decode_examples import make_params, model_config, tokens
 
-from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
-from mor_jax.errors import UserError
+from mor_jax.config import Config, ModelConfig, RecursionConfig, RoutingConfig
+from mor_jax.evaluate.calibrate import calibrate
 from mor_jax.infer.cache import CacheShape, init_cache, kv_layout, kv_usage, release, reserve
-from mor_jax.infer.calibrate import calibrate_boundaries
 from mor_jax.infer.decode_model import decoding_refusal, prepare_weights
 from mor_jax.infer.prefill import prefill
 
@@ -52,9 +51,10 @@ def test_bytes_follow_the_tokens_that_came_that_deep(recursions, kv):
     routing = RoutingConfig("expert")
     config = ModelConfig(31, 2 + recursions, 8, 2, 1, 4, 8, 64, dtype="float32", init_std=0.3, recursion=recursion,
                          routing=routing)  # fmt: skip
-    text = tokens(rows, 50)
-    model = prepare_weights(config, make_params(config))
-    boundaries = calibrate_boundaries(model, text).boundaries
+    text = tokens(rows, 51)
+    whole = {"tokens": text, "segment_ids": np.ones_like(text), "positions": np.tile(np.arange(51), (rows, 1))}
+    boundaries = calibrate(Config(model=config), make_params(config), [whole])
+    text = text[:, :-1]  # calibration takes the last token for a target
     cache, output = _read(prepare_weights(config, make_params(config), boundaries=boundaries), text, size)
     usage, depth_BT = kv_usage(cache), np.asarray(output.depth_BT)
     shares = [float((depth_BT > r).mean()) for r in range(recursions)]
@@ -67,17 +67,6 @@ def test_bytes_follow_the_tokens_that_came_that_deep(recursions, kv):
     # within one page per sequence and group
     slack = rows * size * layer * (2 + config.block_depth * kv_layout(config).groups)
     assert usage.used <= usage.allocated <= usage.used + slack
-
-
-def test_calibration_hits_wanted_shares_and_says_what_it_cannot():
-    model, text = decode_model(model_config("expert", "middle_cycle")), tokens(8, 60)
-    found = calibrate_boundaries(model, text, (1.0, 0.5, 0.2))
-    np.testing.assert_allclose(found.shares, (1.0, 0.5, 0.2), atol=0.02)
-    for shares, message in (((0.9, 0.5, 0.2), "lets all tokens pass"), ((1.0, 0.2, 0.5), "must not ascend")):
-        with pytest.raises(UserError, match=message):
-            calibrate_boundaries(model, text, shares)
-    with pytest.raises(UserError, match="has no boundary"):
-        calibrate_boundaries(decode_model(model_config("token", "cycle")), text)
 
 
 def test_what_cannot_decode_is_refused_with_a_reason():

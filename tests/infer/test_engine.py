@@ -69,7 +69,7 @@ def test_nothing_stays_behind(engine):
     assert usage.used == usage.allocated == 0
     for pool in engine._state.cache.pools:
         np.testing.assert_array_equal(np.sort(pool.free_P), np.arange(pool.free_P.shape[0]))
-    assert engine._promised == [0, 0]
+    assert engine._places.promised == [0, 0]
 
 
 def test_prompts_alone_are_read_without_dispatches(config, engine):
@@ -163,23 +163,10 @@ def test_a_size_of_zero_is_not_taken_for_a_default(field):
         dataclasses.replace(OPTIONS, **{field: 0})
 
 
-def test_kernels_of_products_and_sampling_give_the_same(config, engine):
-    # interpreted; exits in every step
-    kernels = Engine(decode_model(config), dataclasses.replace(OPTIONS, exit_at=1))
-    kernels.shape = dataclasses.replace(kernels.shape, products="pallas")
-    fields = [{}, {"sampling": Sampling(1.5, seed=7)}, {"sampling": Sampling(1.5, top_k=5, seed=7)}]
-    requests = [dataclasses.replace(r, **fields[i % 3]) for i, r in enumerate(make_requests(12, seed=5))]
-    got, want = serve(kernels, requests), serve(engine, requests)
-    _check_greedy(config, requests[::3], got[::3])
-    for one, other in zip(got, want, strict=True):
-        assert [t.token for t in one] == [t.token for t in other]
-        assert [t.depth for t in one] == [t.depth for t in other]
-
-
 def test_only_rows_that_leave_make_the_head_draw_or_cut(config, monkeypatch):
     """Free slots read the last place's request, which may be long over, and tokens that enter bring theirs."""
     seen = []
-    monkeypatch.setattr(stages, "_sample", lambda model, x, rows, position, shape: seen.append(rows) or _nothing(x))
+    monkeypatch.setattr(stages, "sample", lambda logits, rows, *_, **__: seen.append(rows) or _nothing(logits))
     engine = Engine(decode_model(config), OPTIONS)
     state, rows = engine._state, np.arange(3)
     cut = dataclasses.replace(state.requests.sampling, temperature_E=jnp.ones(engine.shape.places))
@@ -188,19 +175,22 @@ def test_only_rows_that_leave_make_the_head_draw_or_cut(config, monkeypatch):
     assert seen[0].temperature_E.tolist() == [0, 1, 0]
 
 
-def _nothing(x_E1D):
-    return np.zeros(len(x_E1D), np.int32), np.zeros(len(x_E1D), np.float32)
+def _nothing(logits_EV):
+    return np.zeros(len(logits_EV), np.int32), np.zeros(len(logits_EV), np.float32)
 
 
-def test_an_engine_without_cuts_refuses_them(config):
-    engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, cuts=False))
+def test_an_engine_without_cuts_refuses_them_and_draws_the_same(config, engine):
+    without = Engine(decode_model(config), dataclasses.replace(OPTIONS, exit_at=1, cuts=False))
     for cut in (Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.5)):
         with pytest.raises(UserError, match=r"top_(k=3|p=0\.5) needs an engine with cuts=True"):
-            engine.submit(Request((1,), 1, cut))
+            without.submit(Request((1,), 1, cut))
+    fields = [{}, {"sampling": Sampling(1.5, seed=7)}]
+    requests = [dataclasses.replace(r, **fields[i % 2]) for i, r in enumerate(make_requests(8, seed=5))]
+    for one, other in zip(serve(without, requests), serve(engine, requests), strict=True):
+        assert [(t.token, t.depth) for t in one] == [(t.token, t.depth) for t in other]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("products", ["xla", "pallas"])
 @pytest.mark.parametrize(
     ("routing", "sharing", "kv"),
     [
@@ -212,10 +202,9 @@ def test_an_engine_without_cuts_refuses_them(config):
         ("none", "none", "recursion"),
     ],
 )
-def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv, products):
-    config = model_config(routing, sharing, kv, share_norms=products == "xla" or sharing == "none")
+def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv):
+    config = model_config(routing, sharing, kv)
     engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, block_pages=None, edge_pages=None))
-    engine.shape = dataclasses.replace(engine.shape, products=products)
     engine.warm_up()
     before, requests = compilations(), make_requests(40)
     results = serve(engine, requests)

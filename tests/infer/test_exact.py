@@ -98,7 +98,7 @@ def test_what_attends_block_by_block_gives_the_same(routing, kv, monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK", 16)
     monkeypatch.setattr(attention, "TOKEN_BLOCK", 8)
     monkeypatch.setattr(attention, "attend_by_blocks", lambda *args: seen.append(args[-1]) or by_blocks(*args))
-    anew = jax.jit(inspect.unwrap(prefill), static_argnames=("piece", "return_logits", "return_scores"))
+    anew = jax.jit(inspect.unwrap(prefill), static_argnames=("piece", "return_logits"))
     monkeypatch.setattr(sys.modules[__name__], "prefill", anew)
     _check(model_config(routing, "cycle", kv, num_layers=3))
     assert set(seen) == {4, 2}

@@ -10,8 +10,9 @@ from mor_jax.errors import UserError
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.engine import Engine
+from mor_jax.infer.engine_options import EngineMesh
 from mor_jax.infer.language_model import LanguageModel
-from mor_jax.infer.replicas import EngineMesh, Replicas
+from mor_jax.infer.replicas import Replicas, copy_meshes
 from mor_jax.infer.request import Request
 
 MODELS = {"vanilla": ("none", "none", "recursion"), "expert": ("expert", "middle_cycle", "recursion")}
@@ -26,7 +27,7 @@ def config(request):
 
 @pytest.fixture(scope="module")
 def replicas(config):
-    models = [prepare_weights(config, make_params(config), mesh=mesh) for mesh in MESH.per_copy()]
+    models = [prepare_weights(config, make_params(config), mesh=mesh) for mesh in copy_meshes(MESH)]
     replicas = Replicas(models, OPTIONS)
     replicas.warm_up()
     return replicas
@@ -50,7 +51,7 @@ def _check_empty(replicas):
     for engine in replicas.engines:
         engine.step()  # gives the pages of the last sequences back
         engine.drain()
-        assert not any(engine._promised)
+        assert not any(engine._places.promised)
     assert all(held == 0 and pages > 0 for held, pages in replicas.pages_held())
     assert replicas.measure().used == 0
 
@@ -123,7 +124,7 @@ def test_what_can_never_be_served_is_refused(replicas):
 )
 def test_meshes_that_cannot_be_are_refused(sizes, message):
     with pytest.raises(UserError, match=message):
-        EngineMesh(**sizes).per_copy()
+        copy_meshes(EngineMesh(**sizes))
 
 
 @pytest.mark.slow

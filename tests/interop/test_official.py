@@ -7,12 +7,12 @@ import golden_files
 import jax
 import numpy as np
 import pytest
+from mor_jax.model.routing.router_state import split_router_state
 
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import UserError
 from mor_jax.interop import official
 from mor_jax.interop.description import KEYS
-from mor_jax.model.routing.router_state import split_router_state
 from mor_jax.model.transformer import init_params
 
 TINY = ModelConfig(

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from mor_jax.model.routing.router_state import ROUTER_STATE
 from test_llama import TINY, random_params, write
 
 from mor_jax.config import Config, InitConfig, LoraTarget, ModelConfig, RecursionConfig, RelaxationConfig, RoutingConfig
@@ -15,7 +16,6 @@ from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.uptrain import initial_weights
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.relaxation import update_of
-from mor_jax.model.routing.router_state import ROUTER_STATE
 from mor_jax.model.sharing import share_layers, unrolled_sources
 from mor_jax.model.transformer import init_params
 from mor_jax.runs.state import init_train_state, place_weights

@@ -23,7 +23,7 @@ from mor_jax.kernels.attention.hopper_place import (
     plan_queries,
     query_items,
 )
-from mor_jax.kernels.attention.runs import visible_runs
+from mor_jax.kernels.attention.mask import Mask, TokenView
 
 ROUNDING = 5e-3
 """Relative norm of what rounding probabilities and gradients to bfloat16 for the products may cost."""
@@ -76,8 +76,12 @@ def _selected(rows, queries, keys):
 
 def _documents(rows, length, mean):
     ends = jax.random.bernoulli(jax.random.key(2), 1 / mean, (rows, length))
-    start, end = visible_runs(None, jnp.cumsum(ends, axis=1).astype(jnp.int32), None, length)
-    return start, jnp.broadcast_to(end, (rows, length))
+    return _runs(jnp.cumsum(ends, axis=1).astype(jnp.int32))
+
+
+def _runs(segments_BT):
+    rows_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
+    return Mask(TokenView(rows_BT, rows_BT, segments_BT)).runs()
 
 
 def test_causal_with_grouped_heads_and_a_length_that_no_tile_divides():
@@ -111,7 +115,7 @@ def test_blocks_of_selected_queries_that_see_a_whole_tile_of_keys():
 
 def test_blocks_of_packed_queries_that_see_a_whole_tile_of_keys():
     """Between the blocks where queries and keys meet, and the block where the document ends."""
-    start, end = visible_runs(None, (jnp.arange(328)[None] >= 250).astype(jnp.int32), None, 328)
+    start, end = _runs((jnp.arange(328)[None] >= 250).astype(jnp.int32))
     want = [[0, 1, 3, 4], [1, 2, 3, 4], [2, 2, 2, 4], [3, 3, 3, 6], [4, 5, 6, 6], [5, 5, 5, 6]]
     assert _plan(start, end, keys=328).tolist() == [want]
     _check((1, 328, 328, 2, 1, 64), start, end)

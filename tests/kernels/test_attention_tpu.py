@@ -12,9 +12,9 @@ from jax.sharding import AxisType
 from mor_jax.errors import UserError
 from mor_jax.kernels.attention import backend as attention_backend
 from mor_jax.kernels.attention.backend import attend, resolve_backend
+from mor_jax.kernels.attention.mask import Mask, TokenView
 from mor_jax.kernels.attention.tpu import block_size, resolve_tpu_backend, splash_attention, visible_blocks
 from mor_jax.mesh.mesh import MESH_AXES
-from mor_jax.model.layer_context import TokenView, attention_mask
 
 BATCH, HEADS, KV_HEADS, WIDTH, KEYS, QUERIES = 2, 4, 2, 16, 300, 140
 
@@ -47,7 +47,7 @@ def _values_and_gradients(backend, queries, keys, length):
 
     @jax.jit
     def run(*arrays):
-        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, queries, keys, backend), *arrays)
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, Mask(queries, keys), backend), *arrays)
         return out, pull(weights)
 
     return run(*arrays)
@@ -63,8 +63,7 @@ def test_kernel_equals_the_plain_path(shared, documents, valid):
     view = _keys_view(documents, valid)
     queries, keys, length = (_selected(view), view, QUERIES) if shared else (view, None, KEYS)
     got, expected = (_values_and_gradients(name, queries, keys, length) for name in ("splash", "xla"))
-    mask_B1TS = attention_mask(queries, keys)
-    seen_BT = np.ones((BATCH, length), bool) if mask_B1TS is None else np.asarray(jnp.any(mask_B1TS, axis=(1, 3)))
+    seen_BT = np.asarray(jnp.any(Mask(queries, keys).dense(), axis=(1, 3)))
     where = seen_BT[:, :, None, None]
     np.testing.assert_allclose(np.where(where, got[0], 0), np.where(where, expected[0], 0), atol=2e-6)
     if seen_BT.all():  # what nothing is seen by is arbitrary, and so is its gradient

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mor_jax.kernels.attention import triton as attention_gpu
-from mor_jax.kernels.attention.runs import visible_runs
 from mor_jax.kernels.attention.triton import flash_attention
 from mor_jax.kernels.attention.triton_kernels import Blocks, Tiling
 
@@ -109,17 +108,3 @@ def test_a_query_without_keys_returns_zero_and_gets_no_gradient():
     (grad_query,) = pull(grad_out)
     assert float(jnp.max(jnp.abs(out[:, 3]))) == 0 and float(jnp.max(jnp.abs(grad_query[:, 3]))) == 0
     assert float(jnp.max(jnp.abs(out[:, 4]))) > 0 and bool(jnp.all(jnp.isfinite(grad_query)))
-
-
-def test_runs_of_packed_documents_by_hand():
-    segments = jnp.array([[1, 1, 2, 2, 2, 0]])
-    start, end = visible_runs(None, segments, None, 6)
-    np.testing.assert_array_equal(start, [[0, 0, 2, 2, 2, 5]])
-    np.testing.assert_array_equal(end, [[1, 2, 3, 4, 5, 6]])
-    rows = jnp.array([[1, 2, 4]])
-    start, end = visible_runs(rows, segments[:, rows[0]], segments, 3)
-    np.testing.assert_array_equal(start, [[0, 2, 2]])
-    np.testing.assert_array_equal(end, [[2, 3, 5]])
-    start, end = visible_runs(rows, None, None, 3)
-    assert start is None
-    np.testing.assert_array_equal(end, [[2, 3, 5]])

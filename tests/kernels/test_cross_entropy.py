@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.bench.step import random_batch
+from mor_jax.bench.measure import random_batch
 from mor_jax.config import Config, MeshConfig, ModelConfig, PerfConfig, TrainConfig
-from mor_jax.kernels import cross_entropy as loss_gpu
+from mor_jax.kernels import cross_entropy
 from mor_jax.kernels.cross_entropy import RowTile, softmax_cross_entropy
 from mor_jax.mesh.mesh import make_mesh
-from mor_jax.model import loss
 from mor_jax.model.loss import fused_cross_entropy
 from mor_jax.model.transformer import init_params
 from mor_jax.train.step import loss_fn
@@ -69,7 +68,7 @@ def test_kernel_equals_the_plain_softmax(tokens, vocabulary, logits_dtype, dtype
 
 @pytest.mark.gpu
 @GPU
-@pytest.mark.parametrize("tile", [loss_gpu.TILE, RowTile(1024, 4), RowTile(4096, 32)])
+@pytest.mark.parametrize("tile", [cross_entropy.TILE, RowTile(1024, 4), RowTile(4096, 32)])
 @pytest.mark.parametrize("vocabulary", [49152, 50257, 300])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_compiled_kernel_does_too(tile, vocabulary, dtype):
@@ -112,7 +111,7 @@ def calls(monkeypatch):
         seen.append(logits_MV.shape)
         return softmax_cross_entropy(logits_MV, *rest, tile=TILE)
 
-    monkeypatch.setattr(loss.loss_gpu, "softmax_cross_entropy", counted)
+    monkeypatch.setattr(cross_entropy, "softmax_cross_entropy", counted)
     return seen
 
 
@@ -171,4 +170,4 @@ def test_perf_fusion_chooses_the_kernel_in_the_train_step(fusion, calls):
 
 
 def test_a_chunk_too_large_to_address_is_left_to_xla():
-    assert loss_gpu.can_address(43_690, 49_152) and not loss_gpu.can_address(43_691, 49_152)
+    assert cross_entropy.can_address(43_690, 49_152) and not cross_entropy.can_address(43_691, 49_152)

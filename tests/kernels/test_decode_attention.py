@@ -7,7 +7,7 @@ import pytest
 
 from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.kernels.decode_attention import decode_attention
-from mor_jax.model.layers import rotary_tables
+from mor_jax.kernels.rotary import rotary_tables
 
 # entries held, appended; the third row is full and only reads, the fourth begins a page, the last does nothing
 PAGE_SIZE = 16

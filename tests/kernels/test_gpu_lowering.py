@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from mor_jax import presets
-from mor_jax.config import MeshConfig, PerfConfig
+from mor_jax.config import MeshConfig, ResolvedPerf
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.decode_model import prepare_weights
-from mor_jax.infer.engine_options import EngineOptions, engine_shape
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_shape import engine_shape
 from mor_jax.infer.engine_state import empty_control, init_state
 from mor_jax.infer.paged_attention import prompts_backend
 from mor_jax.infer.prefill import _piece, prefill
@@ -21,17 +22,17 @@ from mor_jax.infer.stages import dispatch
 from mor_jax.kernels import swiglu_hopper
 from mor_jax.kernels.attention import hopper as attention_hopper
 from mor_jax.kernels.attention.backend import attend
+from mor_jax.kernels.attention.mask import Mask, TokenView
 from mor_jax.kernels.attention.triton import flash_attention
-from mor_jax.kernels.norm import add_norm, skip_norm, swiglu
+from mor_jax.kernels.norm import add_norm, skip_norm
+from mor_jax.kernels.swiglu import swiglu
 from mor_jax.mesh.mesh import make_mesh, on_mesh
 from mor_jax.model.attention import Attention
-from mor_jax.model.layer_context import TokenView
 from mor_jax.model.layers import SwiGLU
 from mor_jax.model.loss import fused_cross_entropy
 from mor_jax.model.recurse import make_context
 from mor_jax.model.transformer import init_params
 
-LAYER = ("product_norm", "decode_attention", "product_residual", "product_gated", "product_residual")
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 
 
@@ -95,7 +96,7 @@ def test_hopper_attention_works_on_every_cards_share():
     view = TokenView(rows_BT, rows_BT, segments_BC=jnp.zeros_like(rows_BT))
     arrays = (_array(2, 256, 6, 64), _array(2, 256, 2, 64), _array(2, 256, 2, 64))
     with on_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
-        function = jax.jit(lambda query, key, value: attend(query, key, value, view, None, "mosaic"))
+        function = jax.jit(lambda query, key, value: attend(query, key, value, Mask(view), "mosaic"))
         text = function.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line)
     assert ": (tensor<1x256x3x64xbf16>, tensor<1x256x1x64xbf16>, tensor<1x256x1x64xbf16>" in call
@@ -105,7 +106,7 @@ def test_hopper_attention_works_on_every_cards_share():
 def test_the_feed_forward_has_swiglu_in_the_epilogues_of_two_of_its_six_matmuls(tokens):
     """A second layer calls the same kernels; rows are filled up to a whole number of eight where they are not one."""
     config = presets.get("mor-360m-expert-r3").config.model
-    layer = SwiGLU(config, PerfConfig(fusion="mosaic"))
+    layer = SwiGLU(config, ResolvedPerf(fusion="mosaic"))
     params = {"gate_up": _array(960, 2, 2560), "down": _array(2560, 960)}
 
     def loss(params, x_BCD):
@@ -186,7 +187,7 @@ def test_loss_with_its_gradient(vocabulary, logits_dtype, gpu):
 def _attention_gradient(tokens, *, cached):
     """The gradient of an attention layer of the 360M model by its weights and input, and abstract arguments."""
     config = presets.get("vanilla-360m").config.model
-    layer = Attention(config, PerfConfig(attention_backend="triton", fusion="triton"))
+    layer = Attention(config, ResolvedPerf(attention_backend="triton", fusion="triton"))
     rows_BC = jnp.zeros((2, tokens), jnp.int32)
     rows_BS = jnp.zeros((2, 2048), jnp.int32)
     own = TokenView(rows_BC, rows_BC, segments_BC=rows_BC)  # packed: plain causality would be cuDNN's
@@ -225,7 +226,7 @@ def test_an_attention_layer_has_one_product_each_way(gpu):
 
 
 def test_queries_alone_take_no_kernel(gpu):
-    """It was not faster: docs/performance.md."""
+    """It was not faster: experiments/throughput/LOG.md."""
     gpu()
     gradient, arguments = _attention_gradient(1368, cached=True)
     assert not [name for name in _names(_lowered(jax.jit(gradient), *arguments)) if "attention" not in name]
@@ -240,7 +241,7 @@ def test_queries_alone_take_no_kernel(gpu):
     ],
 )
 def test_a_dispatch_of_the_engine(preset, options, gpu):
-    """A layer is five kernels, head and sampling two, and two choose who gets a slot; nothing else is one."""
+    """Attention of single tokens is a kernel; nothing else is one."""
     config = presets.get(preset).config.model
     config = dataclasses.replace(config, num_layers=5)
 
@@ -251,12 +252,10 @@ def test_a_dispatch_of_the_engine(preset, options, gpu):
     model = jax.eval_shape(weights, jax.random.key(0))
     gpu()
     shape = engine_shape(model, options)
-    assert shape.backend == shape.products == "pallas"
+    assert shape.backend == "pallas"
     state = jax.eval_shape(lambda model: init_state(model, shape), model)
     kernels = _kernels(dispatch, model, state, empty_control(shape.places), shape=shape)
-    assert set(kernels) == {*LAYER, "choose_places", "sample_head", "sample_combine"}
-    layers = [kernel for kernel in kernels if kernel in LAYER]
-    assert layers == list(LAYER) * (len(layers) // len(LAYER))
+    assert set(kernels) == {"decode_attention"}
 
 
 def test_a_chunk_of_a_prompt(gpu):

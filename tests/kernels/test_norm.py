@@ -1,4 +1,4 @@
-"""Fused norms and SwiGLU against the plain ones, values and gradients: in Pallas' interpreter, on a GPU compiled."""
+"""Fused norms against the plain ones, values and gradients: in Pallas' interpreter, on a GPU compiled."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.kernels.norm import add_norm, skip_norm, swiglu
-from mor_jax.model.layers import rms_norm
+from mor_jax.kernels.norm import add_norm, residual_norm, rms_norm, skip_norm
 
 EPSILON = 1e-5
 
@@ -58,6 +57,9 @@ def test_compiled_norms(tokens, dtype, tolerance):
             assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < tolerance
 
 
-def test_swiglu_gradient():
-    gate_up = jax.random.normal(jax.random.key(1), (2, 37, 2, 48))
-    _same(lambda h: jax.nn.silu(h[..., 0, :]) * h[..., 1, :], swiglu, (gate_up,))
+@pytest.mark.parametrize("fusion", ["xla", "auto", "triton", "mosaic"])
+def test_perf_fusion_chooses_the_kernel(fusion):
+    x_BCD, scale_D = jnp.ones((1, 8, 16)), jnp.ones(16)
+    for delta_BCD, kernel in ((None, "mor_skip_norm"), (x_BCD, "mor_add_norm")):
+        text = str(jax.make_jaxpr(lambda x, d=delta_BCD: residual_norm(x, d, scale_D, EPSILON, fusion))(x_BCD))
+        assert (kernel in text) == (fusion in ("triton", "mosaic"))

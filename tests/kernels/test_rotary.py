@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.config import ModelConfig, ResolvedPerf
 from mor_jax.kernels import rotary as rotary_gpu
-from mor_jax.kernels.rotary import can_rotate, split_rotate
+from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.kernels.rotary import apply_rotary, rotary_tables, rotates_jointly, split_rotate
 from mor_jax.model.attention import Attention
-from mor_jax.model.layer_context import TokenView
-from mor_jax.model.layers import apply_rotary, rotary_tables
+from mor_jax.model.layer_context import take_tokens
 from mor_jax.model.recurse import make_context
 from mor_jax.model.routing.select import select_mask
 
@@ -19,7 +19,7 @@ GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 TYPES = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 8e-3)])
 CONFIG = ModelConfig(d_model=24, num_heads=6, num_kv_heads=2, head_dim=16, d_ff=32, dtype="float32")
 CASES = ("fresh", "cached", "update", "mixed")
-PLAIN, FUSED = (PerfConfig(attention_backend="xla", fusion=fusion) for fusion in ("xla", "triton"))
+PLAIN, FUSED = (ResolvedPerf(attention_backend="xla", fusion=fusion) for fusion in ("xla", "triton"))
 
 
 def _plain(joint_BCX, rotary, heads, kv_heads, head_dim):
@@ -67,7 +67,9 @@ def test_all_heads_in_one_program(monkeypatch):
 
 
 def test_head_dims_that_the_kernels_take():
-    assert [dim for dim in range(130) if can_rotate(dim)] == [2, 4, 8, 16, 32, 64, 128]
+    for fusion in ("triton", "mosaic"):
+        assert [dim for dim in range(130) if rotates_jointly(fusion, dim)] == [2, 4, 8, 16, 32, 64, 128]
+    assert not rotates_jointly("xla", 64)
 
 
 def _view(tokens: int) -> TokenView:
@@ -84,7 +86,7 @@ def _case(name: str):
     """(context, cached keys and values) of 11 queries by the way their keys and values come about."""
     view = _view(19)
     selection = select_mask(jnp.stack([jnp.arange(19) < 11, jnp.arange(19) >= 8]), 11)
-    some = view.take(selection)
+    some = take_tokens(view, selection)
     if name == "fresh":
         return make_context(CONFIG, some, keep_kv=True), None
     if name == "cached":
@@ -95,7 +97,7 @@ def _case(name: str):
     return make_context(CONFIG, _view(11), fresh_BS=fresh_BS, keep_kv=True), _cached(11)
 
 
-def _layer(perf: PerfConfig, name: str, lora=None):
+def _layer(perf: ResolvedPerf, name: str, lora=None):
     """Output, kept keys and values, and gradients of one attention layer."""
     context, cached = _case(name)
     x_BCD = jax.random.normal(jax.random.key(0), (2, 11, CONFIG.d_model))
@@ -128,7 +130,7 @@ def test_the_layer_equals_the_plain_one(name):
     _agree(name)
 
 
-def _kernels(perf: PerfConfig, lora=None) -> str:
+def _kernels(perf: ResolvedPerf, lora=None) -> str:
     return str(jax.make_jaxpr(lambda: _layer(perf, "fresh", lora))())
 
 

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import pytest
 from gpu_interpreter import gpu_interpreter
 
-from mor_jax.config import MeshConfig, ModelConfig, PerfConfig
+from mor_jax.config import MeshConfig, ModelConfig, ResolvedPerf
 from mor_jax.errors import UserError
 from mor_jax.kernels import matmul_hopper, swiglu_hopper
 from mor_jax.kernels.swiglu_hopper import feed_forward, gate_up_swiglu, gate_up_swiglu_gradient
 from mor_jax.mesh.mesh import make_mesh, on_mesh
-from mor_jax.model import layers
 from mor_jax.model.layers import SwiGLU
 
 RAGGED = (2, 100, 192, 512)
@@ -97,13 +96,13 @@ def test_the_layer_takes_it_where_perf_says_so(monkeypatch):
     config = ModelConfig(d_model=64, d_ff=256, dtype="bfloat16")
     kernels = functools.partial(feed_forward, interpret=gpu_interpreter())
     calls = []
-    monkeypatch.setattr(layers, "feed_forward", lambda *arguments: calls.append(1) or kernels(*arguments))
+    monkeypatch.setattr(swiglu_hopper, "feed_forward", lambda *arguments: calls.append(1) or kernels(*arguments))
     x_BCD, gate_up_DXF, down_FD, grad_BCD = _inputs(1, 40, 64, 256)
 
     def layer(fusion):
         def run(x_BCD, gate_up_DXF, down_FD):
             params = {"gate_up": gate_up_DXF, "down": down_FD}
-            out_BCD: Any = SwiGLU(config, PerfConfig(fusion=fusion)).apply({"params": params}, x_BCD)
+            out_BCD: Any = SwiGLU(config, ResolvedPerf(fusion=fusion)).apply({"params": params}, x_BCD)
             return out_BCD
 
         return run
@@ -119,12 +118,12 @@ def test_the_layer_takes_it_where_perf_says_so(monkeypatch):
 def test_low_rank_updates_of_the_feed_forward_keep_it_apart(target, expected, monkeypatch):
     """They need what the kernels keep to themselves; updates of the attention do not concern them."""
     calls = []
-    monkeypatch.setattr(layers, "feed_forward", lambda *arguments: calls.append(1) or arguments[0])
+    monkeypatch.setattr(swiglu_hopper, "feed_forward", lambda *arguments: calls.append(1) or arguments[0])
     config = ModelConfig(d_model=64, d_ff=256, dtype="bfloat16")
     x_BCD, gate_up_DXF, down_FD, _ = _inputs(1, 8, 64, 256)
     shapes = {"down": ((256, 2), (2, 64)), "gate_up": ((64, 2), (2, 2, 256)), "query": ((64, 2), (2, 1, 64))}
     lora = {target: {name: jnp.ones(shape) for name, shape in zip(("down", "up"), shapes[target], strict=True)}}
-    layer = SwiGLU(config, PerfConfig(fusion="mosaic"))
+    layer = SwiGLU(config, ResolvedPerf(fusion="mosaic"))
     layer.apply({"params": {"gate_up": gate_up_DXF, "down": down_FD}}, x_BCD, lora)
     assert calls == expected
 

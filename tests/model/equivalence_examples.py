@@ -9,9 +9,10 @@ import numpy as np
 import plain_routing
 from plain_reference import plain_model, read_rows
 
-from mor_jax.config import Execution, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig
-from mor_jax.model.parameters import head_matrix
+from mor_jax.config import PLAIN, Execution, ModelConfig, RecursionConfig, ResolvedPerf, RoutingConfig
+from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.capacity import routed_tokens
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk, init_params
 
 EXPERT = RoutingConfig("expert")
@@ -70,18 +71,11 @@ def _scalar(logits_BTV: jax.Array, losses: dict[str, jax.Array]) -> jax.Array:
 
 def by_model(config: ModelConfig, params: Any, execution: Execution, packed: bool, **arguments: Any) -> Any:
     """((scalar, values), gradients) of the model under an execution."""
-    rows = batch(packed)
+    tokens_BT, segments_BT, positions_BT = batch(packed).values()
+    rows = Rows(tokens_BT, positions_BT, segments_BT)
 
     def run(params: Any) -> Any:
-        output = apply_trunk(
-            config,
-            PerfConfig(execution=execution),
-            params,
-            rows["tokens_BT"],
-            segment_ids_BT=rows["segments_BT"],
-            positions_BT=rows["positions_BT"],
-            **arguments,
-        )
+        output = apply_trunk(Weights(config, params), ResolvedPerf(execution=execution), rows, **arguments)
         logits_BTV = output.hidden_BTD @ head_matrix(config, params).T
         losses = {} if output.trace is None else {name: getattr(output.trace.losses, name) for name in LOSSES}
         depth_BT = None if output.trace is None else output.trace.depth_BT
@@ -90,12 +84,13 @@ def by_model(config: ModelConfig, params: Any, execution: Execution, packed: boo
     return jax.jit(jax.value_and_grad(run, has_aux=True))(params)
 
 
-def only_logits(config: ModelConfig, params: Any, **arguments: Any) -> jax.Array:
+def only_logits(config: ModelConfig, params: Any, router_bias_R: Any = None, **arguments: Any) -> jax.Array:
     """Logits of the rows that are not packed, without gradients."""
 
     @jax.jit
     def run(params: Any) -> jax.Array:
-        output = apply_trunk(config, PerfConfig(), params, batch(packed=False)["tokens_BT"], **arguments)
+        rows = Rows(batch(packed=False)["tokens_BT"])
+        output = apply_trunk(Weights(config, params, router_bias_R), PLAIN, rows, **arguments)
         return output.hidden_BTD @ head_matrix(config, params).T
 
     return run(params)

@@ -1,6 +1,5 @@
-"""Attention masks against literal tables, and attention itself against a sum over visible keys."""
+"""Attention against a sum over visible keys, rotary embedding, and the choice of a kernel."""
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.config import PLAIN, ModelConfig
 from mor_jax.errors import UserError
+from mor_jax.kernels import pallas_triton
 from mor_jax.kernels.attention import backend as attention_backend
 from mor_jax.kernels.attention.backend import attend, resolve_backend
+from mor_jax.kernels.attention.mask import Mask, TokenView
+from mor_jax.kernels.rotary import apply_rotary, rotary_tables
 from mor_jax.model.attention import Attention
-from mor_jax.model.layer_context import TokenView, attention_mask
-from mor_jax.model.layers import apply_rotary, rotary_tables
 from mor_jax.model.recurse import make_context
 
 
@@ -26,60 +26,13 @@ def _view(rows, positions=None, segments=None, valid=None) -> TokenView:
     return TokenView(array(rows), array(rows if positions is None else positions), array(segments), array(valid))
 
 
-def _table(mask_B1TS) -> list[str]:
-    assert mask_B1TS is not None and mask_B1TS.shape[:2] == (1, 1)
-    return ["".join("x" if visible else "." for visible in row) for row in np.asarray(mask_B1TS[0, 0])]
-
-
-def test_causality_alone_needs_no_mask():
-    assert attention_mask(_view([0, 1, 2]), None) is None
-
-
-def test_documents_see_themselves_only():
-    assert _table(attention_mask(_view([0, 1, 2, 3, 4], segments=[1, 1, 2, 2, 0]), None)) == [
-        "x....",
-        "xx...",
-        "..x..",
-        "..xx.",
-        "....x",
-    ]
-
-
-def test_tokens_that_are_not_valid_are_seen_by_nobody():
-    assert _table(attention_mask(_view([0, 1, 2, 3], valid=[True, False, True, True]), None)) == [
-        "x...",
-        "x...",
-        "x.x.",
-        "x.xx",
-    ]
-
-
-def test_selected_queries_see_all_keys_up_to_their_own_row():
-    keys = _view([0, 1, 2, 3, 4, 5], positions=[0, 1, 2, 0, 1, 2])
-    queries = _view([1, 3, 5], positions=[1, 0, 2])
-    assert _table(attention_mask(queries, keys)) == ["xx....", "xxxx..", "xxxxxx"]  # rows count, not positions
-
-
-def test_selected_queries_stay_in_their_document():
-    keys = _view([0, 1, 2, 3, 4, 5], segments=[1, 1, 1, 2, 2, 2], valid=[True, True, True, True, False, True])
-    queries = _view([1, 3, 5], segments=[1, 2, 2])
-    assert _table(attention_mask(queries, keys)) == ["xx....", "...x..", "...x.x"]
-
-
-def test_empty_seats_stand_last_and_are_seen_by_no_token():
-    """Three tokens in four seats: the fourth holds row 0 again, whose slot comes after every token's."""
-    queries = _view([2, 5, 7, 0])
-    with_segments = dataclasses.replace(queries, segments_BC=jnp.ones((1, 4), jnp.int32))
-    assert _table(attention_mask(with_segments, None)) == ["x...", "xx..", "xxx.", "xxxx"]
-
-
 @pytest.mark.parametrize("segments", [None, [1, 1, 2, 2, 2]], ids=["whole", "documents"])
 def test_attention_is_a_softmax_over_the_visible_keys(segments):
     """Four query heads over two key/value heads: heads 0 and 1 read the first, 2 and 3 the second."""
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (1, 5, heads, 4)) for k, heads in zip(keys, (4, 2, 2), strict=True))
     view = _view([0, 1, 2, 3, 4], segments=segments)
-    out = attend(query, key, value, view, None, "xla")
+    out = attend(query, key, value, Mask(view), "xla")
     for t in range(5):
         seen = [s for s in range(t + 1) if segments is None or segments[s] == segments[t]]
         for n in range(4):
@@ -92,7 +45,7 @@ def test_attention_is_a_softmax_over_the_visible_keys(segments):
 def test_a_query_that_sees_nothing_stays_finite():
     view = _view([0, 1], valid=[False, False])
     ones = jnp.ones((1, 2, 1, 4))
-    assert bool(jnp.all(jnp.isfinite(attend(ones, ones, ones, view, None, "xla"))))
+    assert bool(jnp.all(jnp.isfinite(attend(ones, ones, ones, Mask(view), "xla"))))
 
 
 def test_rotary_turns_pairs_by_position_over_theta():
@@ -109,7 +62,7 @@ def test_angles_follow_the_position_not_the_row():
     config = ModelConfig(
         vocab_size=8, num_layers=1, d_model=8, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=8, dtype="float32"
     )
-    module = Attention(config, PerfConfig())
+    module = Attention(config, PLAIN)
     x_BCD = jax.random.normal(jax.random.key(1), (1, 6, 8))
     apart = _view([0, 1, 2, 3, 4, 5], positions=[0, 1, 2, 0, 1, 2], segments=[1, 1, 1, 2, 2, 2])
     alone = _view([0, 1, 2])
@@ -128,12 +81,18 @@ def test_a_kernel_that_cannot_run_here_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("hopper", "head_dim", "devices", "chosen"),
-    [(True, 64, 1, "mosaic"), (True, 128, 8, "mosaic"), (True, 96, 1, "cudnn"), (True, 32, 1, "triton"),
-     (False, 64, 1, "triton"), (False, 64, 8, "cudnn"), (False, 512, 1, "xla")],
+    ("hopper", "head_dim", "devices", "chosen", "without_triton"),
+    [(True, 64, 1, "mosaic", "mosaic"), (True, 128, 8, "mosaic", "mosaic"), (True, 96, 1, "cudnn", "cudnn"),
+     (True, 32, 1, "triton", "cudnn"), (False, 64, 1, "triton", "cudnn"), (False, 64, 8, "cudnn", "cudnn"),
+     (False, 512, 1, "xla", "xla")],
 )  # fmt: skip
-def test_a_gpu_gets_the_fastest_kernel_that_fits(hopper, head_dim, devices, chosen, monkeypatch):
+def test_a_gpu_gets_the_fastest_kernel_that_fits(hopper, head_dim, devices, chosen, without_triton, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     gpu = SimpleNamespace(compute_capability="9.0" if hopper else "8.0")
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
-    assert attention_backend._resolve_backend.__wrapped__("auto", "bfloat16", head_dim, devices) == chosen
+    resolve = attention_backend._resolve_backend.__wrapped__
+    assert resolve("auto", "bfloat16", head_dim, devices) == chosen
+    monkeypatch.setattr(pallas_triton, "plt", None)
+    assert resolve("auto", "bfloat16", head_dim, devices) == without_triton
+    with pytest.raises(UserError, match="attention_backend='triton': this version of JAX has no Triton backend"):
+        resolve("triton", "bfloat16", head_dim, devices)

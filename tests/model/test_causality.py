@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from equivalence_examples import EXPERT, TOKEN, VOCAB, random_params, small_model
 
-from mor_jax.config import ModelConfig, PerfConfig, RecursionConfig, RoutingConfig
-from mor_jax.model.parameters import head_matrix
-from mor_jax.model.transformer import Mode, apply_trunk
+from mor_jax.config import PLAIN, Mode, ModelConfig, RecursionConfig, RoutingConfig
+from mor_jax.model.parameters import Weights, head_matrix
+from mor_jax.model.rows import Rows
+from mor_jax.model.transformer import apply_trunk
 
 LENGTH, SEEDS = 16, 3
 SCARCE = dataclasses.replace(TOKEN, capacity_slack=0.75)
@@ -23,7 +24,7 @@ ALL_STRATEGIES = pytest.mark.parametrize("strategy", ["recursion", "shared", "sh
 
 @functools.partial(jax.jit, static_argnames=("config", "mode"))
 def _run(config: ModelConfig, params: Any, tokens_BT: Any, mode: Mode) -> tuple[jax.Array, Any]:
-    output = apply_trunk(config, PerfConfig(), params, tokens_BT, mode=mode)
+    output = apply_trunk(Weights(config, params), PLAIN, Rows(tokens_BT), mode=mode)
     return output.hidden_BTD @ head_matrix(config, params).T, output.trace
 
 
@@ -123,7 +124,8 @@ def test_gradients_reach_the_past_and_only_the_past(routing, strategy, mode):
 
         def states(embedding_VD: jax.Array) -> jax.Array:
             changed = params | {"embedding": {"embedding": embedding_VD}}
-            return apply_trunk(config, PerfConfig(), changed, tokens_BT, mode=mode).hidden_BTD[0] @ weights_D
+            output = apply_trunk(Weights(config, changed), PLAIN, Rows(tokens_BT), mode=mode)
+            return output.hidden_BTD[0] @ weights_D
 
         by_embedding_TVD = jax.jacrev(states)(params["embedding"]["embedding"])
         return jnp.abs(by_embedding_TVD[:, tokens_BT[0]]).max(axis=-1)

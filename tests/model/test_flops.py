@@ -1,21 +1,34 @@
-"""FLOPs: the exact count against the compiled train step, and both counts against figures worked out by hand."""
+"""Exact counts against the parameter tree and the compiled train step, and both against figures worked out by hand."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import pytest
 
-from mor_jax.config import Config, KvStrategy, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.config import (
+    Config,
+    KvStrategy,
+    ModelConfig,
+    PerfConfig,
+    RecursionConfig,
+    RelaxationConfig,
+    RoutingConfig,
+    TrainConfig,
+)
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.flops import (
     LayerPass,
+    block_parameters,
+    count_parameters,
     forward_flops,
     kv_bytes_per_token,
     layer_passes,
     paper_flops_per_token,
     train_flops,
 )
+from mor_jax.model.transformer import init_params
 from mor_jax.plan.hlo import parse
 from mor_jax.plan.hlo_flops import matrix_flops
 from mor_jax.train.step import compile_train_step
@@ -76,6 +89,51 @@ def test_the_exact_count_is_what_the_compiled_step_executes(name):
     model, execution, _ = CASES[name]
     counted = sum(train_flops(model, execution=execution, attention="full").values())
     assert _compiled_flops(model, execution) == pytest.approx(counted, rel=0.001)
+
+
+def _tree(recursion: RecursionConfig, routing: RoutingConfig | None = None, **fields: Any) -> ModelConfig:
+    """A model whose sizes are all different, so that no two counts can be mistaken for each other."""
+    return ModelConfig(
+        vocab_size=101, num_layers=8, d_model=24, num_heads=6, num_kv_heads=3, head_dim=10, d_ff=70,
+        context_length=16, dtype="float32", recursion=recursion, routing=routing or RoutingConfig(), **fields,
+    )  # fmt: skip
+
+
+MIDDLE = RecursionConfig(3, "middle_cycle")
+RELAXED = RelaxationConfig(lora_rank=5, encoding=True)
+TREES = {
+    "vanilla": _tree(RecursionConfig()),
+    "vanilla, norms apart": _tree(RecursionConfig(share_norms=False)),
+    "untied head": _tree(MIDDLE, tie_embeddings=False),
+    **{name: _tree(RecursionConfig(2, name)) for name in ("cycle", "sequence", "middle_cycle", "middle_sequence")},
+    "layers dropped by rounding": _tree(RecursionConfig(4, "middle_cycle")),
+    "base depth": _tree(RecursionConfig(2, "cycle", base_depth=2)),
+    "norms apart": _tree(RecursionConfig(2, "middle_cycle", share_norms=False)),
+    "sequence, norms apart": _tree(RecursionConfig(2, "middle_sequence", share_norms=False)),
+    "low-rank updates and encoding": _tree(RecursionConfig(3, "cycle", share_norms=False, relaxation=RELAXED)),
+    "low-rank updates of some": _tree(
+        RecursionConfig(2, "sequence", relaxation=RelaxationConfig(3, ("key_value", "down")))
+    ),
+    "linear": _tree(MIDDLE, EXPERT),
+    "shared keys and values": _tree(RecursionConfig(3, "middle_cycle", kv_strategy="shared"), EXPERT),
+    "mlp": _tree(MIDDLE, RoutingConfig("expert", router="mlp")),
+    "wide mlp": _tree(MIDDLE, RoutingConfig("expert", router="wide_mlp")),
+    "mlp of its own width": _tree(MIDDLE, RoutingConfig("expert", router="mlp", router_expansion=3)),
+    "auxiliary router": _tree(MIDDLE, RoutingConfig("expert", router="mlp", sampling="aux_router")),
+    "token": _tree(MIDDLE, TOKEN),
+    "token, mlp": _tree(MIDDLE, RoutingConfig("token", router="mlp", score="softmax")),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_parameters_are_the_entries_of_the_tree(name):
+    model = TREES[name]
+    tree = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    sizes = {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(leaves)) for part, leaves in tree.items()}
+    count = count_parameters(model)
+    assert count.total == sum(sizes.values())
+    assert count.embedding == sizes["embedding"] + sizes.get("head", 0)
+    assert block_parameters(model) == sizes["block"]
 
 
 BY_HAND = ModelConfig(

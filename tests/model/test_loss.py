@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.model.loss import fused_cross_entropy, token_nll
+from mor_jax.config import MeshConfig
+from mor_jax.mesh.mesh import make_mesh
+from mor_jax.model.loss import fused_cross_entropy, token_nll, token_scores
 
 B, T, D, V = 3, 22, 8, 48
 
@@ -74,6 +76,19 @@ def test_token_nll_equals_the_plain_loss_per_token():
     log_BTV = jax.nn.log_softmax(hidden_BTD @ head_VD.T)
     expected_BT = -jnp.take_along_axis(log_BTV, targets_BT[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(token_nll(hidden_BTD, head_VD, targets_BT, chunk=5), expected_BT, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_token_scores_are_the_nll_and_the_first_of_the_likeliest_tokens(tensor):
+    hidden_BTD, head_VD, targets_BT, _ = _inputs()
+    head_VD = head_VD.at[40].set(head_VD[3])  # a tie between two shards of the vocabulary
+    hidden_BTD = hidden_BTD.at[0, 0].set(3 * head_VD[3])
+    nll_BT, greedy_BT = token_nll(hidden_BTD, head_VD, targets_BT, chunk=5), jnp.argmax(hidden_BTD @ head_VD.T, -1)
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=tensor), jax.devices()[:tensor])):
+        scores = jax.jit(lambda *arrays: token_scores(*arrays, chunk=5))(hidden_BTD, head_VD, targets_BT)
+    np.testing.assert_allclose(scores[0], nll_BT, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(scores[1], greedy_BT)
+    assert int(greedy_BT[0, 0]) == 3 and scores[1].dtype == jnp.int32
 
 
 def test_no_array_as_large_as_the_logits_exists():

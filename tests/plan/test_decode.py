@@ -13,14 +13,16 @@ from mor_jax.errors import UserError
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.engine import Engine
-from mor_jax.infer.engine_options import EngineOptions, engine_shape
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_shape import engine_shape
+from mor_jax.mesh.devices import GIB
 from mor_jax.model.flops import count_parameters
 from mor_jax.model.transformer import init_params
 from mor_jax.plan import decode as decode_module
 from mor_jax.plan.compile import DoesNotFitError
 from mor_jax.plan.decode import advise_decode, compile_decode, tree_bytes
 from mor_jax.plan.decode_report import decode_bound, decode_report, pass_shares, print_decode_report
-from mor_jax.plan.topology import GENERATIONS, GIB, Topology
+from mor_jax.plan.topology import GENERATIONS, Topology
 
 CHIP = GENERATIONS["v5e"]
 OPTIONS = EngineOptions(max_running=4, max_length=32, page_size=8, steps=2, prefill_rows=2, prefill_chunk=8)
@@ -83,7 +85,7 @@ def test_the_bound_of_a_vanilla_model_reads_everything_once_per_token_and_slot()
     assert bound.block_entries + bound.exit_entries == entries
     assert bound.block_weights + bound.exit_weights == pytest.approx(2 * count_parameters(model).total, rel=1e-3)
     read = bound.block_weights + bound.exit_weights + entries
-    assert bound.tokens_per_second == pytest.approx(4 / (read / CHIP.hbm_rate))
+    assert bound.tokens_per_second == pytest.approx(4 / (read / CHIP.chip.hbm_rate))
     assert bound.limit == "memory"
 
 
@@ -115,7 +117,7 @@ def test_out_of_memory_names_what_fits(monkeypatch):
     pages = 2048 * 2 * 5 * 64 * 2 * (layout.groups * layout.block_layers + layout.edge_layers) * running
     # 512 entries of one layer are gathered: the compiler of a TPU fills heads up to 8 and head dims to 128
     gathered = 512 * 2 * 5 * 64 * 2 * 8 / 5 * 128 / 64 * running
-    assert 0.8 * CHIP.hbm_bytes < 1.25 * pages + gathered < 0.9 * CHIP.hbm_bytes
+    assert 0.8 * CHIP.program_bytes < 1.25 * pages + gathered < 0.9 * CHIP.program_bytes
     huge = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=2**25))
     assert "no room for a sequence" in advise_decode(huge, _topology(), OPTIONS)
     assert 15.75 * GIB < 2**25 * 960 * 2
@@ -127,6 +129,7 @@ def test_out_of_memory_names_what_fits(monkeypatch):
         (("--decode", "--mesh.fsdp", "2"), "mesh.fsdp=2 has no meaning for --decode"),
         (("--decode", "--search"), "does not go with --decode"),
         (("--engine.max-running", "4"), "needs --decode"),
+        (("--decode", "--engine.products", "xla"), "--engine.products is gone: the kernels gained nothing over XLA's"),
         (("--decode", "--model.recursion.kv-strategy", "shared_update"), "shared_update' cannot decode"),
     ],
 )

@@ -11,6 +11,7 @@ from mor_jax import presets
 from mor_jax.cli.plan import PlanFlags
 from mor_jax.config import Config, MeshConfig
 from mor_jax.errors import UserError
+from mor_jax.mesh.devices import GIB
 from mor_jax.model.flops import count_parameters, train_flops_per_token
 from mor_jax.perf import kept_values
 from mor_jax.plan import compile as compile_module
@@ -19,7 +20,7 @@ from mor_jax.plan.memory import estimate_bytes, tokens_per_device
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.roofline import estimate_received, memory_traffic, roofline, step_flops
 from mor_jax.plan.search import advise, candidates
-from mor_jax.plan.topology import GENERATIONS, GIB, Topology
+from mor_jax.plan.topology import GENERATIONS, Topology
 from mor_jax.runs.state import TrainState, abstract_train_state
 
 
@@ -126,7 +127,7 @@ def test_candidates_divide_and_come_fastest_first():
 def test_advice_names_flags_that_fit_by_estimate():
     """1.7B with everything kept does not fit on 64 small chips; the advice does."""
     config = _config("vanilla-1.7b")
-    assert estimate_bytes(config, {**vars(config.mesh), "data": 64}) > GENERATIONS["v5e"].hbm_bytes
+    assert estimate_bytes(config, {**vars(config.mesh), "data": 64}) > GENERATIONS["v5e"].program_bytes
     advice = advise(config, _topology(devices=64))
     assert "--mesh.fsdp" in advice and "--perf.remat" in advice and "chips" not in advice
     assert "on 16 chips" in advise(config, _topology()) or "on 8 chips" not in advise(config, _topology())

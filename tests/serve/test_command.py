@@ -140,7 +140,8 @@ def _status(request):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--products", "pallas"), "products='pallas' needs a GPU, not device='cpu'"),
+        (("--backend", "pallas"), "backend='pallas' needs a GPU, not device='cpu'"),
+        (("--products", "xla"), "--products is gone: the kernels gained nothing over XLA's"),
         (("--block-slots", "0"), "block_slots=0 must be positive, or None"),
         (("--exit-at", "-1"), "exit_at=-1 must be positive, or None"),
         (("--exit-slots", "0"), "exit_slots=0 must be positive, or None"),
@@ -153,8 +154,8 @@ def test_sizes_that_cannot_be_are_refused(run, monkeypatch, flags, words):
 
 
 def test_flags_become_sizes_of_the_engine(run):
-    flags = ["--block-slots", "5", "--exit-slots", "3", "--exit-at", "1", "--products", "xla", "--no-cuts"]
+    flags = ["--block-slots", "5", "--exit-slots", "3", "--exit-at", "1", "--no-cuts"]
     _, name, options = serve._load(parse(serve.ServeArguments, [str(run), *flags], "serve", ""))
-    assert name == "small" and not options.cuts and options.products == "xla"
+    assert name == "small" and not options.cuts
     assert (options.block_slots, options.exit_slots, options.exit_at) == (5, 3, 1)
     assert options.max_length == MODEL.context_length

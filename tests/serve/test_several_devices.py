@@ -9,8 +9,9 @@ from live_server import MODEL, running
 
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.infer.compilations import compilations
+from mor_jax.infer.engine_options import EngineMesh
 from mor_jax.infer.language_model import LanguageModel
-from mor_jax.infer.replicas import EngineMesh, Replicas
+from mor_jax.infer.replicas import Replicas
 from mor_jax.model.transformer import init_params
 
 WIDER = dataclasses.replace(MODEL, vocab_size=258)

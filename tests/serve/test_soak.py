@@ -49,7 +49,7 @@ def test_nothing_is_lost_or_held():
         assert compilations() == before
     engine = client.server.service._thread._engine
     assert isinstance(engine, Engine)
-    assert engine._promised == [0, 0] and not engine._queue and not any(engine._places)
+    assert engine._places.promised == [0, 0] and not engine.busy
 
 
 def test_a_server_that_misbehaves_is_told_from_a_good_one():

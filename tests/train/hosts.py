@@ -103,8 +103,8 @@ def _main(options: dict[str, Any]) -> None:
     from tiny_runs import dataset_maker, tiny_config
 
     from mor_jax.compilation_cache import enable_compilation_cache
-    from mor_jax.config import MeshConfig
-    from mor_jax.mesh.processes import DistributedConfig, initialize
+    from mor_jax.config import DistributedConfig, MeshConfig
+    from mor_jax.mesh.processes import initialize
     from mor_jax.train.loop import train
 
     folder = Path(options["folder"])

@@ -10,8 +10,9 @@ import pytest
 from hosts import Hosts, batch_rows, free_port
 from tiny_runs import read_lines, saved_fingerprints
 
+from mor_jax.config import DistributedConfig
 from mor_jax.errors import UserError
-from mor_jax.mesh.processes import DistributedConfig, find_place
+from mor_jax.mesh.processes import find_place
 from mor_jax.mesh.rollcall import Place, roll_call
 
 DEVICES = 4

@@ -105,7 +105,7 @@ def run_case(case: Case, settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "request.json", Path(folder) / "result.json"
         source.write_text(json.dumps(request), encoding="utf-8")
-        arguments = [sys.executable, "-m", "mor_jax.bench.step", str(source), str(target)]
+        arguments = [sys.executable, "-m", "mor_jax.bench.measure", str(source), str(target)]
         try:
             process = subprocess.run(
                 arguments, capture_output=True, text=True, timeout=settings.timeout, env=environment, check=False

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.bench.serving_profile import profile_dispatch
+from mor_jax.bench.serving_settings import ServeSettings
 from mor_jax.bench.serving_setup import (
     Scenario,
-    ServeSettings,
     bytes_per_position,
     make_requests,
     options_for,
@@ -29,13 +29,14 @@ from mor_jax.bench.serving_setup import (
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.decode_model import DecodeModel
-from mor_jax.infer.replicas import AnyEngine, make_engine
+from mor_jax.infer.replicas import AnyEngine, copy_meshes, make_engine
 from mor_jax.infer.request import Request, Token
+from mor_jax.mesh.devices import process_platform
 
 
 def measure_bandwidth(size: int = 2**30) -> float:
     """Bytes per second of a large copy on the device, read and written."""
-    if jax.default_backend() == "cpu":
+    if process_platform() == "cpu":
         size = 2**26
     data = jnp.ones(size // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -178,7 +179,7 @@ def bench_serve(models: Sequence[str], settings: ServeSettings, done: Any = None
     Returns:
         JSON-ready record.
     """
-    settings.mesh.per_copy()  # too few devices are known before anything is measured
+    copy_meshes(settings.mesh)  # too few devices are known before anything is measured
     bandwidth, device = measure_bandwidth(), jax.local_devices()[0]
     record: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),

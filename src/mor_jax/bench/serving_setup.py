@@ -2,83 +2,33 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mor_jax import presets
-from mor_jax.config import ModelConfig
+from mor_jax.array_types import Params
+from mor_jax.bench.serving_settings import Match, ServeSettings
+from mor_jax.config import Config, ModelConfig, PerfConfig
 from mor_jax.errors import UserError, require
+from mor_jax.evaluate.calibrate import calibrate, with_boundaries
+from mor_jax.evaluate.passes import batch_trace, evaluation_perf
 from mor_jax.infer.cache import kv_layout
-from mor_jax.infer.calibrate import calibrate_boundaries
 from mor_jax.infer.decode_model import DecodeModel, prepare_weights
 from mor_jax.infer.engine_options import EngineOptions
-from mor_jax.infer.paged_attention import DecodeBackend
-from mor_jax.infer.replicas import EngineMesh
+from mor_jax.infer.replicas import copy_meshes
 from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
-from mor_jax.mesh.mesh import on_mesh
 from mor_jax.model.flops import kv_bytes_per_token
+from mor_jax.model.parameters import Weights
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import init_params
 
-Match = Literal["slots", "memory"]
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """What every model is measured with."""
-
-    batches: tuple[int, ...] = (32,)
-    """Sequences in flight of the first model, and its block slots, on every copy (mesh.data): one scenario each."""
-    matches: tuple[Match, ...] = ("slots",)
-    """How the others are matched with it, one scenario each.
-
-    `slots`: every model has as many block slots, and as many sequences in flight as fill them; `memory`: as many
-    sequences as parameters and keys and values reserved take the first model's bytes."""
-    requests: int = 1000
-    """Requests in the queue at the start."""
-    mean_length: float = 256.0
-    """Of the normal distribution of output lengths."""
-    std_length: float = 64.0
-    """Its standard deviation (the paper does not give one)."""
-    prompt_length: int = 1
-    """Tokens of every prompt; 1 is the paper's setting without a prefix."""
-    reserve: int = 512
-    """Positions that a sequence's memory is reckoned for; also the longest completion."""
-    temperature: float = 100.0
-    """Of the draws; 100 makes them as uniform as the tokens that routers are calibrated on."""
-    exit_factor: float = 2.0
-    """`slots`: exit slots of a model with several passes, over its block slots."""
-    exit_headroom: float = 1.2
-    """`memory`: exit slots of a model with several passes, over the tokens that leave after a pass on average."""
-    steps: int = 32
-    """Block passes per dispatch."""
-    page_size: int = 16
-    """Cache entries per page."""
-    products: DecodeBackend = "auto"
-    """Matrix products of decoded tokens."""
-    profile: bool = False
-    """Whether to trace one busy dispatch of every scenario and list its kernels."""
-    calibration_rows: int = 128
-    """Rows of 256 random tokens that routers are calibrated on (scores of a random model hardly differ in a row)."""
-    seed: int = 0
-    """Of weights, prompts and lengths."""
-    mesh: EngineMesh = field(default_factory=EngineMesh)
-
-    def __post_init__(self) -> None:
-        for match in self.matches:
-            require(match in ("slots", "memory"), f"matches={match!r} is not one of 'slots', 'memory'")
-        require(min(self.batches, default=0) > 0, f"batches={self.batches} must be positive")
-        for name in ("requests", "mean_length", "prompt_length", "reserve", "steps", "page_size"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        require(
-            not self.profile or self.mesh.devices == 1,
-            f"profile=True tells the kernels of one device, not of mesh.data={self.mesh.data} x "
-            f"mesh.tensor={self.mesh.tensor}",
-        )
+_CALIBRATION_LENGTH, _CALIBRATION_ROWS = 256, 16
+"""Tokens of a row, and rows of a batch."""
 
 
 def parse_model(text: str) -> ModelConfig:
@@ -99,19 +49,35 @@ def parse_model(text: str) -> ModelConfig:
 def random_model(config: ModelConfig, settings: ServeSettings) -> tuple[tuple[DecodeModel, ...], dict[str, Any]]:
     """Make a model with random weights, its router calibrated, on the devices of every copy, and say so."""
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(settings.seed))
-    meshes = settings.mesh.per_copy()
     note: dict[str, Any] = {"weights": "random (initialisation)"}
     boundaries = None
     if config.routing.kind == "expert":
-        rng, shape = np.random.default_rng(settings.seed), (settings.calibration_rows, 256)
-        tokens_BT = rng.integers(0, config.vocab_size, shape).astype(np.int32)
-        with on_mesh(meshes[0]):
-            found = calibrate_boundaries(prepare_weights(config, params, mesh=meshes[0]), tokens_BT)
-        boundaries = found.boundaries
+        boundaries, shares = _calibrate(config, params, settings)
         note["router"] = "untrained: boundaries calibrated to the training capacities on random tokens"
-        note |= {"boundaries": boundaries, "calibrated_shares": found.shares}
+        note |= {"boundaries": boundaries, "calibrated_shares": shares}
+    meshes = copy_meshes(settings.mesh)
     models = tuple(prepare_weights(config, params, boundaries=boundaries, mesh=mesh) for mesh in meshes)
     return jax.block_until_ready(models), note
+
+
+def _calibrate(
+    model: ModelConfig, params: Params, settings: ServeSettings
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Boundaries from random tokens, and the shares of these that complete each recursion with them."""
+    rng = np.random.default_rng(settings.seed)
+    shape = (settings.calibration_rows, _CALIBRATION_LENGTH + 1)  # the last token of a row is a target only
+    tokens_BT = rng.integers(0, model.vocab_size, shape).astype(np.int32)
+    positions_BT = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    whole = {"tokens": tokens_BT, "segment_ids": np.ones(shape, np.int32), "positions": positions_BT}
+    pieces = range(0, len(tokens_BT), _CALIBRATION_ROWS)
+    batches = [{name: x[first : first + _CALIBRATION_ROWS] for name, x in whole.items()} for first in pieces]
+    perf, key = PerfConfig(), jax.random.key(settings.seed)
+    boundaries = calibrate(Weights(model, params), perf, batches)
+    weights = Weights(with_boundaries(Config(model=model), boundaries).model, params)
+    rows = (Rows.of_batch(batch) for batch in batches)
+    traces = [batch_trace(weights, evaluation_perf(perf), "threshold", piece, key) for piece in rows]
+    depth_BT = np.concatenate([trace.depth_BT for trace in traces if trace is not None])
+    return boundaries, tuple(float(np.mean(depth_BT > r)) for r in range(len(boundaries)))
 
 
 def parameter_bytes(model: DecodeModel) -> int:
@@ -171,7 +137,6 @@ def options_for(model: DecodeModel, settings: ServeSettings, scenario: Scenario)
         prefill_chunk=min(256, max(1, settings.prompt_length - 1)),
         block_pages=math.ceil(running * pages * groups),
         edge_pages=running * pages,
-        products=settings.products,
         cuts=False,
     )
 

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from mor_jax.bench.serving import bench_serve
-from mor_jax.bench.serving_setup import ServeSettings
-from mor_jax.cli.options import parse
+from mor_jax.bench.serving_settings import ServeSettings
+from mor_jax.cli.options import parse, refuse_products
 from mor_jax.errors import require
 
 
@@ -28,8 +27,10 @@ class BenchServeArguments:
 
 def run(arguments: Sequence[str]) -> int:
     """Measure and print a line per model."""
+    refuse_products(arguments, "--products")
     options = parse(BenchServeArguments, arguments, "bench serve", "Measure the engine's throughput.")
     require(bool(options.models), "mor bench serve needs at least one model, such as vanilla-360m")
+    from mor_jax.bench.serving import bench_serve
 
     def save(record: dict[str, Any]) -> None:
         print(line(record["results"][-1]), file=sys.stderr)

@@ -1,23 +1,19 @@
 """``mor convert SOURCE --to mor|hf|official --out DIR``: weights between formats."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.config import Dtype
-from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import require
-from mor_jax.interop import convert
-from mor_jax.interop.sources import open_model
+from mor_jax.interop.formats import Target
 
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 5e-2}
 """Of logits, relative to the largest: rounding through the layers."""
@@ -29,7 +25,7 @@ class ConvertArguments:
 
     source: Annotated[Path, tyro.conf.Positional]
     """Run folder, converted weights, Hugging Face Llama folder, or run folder of the official release."""
-    to: convert.Target = "mor"
+    to: Target = "mor"
     """`mor`: weights of this project; `hf`: plain Llama with recursions unrolled; `official`: the PyTorch release."""
     out: Path | None = None
     """Folder to create."""
@@ -47,6 +43,11 @@ def run(arguments: Sequence[str]) -> int:
     """Convert, and print the folder last."""
     options = parse(ConvertArguments, arguments, "convert", "Convert weights between formats.")
     require(options.dry_run or options.out is not None, "--out is missing: name the folder to create")
+
+    from mor_jax.data.tokenizer import Tokenizer
+    from mor_jax.interop import convert
+    from mor_jax.interop.sources import open_model
+
     enable_compilation_cache()
     loaded = open_model(options.source, lazy=True)
     if options.tokenizer is not None:
@@ -68,7 +69,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[convert.Progress]:
+def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[name]}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -4,17 +4,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import require
-from mor_jax.evaluate.inspect import calibrated, evaluate_run
-from mor_jax.evaluate.validation import summary
 from mor_jax.paths import to_path
-from mor_jax.runs.restore import RestoredRun, restore_run
+
+if TYPE_CHECKING:
+    from mor_jax.runs.restore import RestoredRun
 
 _BATCH_SIZE = 32
 
@@ -84,6 +84,9 @@ def _check(options: EvalArguments) -> None:
 
 
 def _held_out(options: EvalArguments) -> None:
+    from mor_jax.evaluate.inspect import evaluate_run
+    from mor_jax.evaluate.validation import summary
+
     restored, losses = evaluate_run(
         to_path(options.run), rows=options.rows, max_depth=options.max_depth, calibration_rows=options.calibrate
     )
@@ -97,8 +100,11 @@ def _held_out(options: EvalArguments) -> None:
     print(summary(restored.config.model, losses))
 
 
-def _restored(options: EvalArguments) -> RestoredRun:
+def _restored(options: EvalArguments) -> "RestoredRun":
     """Restore the run, with calibrated boundaries if that was asked for."""
+    from mor_jax.evaluate.inspect import calibrated
+    from mor_jax.runs.restore import restore_run
+
     restored = restore_run(to_path(options.run))
     return calibrated(restored, options.calibrate) if options.calibrate else restored
 
@@ -125,10 +131,8 @@ def _tasks(options: EvalArguments) -> None:
     assert options.tasks is not None
     names = PAPER_TASKS if options.tasks == "paper" else tuple(options.tasks.split(","))
     restored = _restored(options)
-    model, params, bias_R = restored.config.model, restored.params, restored.router_bias_R
-    if options.max_depth is not None:
-        model, params, bias_R = cap_depth(model, params, bias_R, options.max_depth)
-    scorer = Scorer(model, restored.config.perf, params, bias_R)
+    weights = restored.weights if options.max_depth is None else cap_depth(restored.weights, options.max_depth)
+    scorer = Scorer(weights, restored.config.perf)
     results = run_tasks(
         MorLM(scorer, restored.tokenizer, options.batch_size or _BATCH_SIZE),
         names,
@@ -138,7 +142,7 @@ def _tasks(options: EvalArguments) -> None:
     )
     if options.json:
         report: dict[str, Any] = {"run": options.run, "step": restored.step, "mode": scorer.mode}
-        report |= {"boundaries": model.routing.boundaries, "tasks": results}
+        report |= {"boundaries": scorer.model.routing.boundaries, "tasks": results}
         print(json.dumps(report, indent=2))
         return
     print(f"step {restored.step}, selection {scorer.mode}")

@@ -6,15 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError, require
-from mor_jax.infer.language_model import Completion, LanguageModel, Speed, load
-from mor_jax.infer.replicas import EngineMesh
+from mor_jax.infer.engine_options import EngineMesh
+
+if TYPE_CHECKING:
+    from mor_jax.infer.language_model import Completion, LanguageModel
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def run(arguments: Sequence[str]) -> int:
     """Generate: a single text as it grows, several when all are there."""
     options = parse(GenerateArguments, arguments, "generate", "Continue texts with a trained model.")
     prompts = _prompts(options)
+    from mor_jax.infer.language_model import Completion, Speed, load
+
     enable_compilation_cache()
     model, speed = load(options.checkpoint, boundaries=options.boundaries, mesh=options.mesh), Speed()
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "max_depth", "max_length")
@@ -89,7 +93,7 @@ def _prompts(options: GenerateArguments) -> list[str]:
     return lines
 
 
-def _print(model: LanguageModel, completion: Completion, options: GenerateArguments, live: bool) -> None:
+def _print(model: "LanguageModel", completion: "Completion", options: GenerateArguments, live: bool) -> None:
     if options.json:
         print(json.dumps(dataclasses.asdict(completion)))
         return

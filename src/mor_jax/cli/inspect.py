@@ -10,7 +10,6 @@ import tyro
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError, require
-from mor_jax.evaluate.inspect import inspect_run
 from mor_jax.paths import to_path
 
 
@@ -36,6 +35,9 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(InspectArguments, arguments, "inspect", "Make a run's pictures again.")
     require(options.text is None or options.file is None, "--text and --file exclude each other")
     text = options.text if options.file is None else _read(options.file)
+
+    from mor_jax.evaluate.inspect import inspect_run
+
     enable_compilation_cache()
     run_folder = to_path(options.run)
     for path in inspect_run(run_folder, text=text, output=options.out, analysis=options.analysis):

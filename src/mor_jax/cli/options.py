@@ -9,6 +9,7 @@ import tyro
 
 from mor_jax import presets
 from mor_jax.config import Config
+from mor_jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -16,6 +17,12 @@ T = TypeVar("T")
 def parse(kind: type[T], arguments: Sequence[str], command: str, description: str) -> T:
     """Parse the flags of a subcommand into a dataclass; a mistake is explained on stderr and exits with code 2."""
     return tyro.cli(kind, args=list(arguments), prog=f"mor {command}", description=description)
+
+
+def refuse_products(arguments: Sequence[str], flag: str) -> None:
+    """Raise ``UserError`` if a flag is given that chose kernels which are no longer there."""
+    if any(argument.partition("=")[0] == flag for argument in arguments):
+        raise UserError(f"{flag} is gone: the kernels gained nothing over XLA's (experiments/serving/README.md)")
 
 
 def preset_with_overrides(arguments: Sequence[str], command: str, description: str) -> Config:

@@ -5,23 +5,15 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-from rich.console import Console
-from rich.table import Table
-
-from mor_jax.cli.options import preset_and_flags
+from mor_jax.cli.options import preset_and_flags, refuse_products
 from mor_jax.config import Config
 from mor_jax.errors import UserError, require
 from mor_jax.infer.engine_options import EngineOptions
-from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
-from mor_jax.plan.decode import advise_decode, compile_decode
-from mor_jax.plan.decode_report import decode_report, print_decode_report
-from mor_jax.plan.report import print_report, report
-from mor_jax.plan.search import advise, search
-from mor_jax.plan.topology import GIB, Topology, describe_topology
-from mor_jax.runs.state import abstract_train_state
+
+if TYPE_CHECKING:
+    from mor_jax.plan.topology import Topology
 
 _DESCRIPTION = (
     "Compile the real train step ahead of time for TPUs that need not be there, and tell what it will take: memory, "
@@ -51,18 +43,33 @@ class PlanFlags:
 
 def run(arguments: Sequence[str]) -> int:
     """Print the plan."""
-    jax.config.update("jax_platforms", "cpu")  # a host that has a TPU keeps it for others
-    # shapes are traced for this host too, whose attention is of no interest; the plan names the one that was compiled
-    logging.getLogger("mor_jax.kernels.attention.backend").setLevel(logging.WARNING)
+    refuse_products(arguments, "--engine.products")
     config, flags = preset_and_flags(arguments, "plan", _DESCRIPTION, PlanFlags)
     require(flags.decode or flags.engine == EngineOptions(), "--engine.* sizes an engine: it needs --decode")
     require(not (flags.decode and flags.search), "--search tries meshes of a train step; it does not go with --decode")
+
+    import jax
+
+    from mor_jax.plan.topology import describe_topology
+
+    jax.config.update("jax_platforms", "cpu")  # a host that has a TPU keeps it for others
+    # shapes are traced for this host too, whose attention is of no interest; the plan names the one that was compiled
+    logging.getLogger("mor_jax.kernels.attention.backend").setLevel(logging.WARNING)
     topology = describe_topology(flags.topology, flags.slices)
     command = ["mor", "plan", *arguments]
     if flags.decode:
         return _decode(config, topology, flags, command)
     if flags.search:
         return _search(config, topology, flags, command)
+    return _step(config, topology, flags, command)
+
+
+def _step(config: Config, topology: "Topology", flags: PlanFlags, command: list[str]) -> int:
+    from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
+    from mor_jax.plan.report import print_report, report
+    from mor_jax.plan.search import advise
+    from mor_jax.runs.state import abstract_train_state
+
     planned, mesh = plan_mesh(config, topology)
     abstract_train_state(planned, mesh)  # a mesh that does not divide is refused before anything is compiled
     _say(f"compiling for {topology.label}: minutes")
@@ -77,7 +84,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _decode(config: Config, topology: Topology, flags: PlanFlags, command: list[str]) -> int:
+def _decode(config: Config, topology: "Topology", flags: PlanFlags, command: list[str]) -> int:
+    from mor_jax.plan.compile import DoesNotFitError
+    from mor_jax.plan.decode import advise_decode, compile_decode
+    from mor_jax.plan.decode_report import decode_report, print_decode_report
+
     _say(f"compiling for one chip of {topology.label}: minutes")
     try:
         plan = decode_report(compile_decode(config, topology, flags.engine), command)
@@ -90,7 +101,12 @@ def _decode(config: Config, topology: Topology, flags: PlanFlags, command: list[
     return 0
 
 
-def _search(config: Config, topology: Topology, flags: PlanFlags, command: list[str]) -> int:
+def _search(config: Config, topology: "Topology", flags: PlanFlags, command: list[str]) -> int:
+    from rich.console import Console
+
+    from mor_jax.plan.report import print_report, report
+    from mor_jax.plan.search import search
+
     fitting, ranked = search(config, topology, flags.search_compilations)
     plans = [report(step, command) for step in fitting]
     plans.sort(key=lambda plan: -plan["estimate"]["tokens_per_second_at_most"])
@@ -103,7 +119,11 @@ def _search(config: Config, topology: Topology, flags: PlanFlags, command: list[
     return 0
 
 
-def _search_table(plans: list[dict[str, Any]]) -> Table:
+def _search_table(plans: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    from mor_jax.plan.topology import GIB
+
     table = Table("mesh", "micro-batches", "remat", box=None, pad_edge=False)
     for column in ("GiB per device", "tokens/s at most", "MFU at most", "limit"):
         table.add_column(column, justify="right")

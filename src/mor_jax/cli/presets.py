@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from mor_jax import presets
 from mor_jax.cli.options import parse
@@ -73,6 +71,14 @@ def run(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps([asdict(row) for row in found], indent=2))
         return 0
+    _print_table(found)
+    return 0
+
+
+def _print_table(found: Sequence[PresetRow]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("preset", box=None, pad_edge=False)
     for column in ("parameters", "without embedding", "forward FLOPs/token", "training FLOPs/token", "tokens"):
         table.add_column(column, justify="right")
@@ -86,7 +92,6 @@ def run(arguments: Sequence[str]) -> int:
         console = Console(width=_WIDTH)
     console.print(table)
     print("forward: the paper's count, without head; training: exact, with head and backward pass")
-    return 0
 
 
 def _short(number: float) -> str:

@@ -10,11 +10,7 @@ import tyro
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError
-from mor_jax.sweep.execute import SweepOptions, run_sweep
-from mor_jax.sweep.measurement import measurer
-from mor_jax.sweep.results import write_json
-from mor_jax.sweep.runs import first_of_groups, load_sweep
-from mor_jax.sweep.table import group_table, markdown_table
+from mor_jax.sweep.runs import SweepRun, first_of_groups, load_sweep
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,19 @@ def run(arguments: Sequence[str]) -> int:
             train, model = each.config.train, each.config.model
             print(f"{each.name:32s} {train.steps:6d} steps x {train.batch_size} x {model.context_length} tokens")
         return 0
+    return _run(options, runs, _share(options.share))
+
+
+def _run(options: SweepArguments, runs: Sequence[SweepRun], share: tuple[int, int]) -> int:
+    from mor_jax.sweep.execute import SweepOptions, run_sweep
+    from mor_jax.sweep.measurement import measurer
+    from mor_jax.sweep.results import write_json
+    from mor_jax.sweep.table import group_table, markdown_table
+
     enable_compilation_cache()
     measure = measurer(options.text, depth_curve=options.depth_curve, calibration_rows=options.calibrate)
     out = options.out or Path("runs") / options.file.resolve().parent.name
-    sweep = SweepOptions(out, _share(options.share), options.limit_seconds)
+    sweep = SweepOptions(out, share, options.limit_seconds)
     report = options.results or out / "results.json"
     report.parent.mkdir(parents=True, exist_ok=True)  # better refused before the runs than after them
     results = run_sweep(runs, sweep, measure=measure)

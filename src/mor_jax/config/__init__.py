@@ -1,17 +1,23 @@
 """Frozen configuration dataclasses with cross-field checks (paper sections 2 and 3, tables 3, 6 and 13 to 15).
 
 ``Config`` is the root that a run saves beside its checkpoints. ``ModelConfig`` holds everything that changes what the
-model computes; ``PerfConfig`` only how it is executed, so it may differ between training and restoring.
+model computes; ``PerfConfig`` only how it is executed, so it may differ between training and restoring (what it leaves
+open is chosen where a step is compiled: ``ResolvedPerf``).
 """
 
+from mor_jax.config.distributed import DistributedConfig
 from mor_jax.config.execution import (
+    PLAIN,
     AttentionBackend,
     Execution,
     Fusion,
+    Kernels,
     LogitsDtype,
     MeshConfig,
     PerfConfig,
     Remat,
+    RematPolicy,
+    ResolvedPerf,
 )
 from mor_jax.config.model import (
     Dtype,
@@ -23,6 +29,7 @@ from mor_jax.config.recursion import (
     Gating,
     KvStrategy,
     LoraTarget,
+    Mode,
     RecursionConfig,
     RelaxationConfig,
     RouterKind,
@@ -42,10 +49,12 @@ from mor_jax.config.training import (
 )
 
 __all__ = [
+    "PLAIN",
     "AttentionBackend",
     "Balancing",
     "Config",
     "DataConfig",
+    "DistributedConfig",
     "Dtype",
     "Execution",
     "Fusion",
@@ -53,16 +62,20 @@ __all__ = [
     "Gating",
     "InitConfig",
     "InitStrategy",
+    "Kernels",
     "KvStrategy",
     "LogitsDtype",
     "LoraTarget",
     "MeshConfig",
+    "Mode",
     "ModelConfig",
     "OptimizerConfig",
     "PerfConfig",
     "RecursionConfig",
     "RelaxationConfig",
     "Remat",
+    "RematPolicy",
+    "ResolvedPerf",
     "RouterKind",
     "RoutingConfig",
     "RoutingKind",

@@ -1,16 +1,57 @@
-"""How a model is executed and split: nothing here changes what it computes, so it may differ after a restore."""
+"""How a model is executed and split: nothing here changes what it computes, so it may differ after a restore.
 
-from dataclasses import dataclass
+``PerfConfig`` is what is asked for and saved; ``ResolvedPerf`` leaves nothing open and is what the model is given.
+"""
+
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from mor_jax.config.checks import require_choice, require_not_negative
+from mor_jax.config.model import Dtype
 from mor_jax.errors import require
 
 Execution = Literal["gather", "scan"]
-Remat = Literal["auto", "none", "full", "dots", "names"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "mosaic", "splash"]
-Fusion = Literal["auto", "xla", "triton", "mosaic"]
-LogitsDtype = Literal["auto", "float32", "bfloat16"]
+RematPolicy = Literal["none", "full", "dots", "names"]
+Remat = Literal["auto", RematPolicy]
+Kernels = Literal["xla", "triton", "mosaic"]
+Fusion = Literal["auto", Kernels]
+LogitsDtype = Literal["auto", Dtype]
+
+
+@dataclass(frozen=True)
+class ResolvedPerf:
+    """How the model is executed, with nothing left open; the fields are those of ``PerfConfig``.
+
+    The defaults (``PLAIN``) are what an open field means on a CPU, and outside a compiled train step.
+    """
+
+    execution: Execution = "gather"
+    attention_backend: AttentionBackend = "auto"
+    """`auto`: the attention chooses for the device that it is traced for, and logs it."""
+    remat: RematPolicy = "none"
+    scan_unroll: int = 1
+    """Layers unrolled per step of the layer scan; 0 unrolls all."""
+    loss_chunk: int = 512
+    slot_multiple: int = 1
+    logits_dtype: Dtype = "float32"
+    fusion: Kernels = "xla"
+    whole_block: bool = True
+    compiler_options: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> bool:
+        """Whether norms, SwiGLU, rotations and the loss's softmax are this project's kernels."""
+        return self.fusion != "xla"
+
+    @property
+    def asked(self) -> "PerfConfig":
+        """The request for exactly this."""
+        return PerfConfig(**asdict(self))
+
+
+PLAIN = ResolvedPerf()
+"""No unrolling, no rematerialisation, no kernels of this project."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +91,6 @@ class PerfConfig:
     compiler_options: tuple[str, ...] | None = None
     """XLA options of the train step as `name=value`; None takes the device's (``mor_jax.perf`` gives the reasons)."""
 
-    @property
-    def fused(self) -> bool:
-        """Whether norms, SwiGLU, rotations and the loss's softmax are this project's kernels."""
-        return self.fusion in ("triton", "mosaic")
-
     def __post_init__(self) -> None:
         require_choice("perf.execution", self.execution, Execution)
         require_choice("perf.attention_backend", self.attention_backend, AttentionBackend)
@@ -67,6 +103,14 @@ class PerfConfig:
             require(value is None or value > 0, f"perf.{name}={value} must be positive")
         for option in self.compiler_options or ():
             require("=" in option, f"perf.compiler_options: {option!r} is not of the form name=value")
+
+    def resolved(self, defaults: ResolvedPerf = PLAIN) -> ResolvedPerf:
+        """Return this with ``defaults`` where it leaves a field open."""
+        chosen = {
+            name: getattr(defaults, name) if value is None or value == "auto" else value
+            for name, value in vars(self).items()
+        }
+        return ResolvedPerf(**chosen)
 
 
 @dataclass(frozen=True)

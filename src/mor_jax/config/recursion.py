@@ -16,6 +16,8 @@ GateResidual = Literal["paper", "plain"]
 Sampling = Literal["aux_loss", "aux_router", "none"]
 Balancing = Literal["loss", "loss_free", "none"]
 LoraTarget = Literal["query", "key_value", "output", "gate_up", "down"]
+Mode = Literal["topk", "threshold"]
+"""How expert-choice selects: `topk` as in training, which looks ahead along the sequence; `threshold` causally."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,16 @@ class RoutingConfig:
         self._check_kind()
         self._check_capacities()
 
+    @property
+    def is_loss_free(self) -> bool:
+        """Whether token-choice is balanced by a bias that is no parameter (``router_bias_R``)."""
+        return self.kind == "token" and self.balancing == "loss_free"
+
+    @property
+    def has_aux_router(self) -> bool:
+        """Whether a second router learns the causal boundary of expert-choice."""
+        return self.kind == "expert" and self.sampling == "aux_router"
+
     def _check_kind(self) -> None:
         if self.kind == "expert":
             require(self.score != "softmax", "score='softmax' compares experts; expert-choice has one score per token")
@@ -202,3 +214,8 @@ class RoutingConfig:
                 self.capacities[0] == 1,
                 f"capacities={self.capacities}: token-choice gives every token a first pass: capacities[0] must be 1",
             )
+
+    @property
+    def hidden_expansion(self) -> int:
+        """Hidden width of the router network in units of d_model; 0 without a hidden layer."""
+        return self.router_expansion or {"mlp": 2, "wide_mlp": 4}.get(self.router, 0)

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from mor_jax.config import Mode
 from mor_jax.evaluate.analysis_plots import plot_attention, plot_correlates, plot_hidden, plot_router
 from mor_jax.evaluate.attention_by_pass import attention_by_pass
 from mor_jax.evaluate.correlates import RoutedText, as_csv, as_json, correlates
 from mor_jax.evaluate.hidden import hidden_changes
-from mor_jax.evaluate.passes import Mode
 from mor_jax.evaluate.pictures import trace_rows
 from mor_jax.evaluate.routing import depth_by_token, tokens_per_depth
 from mor_jax.evaluate.scoring import Scorer
 from mor_jax.evaluate.validation import modes_of
+from mor_jax.model.rows import Rows
 from mor_jax.runs.folder import writing_to
 from mor_jax.runs.metrics import read_metrics
 from mor_jax.runs.restore import RestoredRun
@@ -60,10 +61,10 @@ def analyse(run: RestoredRun, batches: Sequence[Mapping[str, Any]], metrics: Seq
             report["over_training"] = router_history(metrics)
             written += plot_router(folder / "router", report["over_training"])
         if run.config.model.recursion.sharing != "none" and not run.config.model.recursion.is_sequence:
-            inputs = [{name: batch[name][:, :-1] for name in batch} for batch in batches]
-            report["hidden_changes"] = hidden_changes(run.config, run.params, run.router_bias_R, inputs, mode)
+            inputs, perf = [Rows.of_batch(batch) for batch in batches], run.config.perf
+            report["hidden_changes"] = hidden_changes(run.weights, perf, inputs, mode)
             written += plot_hidden(folder / "hidden", report["hidden_changes"])
-            report["attention"] = attention_by_pass(run.config, run.params, run.router_bias_R, inputs, mode)
+            report["attention"] = attention_by_pass(run.weights, perf, inputs, mode)
             written += plot_attention(folder / "attention", report["attention"])
         (folder / "analysis.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return [folder / "analysis.json", *written]
@@ -77,10 +78,9 @@ def routed_text(run: RestoredRun, batches: Sequence[Mapping[str, Any]], mode: Mo
         batches: packed rows, int32 [B, T+1].
         mode: selection mode of both.
     """
-    config, model = run.config, run.config.model
-    inputs = [{name: batch[name][:, :-1] for name in batch} for batch in batches]
-    rows = trace_rows(config, run.params, run.router_bias_R, inputs, mode)
-    scorer = Scorer(model, config.perf, run.params, run.router_bias_R, mode=mode, all_devices=False)
+    model, perf = run.config.model, run.config.perf
+    rows = trace_rows(run.weights, perf, [Rows.of_batch(batch) for batch in batches], mode)
+    scorer = Scorer(run.weights, perf, mode=mode, all_devices=False)
     surprisals = []
     counts_V = np.zeros(model.vocab_size, np.int64)
     for batch in batches:

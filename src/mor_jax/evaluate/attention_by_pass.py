@@ -6,8 +6,8 @@ block, N heads, K kv heads, G = N/K, H head width.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mor_jax.array_types import Params
-from mor_jax.config import Config, ModelConfig, PerfConfig
+from mor_jax.config import Mode, PerfConfig, ResolvedPerf
 from mor_jax.errors import require
-from mor_jax.evaluate.passes import Mode
+from mor_jax.evaluate.passes import evaluation_perf
 from mor_jax.mesh.processes import to_host
 from mor_jax.model.decoder_layer import DecoderLayer
-from mor_jax.model.layer_context import LayerContext, TokenView, attention_mask
-from mor_jax.model.parameters import compute_copy
-from mor_jax.model.recurse import Norms, at, empty_kv, scan_context
-from mor_jax.model.relaxation import Encoding, StackedLora
+from mor_jax.model.layer_context import LayerContext
+from mor_jax.model.parameters import Weights, compute_copy
+from mor_jax.model.recurse import at, empty_kv, scan_context
+from mor_jax.model.relaxation import collect_unshared
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk
 
 FIGURES = ("entropy", "distance", "first", "itself")
@@ -42,43 +42,31 @@ class AttentionSums:
     """By name of FIGURES."""
 
 
-@cache
-def _pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
-    @jax.jit
-    def run(params: Params, router_bias_R: Any, inputs: Any) -> AttentionSums:
-        names = {"positions_BT": inputs["positions"], "segment_ids_BT": inputs["segment_ids"]}
-        output = apply_trunk(
-            model, perf, params, inputs["tokens"], mode=mode, router_bias_R=router_bias_R, return_stages=True, **names
-        )
-        stages, trace = output.stages, output.trace
-        assert stages is not None
-        embedding = params["embedding"]["embedding"]
-        before = jnp.take(embedding, inputs["tokens"], axis=0).astype(model.dtype)
-        before = before if stages.first is None else stages.first
-        counted_BT = inputs["segment_ids"] > 0
-        passes = _Passes(model, perf, params, _view(model, inputs), counted_BT)
-        for r, stage in enumerate(stages.recursions):
-            computed_BT = jnp.ones_like(counted_BT) if trace is None else trace.selected_RBT[r]
-            passes.run(r, before, None if trace is None else computed_BT)
-            before = jnp.where((computed_BT & counted_BT)[..., None], stage.astype(before.dtype), before)
-        return passes.sums()
-
-    return run
-
-
-def _view(model: ModelConfig, inputs: Any) -> TokenView:
-    rows_BT = jnp.broadcast_to(jnp.arange(inputs["tokens"].shape[1], dtype=jnp.int32), inputs["tokens"].shape)
-    segments = None if model.attend_across_documents else inputs["segment_ids"]
-    return TokenView(rows_BC=rows_BT, positions_BC=inputs["positions"], segments_BC=segments)
+@partial(jax.jit, static_argnames=("perf", "mode"))
+def _batch_sums(weights: Weights, perf: ResolvedPerf, mode: Mode, rows: Rows) -> AttentionSums:
+    output = apply_trunk(weights, perf, rows, mode=mode, return_stages=True)
+    stages, trace = output.stages, output.trace
+    assert stages is not None
+    embedding = weights.params["embedding"]["embedding"]
+    before = jnp.take(embedding, rows.tokens_BT, axis=0).astype(weights.config.dtype)
+    before = before if stages.first is None else stages.first
+    passes, counted_BT = _Passes(weights, perf, rows), rows.counted_BT
+    for r, stage in enumerate(stages.recursions):
+        computed_BT = jnp.ones_like(counted_BT) if trace is None else trace.selected_RBT[r]
+        passes.run(r, before, None if trace is None else computed_BT)
+        before = jnp.where((computed_BT & counted_BT)[..., None], stage.astype(before.dtype), before)
+    return passes.sums()
 
 
 class _Passes:
     """Passes over the block, layer by layer, with what their heads did."""
 
-    def __init__(self, model: ModelConfig, perf: PerfConfig, params: Params, view: TokenView, counted_BT: Any) -> None:
-        self.model, self.view, self.counted_BT = model, view, counted_BT
-        weights = compute_copy(model, params)
-        self.block, self.norms = weights["block"], _unshared(model, weights)
+    def __init__(self, weights: Weights, perf: ResolvedPerf, rows: Rows) -> None:
+        self.model = model = weights.config
+        self.view, self.counted_BT = rows.view(model), rows.counted_BT
+        params: Any = compute_copy(model, weights.params)
+        self.block = params["block"]
+        self.unshared = collect_unshared(model, lambda module, name: module(model).apply({"params": params[name]}))
         self.layer = DecoderLayer(model, perf)
         self.first: list[Any] = []
         """Keys and values of the first pass by layer, where later passes read them."""
@@ -94,14 +82,13 @@ class _Passes:
         if model.recursion.kv_strategy == "shared_update":
             fresh_BT = fresh_BT | selected
         context = scan_context(model, self.view, empty, fresh_BT, selected_BT)
-        mask_BTS = attention_mask(context.queries, context.keys, explicit=True)
-        assert mask_BTS is not None
-        visible_BT = jnp.sum(mask_BTS[:, 0], axis=-1)
+        mask_BTS = context.mask.dense()[:, 0]
+        visible_BT = jnp.sum(mask_BTS, axis=-1)
         counts_BT = selected & self.counted_BT & (visible_BT > 1)
         heads: list[dict[str, Any]] = []
 
         def observe(query_BTNH: jax.Array, keys_BSKH: jax.Array) -> None:
-            heads.append(_head_sums(query_BTNH, keys_BSKH, mask_BTS[:, 0], counts_BT))
+            heads.append(_head_sums(query_BTNH, keys_BSKH, mask_BTS, counts_BT))
 
         context = dataclasses.replace(context, observe=observe)
         for layer in range(model.block_depth):
@@ -112,8 +99,8 @@ class _Passes:
 
     def _layer(self, r: int, layer: int, x_BTD: jax.Array, context: LayerContext, empty: Any) -> tuple[Any, Any]:
         cached = empty if empty is not None or not self.first else self.first[layer]
-        norms = at(at(self.norms, r), layer)
-        out: Any = self.layer.apply({"params": at(self.block, layer)}, x_BTD, context, cached, norms)
+        unshared = at(at(self.unshared, r), layer)
+        out: Any = self.layer.apply({"params": at(self.block, layer)}, x_BTD, context, cached, unshared)
         return out
 
     def sums(self) -> AttentionSums:
@@ -122,18 +109,6 @@ class _Passes:
         by_layer = [jax.tree.map(lambda *a_N: jnp.stack(a_N), *layers) for layers in heads]
         figures = jax.tree.map(lambda *a_LN: jnp.stack(a_LN), *by_layer)
         return AttentionSums(queries_R=jnp.stack(queries), keys_R=jnp.stack(keys), figures_RLN=figures)
-
-
-def _unshared(model: ModelConfig, weights: Params) -> Norms | None:
-    """What the passes do not share, leaves [R, L, ...], as the trunk reads it."""
-    own: Norms = dict(weights.get("block_norms", {}))
-    if model.recursion.relaxation.lora_rank:
-        own["lora"] = StackedLora(model).apply({"params": weights["lora"]})
-    if model.recursion.relaxation.encoding:
-        scale_RD: Any = Encoding(model).apply({"params": weights["encoding"]})
-        widths = ((0, 0), (model.block_depth - 1, 0), (0, 0))
-        own["encoding"] = jnp.pad(scale_RD[:, None], widths, constant_values=1.0)
-    return own or None
 
 
 def _head_sums(
@@ -164,16 +139,13 @@ def _head_sums(
     return jax.tree.map(lambda a_BN: jnp.sum(a_BN, axis=0), rows)
 
 
-def attention_by_pass(
-    config: Config, params: Params, router_bias_R: jax.Array | None, batches: Iterable[Mapping[str, Any]], mode: Mode
-) -> list[dict[str, Any]]:
+def attention_by_pass(weights: Weights, perf: PerfConfig, batches: Iterable[Rows], mode: Mode) -> list[dict[str, Any]]:
     """Measure what the heads of every pass attend to.
 
     Args:
-        config: of the run.
-        params: parameter tree.
-        router_bias_R: loss-free bias of token-choice, or None.
-        batches: text as model inputs, int32 [B, T] ``tokens``, ``segment_ids``, ``positions``.
+        weights: the model.
+        perf: of its run; see ``evaluation_perf``.
+        batches: text as model inputs.
         mode: selection mode.
 
     Returns:
@@ -184,12 +156,12 @@ def attention_by_pass(
     Raises:
         UserError: the model repeats layers in place, so it makes no passes over a block.
     """
-    require(not config.model.recursion.is_sequence, f"sharing={config.model.recursion.sharing!r} has no block passes")
-    plain = dataclasses.replace(config.perf, remat="none", attention_backend="xla", fusion="xla")
-    run = _pass(config.model, plain, mode)
+    model = weights.config
+    require(not model.recursion.is_sequence, f"sharing={model.recursion.sharing!r} has no block passes")
+    plain = dataclasses.replace(evaluation_perf(perf), attention_backend="xla", fusion="xla")
     total: Any = None
-    for inputs in batches:
-        sums = to_host(run(params, router_bias_R, dict(inputs)))
+    for rows in batches:
+        sums = to_host(_batch_sums(weights, plain, mode, rows))
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     assert total is not None
@@ -198,7 +170,7 @@ def attention_by_pass(
         n = max(float(count), 1.0)
         layers = [
             {name: (total.figures_RLN[name][r, layer] / n).tolist() for name in FIGURES}
-            for layer in range(config.model.block_depth)
+            for layer in range(model.block_depth)
         ]
         passes.append({"queries": int(count), "keys": float(total.keys_R[r]) / n, "layers": layers})
     return passes

@@ -12,19 +12,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from mor_jax.array_types import Params
-from mor_jax.config import Config
+from mor_jax.config import Config, PerfConfig
 from mor_jax.errors import require
-from mor_jax.evaluate.passes import inputs_of, trace_pass
+from mor_jax.evaluate.passes import batch_trace, evaluation_perf
 from mor_jax.mesh.processes import to_host
+from mor_jax.model.parameters import Weights
+from mor_jax.model.rows import Rows
 
 
-def calibrate(config: Config, params: Params, batches: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
+def calibrate(weights: Weights, perf: PerfConfig, batches: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
     """Return a boundary per recursion for ``model.routing.boundaries``.
 
     Args:
-        config: of the run; ``model`` and ``perf`` are used.
-        params: parameter tree.
+        weights: the model.
+        perf: of its run; see ``evaluation_perf``.
         batches: packed rows, int32 [B, T+1] ``tokens``, ``segment_ids``, ``positions``; not the held-out text.
 
     Returns:
@@ -33,27 +34,26 @@ def calibrate(config: Config, params: Params, batches: Iterable[Mapping[str, Any
     Raises:
         UserError: no expert-choice, a random selection, or an auxiliary router, whose scores decide instead.
     """
-    routing = config.model.routing
+    routing = weights.config.routing
     require(routing.kind == "expert", f"boundaries belong to expert-choice, not routing.kind={routing.kind!r}")
     require(not routing.random, "random=True selects without regard to scores: no boundary can decide as it does")
     require(
         routing.sampling != "aux_router", "sampling='aux_router' decides by a second router, which is trained for it"
     )
-    run = trace_pass(config.model, config.perf, "topk")
-    recursions = config.model.recursion.num_recursions
+    recursions = weights.config.recursion.num_recursions
     scores: list[list[np.ndarray]] = [[] for _ in range(recursions)]
     chosen = np.zeros(recursions, np.int64)
     for batch in batches:
-        inputs = inputs_of(batch)
-        trace = to_host(run(params, None, inputs, jax.random.key(0)))
-        counted_BT = np.asarray(inputs["segment_ids"]) > 0
+        rows = Rows.of_batch(batch)
+        trace = to_host(batch_trace(weights, evaluation_perf(perf), "topk", rows, jax.random.key(0)))
+        counted_BT = np.asarray(rows.segment_ids_BT) > 0
         for r in range(recursions):
             active_BT = trace.active_RBT[r] & counted_BT
             scores[r].append(trace.scores_RBT[r][active_BT])
             chosen[r] += np.count_nonzero(trace.selected_RBT[r] & counted_BT)
     require(bool(scores[0]), "there is no text to calibrate on")
     cuts = [_cut(np.concatenate(found), count) for found, count in zip(scores, chosen.tolist(), strict=True)]
-    return tuple(0.0 if c == 1.0 else cut for c, cut in zip(config.model.capacities, cuts, strict=True))
+    return tuple(0.0 if c == 1.0 else cut for c, cut in zip(weights.config.capacities, cuts, strict=True))
 
 
 def _cut(scores: np.ndarray, count: int) -> float:

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import matplotlib as mpl
-
 _EVEN_CONTRAST = 0.179
 """Relative luminance at which black and white text contrast equally, 4.58 to 1."""
 _NO_PASS = (0.93, 0.93, 0.93)
@@ -12,6 +10,8 @@ _LIGHTEST = 0.9
 
 def depth_colours(recursions: int) -> list[tuple[str, str]]:
     """Return (background, foreground) as #rrggbb for depths 0..R, light to dark; contrast is at least 4.5 to 1."""
+    import matplotlib as mpl  # slow to import, and training and serving need it at most once
+
     shares = [depth / max(recursions - 1, 1) for depth in range(recursions)]
     backgrounds = [_NO_PASS, *(mpl.colormaps["cividis"](_LIGHTEST - share * _LIGHTEST) for share in shares)]
     return [(_hex(b), "#000000" if luminance(b) > _EVEN_CONTRAST else "#ffffff") for b in backgrounds]

@@ -3,9 +3,8 @@
 Letters: B rows, T positions, R recursions, D width.
 """
 
-import dataclasses
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mor_jax.array_types import Params
-from mor_jax.config import Config, ModelConfig, PerfConfig
+from mor_jax.config import Mode, PerfConfig, ResolvedPerf
 from mor_jax.errors import require
-from mor_jax.evaluate.passes import Mode
+from mor_jax.evaluate.passes import evaluation_perf
 from mor_jax.mesh.processes import to_host
+from mor_jax.model.parameters import Weights
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk
 
 
@@ -32,36 +32,21 @@ class Changes:
     """Of the cosine between before and after."""
 
 
-@cache
-def _pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
-    @jax.jit
-    def run(params: Params, router_bias_R: Any, inputs: Any) -> Changes:
-        output = apply_trunk(
-            model,
-            perf,
-            params,
-            inputs["tokens"],
-            mode=mode,
-            positions_BT=inputs["positions"],
-            segment_ids_BT=inputs["segment_ids"],
-            router_bias_R=router_bias_R,
-            return_stages=True,
-        )
-        stages = output.stages
-        assert stages is not None
-        embedding = params["embedding"]["embedding"]
-        before = jnp.take(embedding, inputs["tokens"], axis=0).astype(jnp.float32)
-        before = before if stages.first is None else stages.first.astype(jnp.float32)
-        counted_BT = inputs["segment_ids"] > 0
-        sums = []
-        for r, stage in enumerate(stages.recursions):
-            computed_BT = counted_BT if output.trace is None else output.trace.selected_RBT[r] & counted_BT
-            after = stage.astype(jnp.float32)
-            sums.append(_sums(before, after, computed_BT))
-            before = jnp.where(computed_BT[..., None], after, before)
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *sums)
-
-    return run
+@partial(jax.jit, static_argnames=("perf", "mode"))
+def _batch_changes(weights: Weights, perf: ResolvedPerf, mode: Mode, rows: Rows) -> Changes:
+    output = apply_trunk(weights, perf, rows, mode=mode, return_stages=True)
+    stages = output.stages
+    assert stages is not None
+    embedding = weights.params["embedding"]["embedding"]
+    before = jnp.take(embedding, rows.tokens_BT, axis=0).astype(jnp.float32)
+    before = before if stages.first is None else stages.first.astype(jnp.float32)
+    sums = []
+    for r, stage in enumerate(stages.recursions):
+        computed_BT = rows.counted_BT if output.trace is None else output.trace.selected_RBT[r] & rows.counted_BT
+        after = stage.astype(jnp.float32)
+        sums.append(_sums(before, after, computed_BT))
+        before = jnp.where(computed_BT[..., None], after, before)
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *sums)
 
 
 def _sums(before_BTD: jax.Array, after_BTD: jax.Array, computed_BT: jax.Array) -> Changes:
@@ -78,16 +63,13 @@ def _sums(before_BTD: jax.Array, after_BTD: jax.Array, computed_BT: jax.Array) -
     )
 
 
-def hidden_changes(
-    config: Config, params: Params, router_bias_R: jax.Array | None, batches: Iterable[Mapping[str, Any]], mode: Mode
-) -> list[dict[str, float]]:
+def hidden_changes(weights: Weights, perf: PerfConfig, batches: Iterable[Rows], mode: Mode) -> list[dict[str, float]]:
     """Measure how much each recursion changes the tokens that it computes.
 
     Args:
-        config: of the run.
-        params: parameter tree.
-        router_bias_R: loss-free bias of token-choice, or None.
-        batches: text as model inputs, int32 [B, T] ``tokens``, ``segment_ids``, ``positions``.
+        weights: the model.
+        perf: of its run; see ``evaluation_perf``.
+        batches: text as model inputs.
         mode: selection mode.
 
     Returns:
@@ -97,15 +79,15 @@ def hidden_changes(
     Raises:
         UserError: the model repeats layers in place, so no pass over a whole block ends anywhere.
     """
-    require(not config.model.recursion.is_sequence, f"sharing={config.model.recursion.sharing!r} has no block passes")
-    run = _pass(config.model, dataclasses.replace(config.perf, remat="none"), mode)
+    recursion, execution = weights.config.recursion, evaluation_perf(perf)
+    require(not recursion.is_sequence, f"sharing={recursion.sharing!r} has no block passes")
     total: Any = None
-    for inputs in batches:
-        sums = to_host(run(params, router_bias_R, dict(inputs)))
+    for rows in batches:
+        sums = to_host(_batch_changes(weights, execution, mode, rows))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     assert total is not None
-    rows = zip(total.tokens, total.relative, total.cosine, strict=True)
+    recursions = zip(total.tokens, total.relative, total.cosine, strict=True)
     return [
         {"tokens": int(n), "relative_change": float(change) / max(n, 1), "cosine": float(cosine) / max(n, 1)}
-        for n, change, cosine in rows
+        for n, change, cosine in recursions
     ]

@@ -11,12 +11,11 @@ from mor_jax.config import Config
 from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.data.pipeline import make_dataset
 from mor_jax.errors import require
-from mor_jax.evaluate.analysis import analyse
 from mor_jax.evaluate.calibrate import calibrate, with_boundaries
 from mor_jax.evaluate.depth_cap import cap_depth
-from mor_jax.evaluate.passes import inputs_of
 from mor_jax.evaluate.pictures import run_title, write_pictures
 from mor_jax.evaluate.validation import first_rows, validation_losses
+from mor_jax.model.rows import Rows
 from mor_jax.runs.metrics import read_metrics
 from mor_jax.runs.restore import RestoredRun, restore_run
 
@@ -47,11 +46,16 @@ def inspect_run(
         packed = text_rows(tokens, config.model.context_length) if analysis else []
     else:
         packed = list(first_rows(held_out(config), config.train.eval_rows))
-        batches = [inputs_of(batch) for batch in packed]
+        batches = [Rows.of_batch(batch) for batch in packed]
     metrics = read_metrics(run_folder / "metrics.jsonl")
     title = run_title(run_folder, config)
-    written = write_pictures(folder, title, config, run.params, run.router_bias_R, batches, run.tokenizer, metrics)
-    return [*written, *analyse(run, packed, metrics, folder / "analysis")] if analysis else written
+    written = write_pictures(folder, title, run.weights, config.perf, batches, run.tokenizer, metrics)
+    if not analysis:
+        return written
+
+    from mor_jax.evaluate.analysis import analyse  # matplotlib, which `mor eval` does not need
+
+    return [*written, *analyse(run, packed, metrics, folder / "analysis")]
 
 
 def evaluate_run(
@@ -76,11 +80,8 @@ def evaluate_run(
     if calibration_rows:
         run = calibrated(run, calibration_rows)
     wanted = run.config.train.eval_rows if rows is None else rows
-    config, params, bias_R = run.config, run.params, run.router_bias_R
-    if max_depth is not None:
-        model, params, bias_R = cap_depth(config.model, params, bias_R, max_depth)
-        config = dataclasses.replace(config, model=model)
-    return run, validation_losses(config, params, bias_R, held_out(run.config), wanted)
+    weights = run.weights if max_depth is None else cap_depth(run.weights, max_depth)
+    return run, validation_losses(weights, run.config.perf, held_out(run.config), wanted)
 
 
 def calibrated(run: RestoredRun, rows: int) -> RestoredRun:
@@ -94,12 +95,12 @@ def calibrated(run: RestoredRun, rows: int) -> RestoredRun:
         vocab_size=config.model.vocab_size,
         batch_size=batch_size,
     )
-    boundaries = calibrate(config, run.params, (dataset.batch(step) for step in range(-(-rows // batch_size))))
+    boundaries = calibrate(run.weights, config.perf, (dataset.batch(step) for step in range(-(-rows // batch_size))))
     dataset.close()
     return dataclasses.replace(run, config=with_boundaries(config, boundaries))
 
 
-def text_batches(tokens: Sequence[int], context_length: int) -> list[Mapping[str, Any]]:
+def text_batches(tokens: Sequence[int], context_length: int) -> list[Rows]:
     """Cut a text into model inputs: full rows as one batch, and a shorter last row as another, without padding.
 
     Padding would take no seat, but top-k counts its seats by the length of the row.
@@ -131,9 +132,10 @@ def text_rows(tokens: Sequence[int], context_length: int) -> list[Mapping[str, A
     return [{name: np.stack([row[name] for row in rows]) for name in rows[0]}]
 
 
-def _document_rows(tokens_BT: np.ndarray) -> Mapping[str, Any]:
+def _document_rows(tokens_BT: np.ndarray) -> Rows:
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
-    return {"tokens": tokens_BT, "segment_ids": np.ones_like(tokens_BT), "positions": positions_BT}
+    arrays: Any = (tokens_BT, positions_BT, np.ones_like(tokens_BT))
+    return Rows(*arrays)
 
 
 def held_out(config: Config) -> Any:

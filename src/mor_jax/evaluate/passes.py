@@ -1,11 +1,12 @@
-"""Compiled evaluation passes over rows of tokens, one per (model, execution, selection mode).
+"""Evaluation passes over rows of tokens, compiled once per (model, execution, selection mode) and shape.
 
 Letters: B rows, T positions, R recursions, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from functools import cache
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,15 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from mor_jax.array_types import Params
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.config import PLAIN, Mode, PerfConfig, ResolvedPerf
 from mor_jax.mesh.mesh import batch_sharding, batch_shards
 from mor_jax.model.loss import target_mask, token_nll
-from mor_jax.model.parameters import head_matrix
-from mor_jax.model.routing.trace import RoutingTrace, TrunkOutput
+from mor_jax.model.parameters import Weights, head_matrix
+from mor_jax.model.routing.trace import RoutingTrace
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk
-from mor_jax.perf import loss_chunk
 
-Mode = Literal["topk", "threshold"]
+Arrays = TypeVar("Arrays")
 
 MODE_NOTES: dict[Mode, str] = {
     "topk": "looks ahead: the training selection, which compares a token with later ones",
@@ -83,17 +84,20 @@ def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     return lengths_V
 
 
-def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch without the last token of each row, which is a target only: [B, T] arrays."""
-    return {name: batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions")}
+def evaluation_perf(asked: PerfConfig) -> ResolvedPerf:
+    """How evaluation executes a model: as asked, and plainly where that leaves something open.
+
+    Nothing is differentiated, so nothing is rematerialised; whether a whole block fits is the train step's estimate.
+    """
+    return dataclasses.replace(asked.resolved(dataclasses.replace(PLAIN, whole_block=False)), remat="none")
 
 
-def spread(params: Params, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def spread(params: Params, batch: Arrays) -> Arrays:
     """Split a batch's rows over the mesh that the parameters lie on, where they divide; every process passes all rows.
 
     Args:
         params: parameter tree.
-        batch: arrays [B, ...], the same in every process.
+        batch: a tree of numpy arrays [B, ...], the same in every process.
 
     Returns:
         The batch as global arrays; as it came for parameters without a mesh, or rows that its devices cannot share.
@@ -102,26 +106,9 @@ def spread(params: Params, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
         return batch
     rows = batch_sharding(sharding.mesh)
-    if any(len(x) % batch_shards(sharding.mesh) for x in batch.values()):
+    if any(len(x) % batch_shards(sharding.mesh) for x in jax.tree.leaves(batch)):
         return batch
-    return {name: jax.make_array_from_callback(x.shape, rows, x.__getitem__) for name, x in batch.items()}
-
-
-def run_trunk(
-    model: ModelConfig, perf: PerfConfig, mode: Mode, params: Params, router_bias_R: Any, inputs: Any, key: jax.Array
-) -> TrunkOutput:
-    """Apply the trunk to a batch of ``inputs_of``; the key serves a random router only."""
-    return apply_trunk(
-        model,
-        perf,
-        params,
-        inputs["tokens"],
-        mode=mode,
-        positions_BT=inputs["positions"],
-        segment_ids_BT=inputs["segment_ids"],
-        router_bias_R=router_bias_R,
-        key=key if model.routing.random else None,
-    )
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, x.__getitem__), batch)
 
 
 def _routing_totals(trace: RoutingTrace, counted_BT: jax.Array) -> RoutingTotals:
@@ -137,37 +124,40 @@ def _routing_totals(trace: RoutingTrace, counted_BT: jax.Array) -> RoutingTotals
     )
 
 
-@cache
-def totals_pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
-    """Return the compiled ``f(params, router_bias_R, batch, lengths_V, key) -> BatchTotals``.
+@partial(jax.jit, static_argnames=("perf", "mode"))
+def batch_totals(
+    weights: Weights,
+    perf: ResolvedPerf,
+    mode: Mode,
+    batch: Mapping[str, jax.Array],
+    lengths_V: jax.Array,
+    key: jax.Array,
+) -> BatchTotals:
+    """Measure a packed batch.
 
-    ``batch`` holds int32 [B, T+1] arrays ``tokens``, ``segment_ids`` and ``positions``; ``lengths_V`` is int32 [V];
-    ``key`` serves a random router only. One compilation serves all batches of a shape.
+    Args:
+        weights: the model.
+        perf: of ``evaluation_perf``.
+        mode: selection mode.
+        batch: int32 [B, T+1] arrays ``tokens``, ``segment_ids`` and ``positions``.
+        lengths_V: int32 bytes of every token.
+        key: of a random router.
     """
-
-    @jax.jit
-    def run(params: Params, router_bias_R: Any, batch: Any, lengths_V: jax.Array, key: jax.Array) -> BatchTotals:
-        targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
-        output = run_trunk(model, perf, mode, params, router_bias_R, inputs_of(batch), key)
-        nll_BT = token_nll(output.hidden_BTD, head_matrix(model, params), targets_BT, chunk=loss_chunk(perf))
-        mask_BT = target_mask(model, segment_ids)
-        trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
-        return BatchTotals(
-            nll_sum=jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)),
-            tokens=jnp.sum(mask_BT, dtype=jnp.int32),
-            bytes=jnp.sum(jnp.where(mask_BT, lengths_V[targets_BT], 0), dtype=jnp.int32),
-            routing=None if trace is None else _routing_totals(trace, counted_BT),
-        )
-
-    return run
+    targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
+    output = apply_trunk(weights, perf, Rows.of_batch(batch), mode=mode, key=key)
+    head_VD = head_matrix(weights.config, weights.params)
+    nll_BT = token_nll(output.hidden_BTD, head_VD, targets_BT, chunk=perf.loss_chunk)
+    mask_BT = target_mask(weights.config, segment_ids)
+    trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
+    return BatchTotals(
+        nll_sum=jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)),
+        tokens=jnp.sum(mask_BT, dtype=jnp.int32),
+        bytes=jnp.sum(jnp.where(mask_BT, lengths_V[targets_BT], 0), dtype=jnp.int32),
+        routing=None if trace is None else _routing_totals(trace, counted_BT),
+    )
 
 
-@cache
-def trace_pass(model: ModelConfig, perf: PerfConfig, mode: Mode) -> Any:
-    """Return the compiled ``f(params, router_bias_R, inputs, key) -> RoutingTrace | None``; see ``inputs_of``."""
-
-    @jax.jit
-    def run(params: Params, router_bias_R: Any, inputs: Any, key: jax.Array) -> RoutingTrace | None:
-        return run_trunk(model, perf, mode, params, router_bias_R, inputs, key).trace
-
-    return run
+@partial(jax.jit, static_argnames=("perf", "mode"))
+def batch_trace(weights: Weights, perf: ResolvedPerf, mode: Mode, rows: Rows, key: jax.Array) -> RoutingTrace | None:
+    """Route rows; None without a router. The arguments are those of ``batch_totals``."""
+    return apply_trunk(weights, perf, rows, mode=mode, key=key).trace

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mor_jax.array_types import Params
-from mor_jax.config import Config
+from mor_jax.config import Config, Mode, ModelConfig, PerfConfig
 from mor_jax.evaluate.html import Section, routing_page
-from mor_jax.evaluate.passes import MODE_NOTES, Mode, Tokenizer, inputs_of, spread, trace_pass
-from mor_jax.evaluate.plots import plot_depth, plot_loss
+from mor_jax.evaluate.passes import MODE_NOTES, Tokenizer, batch_trace, evaluation_perf, spread
 from mor_jax.evaluate.routing import RoutedRow, routed_rows
 from mor_jax.evaluate.validation import HeldOut, first_rows, modes_of
 from mor_jax.mesh.processes import is_primary, to_host
+from mor_jax.model.parameters import Weights
+from mor_jax.model.rows import Rows
 from mor_jax.runs.folder import writing_to
 from mor_jax.runs.metrics import read_metrics
 
@@ -23,16 +23,13 @@ _PAGE_TOKENS = 2048
 _TOKEN_CHOICE_NOTE = "causal: token-choice decides every token by itself"
 
 
-def write_run_pictures(
-    run_folder: Path, config: Config, params: Params, router_bias_R: jax.Array | None, dataset: HeldOut
-) -> list[Path]:
+def write_run_pictures(run_folder: Path, config: Config, weights: Weights, dataset: HeldOut) -> list[Path]:
     """Write the pictures of a run from its metrics and from held-out text; all processes compute, the first writes.
 
     Args:
         run_folder: holds metrics.jsonl; the pictures go beside it.
         config: of the run.
-        params: parameter tree.
-        router_bias_R: loss-free bias of token-choice, float32 [R], or None.
+        weights: its model.
         dataset: held-out batches with their ``tokenizer``; ``train.eval_rows`` rows are used.
 
     Returns:
@@ -41,10 +38,10 @@ def write_run_pictures(
     Raises:
         UserError: no held-out text, or the folder cannot be written.
     """
-    batches = [inputs_of(batch) for batch in first_rows(dataset, config.train.eval_rows)]
+    rows = [Rows.of_batch(batch) for batch in first_rows(dataset, config.train.eval_rows)]
     metrics = read_metrics(run_folder / "metrics.jsonl")
     title = run_title(run_folder, config)
-    return write_pictures(run_folder, title, config, params, router_bias_R, batches, dataset.tokenizer, metrics)
+    return write_pictures(run_folder, title, weights, config.perf, rows, dataset.tokenizer, metrics)
 
 
 def run_title(run_folder: Path, config: Config) -> str:
@@ -56,10 +53,9 @@ def run_title(run_folder: Path, config: Config) -> str:
 def write_pictures(
     folder: Path,
     title: str,
-    config: Config,
-    params: Params,
-    router_bias_R: jax.Array | None,
-    batches: Sequence[Mapping[str, Any]],
+    weights: Weights,
+    perf: PerfConfig,
+    batches: Sequence[Rows],
     tokenizer: Tokenizer,
     metrics: Sequence[Mapping[str, Any]],
 ) -> list[Path]:
@@ -68,10 +64,9 @@ def write_pictures(
     Args:
         folder: created if missing.
         title: heading of every picture.
-        config: of the run.
-        params: parameter tree.
-        router_bias_R: loss-free bias, or None.
-        batches: the text as model inputs, int32 [B, T] ``tokens``, ``segment_ids``, ``positions``.
+        weights: the model.
+        perf: of its run; see ``evaluation_perf``.
+        batches: the text as model inputs.
         tokenizer: spells the tokens.
         metrics: lines of metrics.jsonl; without a training loss among them loss.png is not written.
 
@@ -81,13 +76,14 @@ def write_pictures(
     Raises:
         UserError: the folder cannot be written.
     """
-    modes = () if config.model.routing.kind == "none" else modes_of(config.model)
-    by_mode: dict[Mode, list[RoutedRow]] = {
-        mode: trace_rows(config, params, router_bias_R, batches, mode) for mode in modes
-    }
+    model = weights.config
+    modes = () if model.routing.kind == "none" else modes_of(model)
+    by_mode: dict[Mode, list[RoutedRow]] = {mode: trace_rows(weights, perf, batches, mode) for mode in modes}
     written: list[Path] = []
     if not is_primary():
         return written
+    from mor_jax.evaluate.plots import plot_depth, plot_loss  # matplotlib, which a run without pictures does not need
+
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any("loss" in line for line in metrics):
@@ -98,26 +94,23 @@ def write_pictures(
         mode: Mode = "threshold" if "threshold" in by_mode else "topk"
         written += [folder / "depth.png", folder / "routing.html"]
         plot_depth(written[-2], metrics, by_mode[mode], mode, title)
-        sections = [_section(config, name, rows) for name, rows in reversed(by_mode.items())]
+        sections = [_section(model, name, rows) for name, rows in reversed(by_mode.items())]
         written[-1].write_text(routing_page(title, sections, tokenizer), encoding="utf-8")
     return written
 
 
-def trace_rows(
-    config: Config, params: Params, router_bias_R: jax.Array | None, batches: Iterable[Mapping[str, Any]], mode: Mode
-) -> list[RoutedRow]:
+def trace_rows(weights: Weights, perf: PerfConfig, batches: Iterable[Rows], mode: Mode) -> list[RoutedRow]:
     """Route text and return every row's way through the recursions (see ``write_pictures`` for the arguments)."""
-    run = trace_pass(config.model, config.perf, mode)
-    rows = []
-    for index, inputs in enumerate(batches):
+    execution, routed = evaluation_perf(perf), []
+    for index, rows in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(0), index)
-        trace = to_host(run(params, router_bias_R, spread(params, inputs), key))
-        rows += routed_rows(np.asarray(inputs["tokens"]), np.asarray(inputs["segment_ids"]), trace)
-    return rows
+        trace = to_host(batch_trace(weights, execution, mode, spread(weights.params, rows), key))
+        routed += routed_rows(np.asarray(rows.tokens_BT), np.asarray(rows.segment_ids_BT), trace)
+    return routed
 
 
-def _section(config: Config, mode: Mode, rows: Sequence[RoutedRow]) -> Section:
-    count = max(1, _PAGE_TOKENS // config.model.context_length)
-    note = MODE_NOTES[mode] if config.model.routing.kind == "expert" else _TOKEN_CHOICE_NOTE
+def _section(model: ModelConfig, mode: Mode, rows: Sequence[RoutedRow]) -> Section:
+    count = max(1, _PAGE_TOKENS // model.context_length)
+    note = MODE_NOTES[mode] if model.routing.kind == "expert" else _TOKEN_CHOICE_NOTE
     shown = f"; the first {count} of {len(rows)} rows" if len(rows) > count else ""
     return Section(title=mode, note=note + shown, rows=rows[:count])

@@ -10,18 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
-from mor_jax.array_types import Params
-from mor_jax.config import Config, ModelConfig
+from mor_jax.config import Mode, ModelConfig, PerfConfig
 from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.errors import require
 from mor_jax.evaluate.depth_cap import cap_depth
-from mor_jax.evaluate.passes import Mode, token_lengths
+from mor_jax.evaluate.passes import token_lengths
 from mor_jax.evaluate.scoring import Scorer
 from mor_jax.evaluate.validation import modes_of
 from mor_jax.model.loss import target_mask
+from mor_jax.model.parameters import Weights
 
 
 @dataclass(frozen=True)
@@ -70,28 +69,26 @@ def windows(stream: Row, context: int, stride: int) -> Iterator[Window]:
 
 
 def sliding_losses(
-    config: Config,
-    params: Params,
-    router_bias_R: jax.Array | None,
+    weights: Weights,
+    perf: PerfConfig,
     streams: Mapping[str, Row],
     tokenizer: Any,
     *,
+    batch_rows: int,
     stride: int | None = None,
     max_depth: int | None = None,
-    batch_size: int | None = None,
     modes: tuple[Mode, ...] | None = None,
 ) -> dict[str, Any]:
     """Measure a model on long texts.
 
     Args:
-        config: of the run.
-        params: parameter tree.
-        router_bias_R: loss-free bias of token-choice, or None.
+        weights: the model.
+        perf: of its run; see ``scoring_perf``.
         streams: text by the name of its source, of ``text_stream``.
         tokenizer: says how many bytes a token stands for.
+        batch_rows: rows at a time; rounded up to a multiple of the devices.
         stride: see ``windows``; None is half the context.
         max_depth: cap on the passes of a token; None is none.
-        batch_size: rows at a time; None is the trainer's for validation.
         modes: None takes all that the model can be evaluated in.
 
     Returns:
@@ -99,21 +96,21 @@ def sliding_losses(
         with a last source ``all``; MODE is `topk` (looks ahead) or `threshold` (causal) for expert-choice, and left out
         where there is nothing to select ahead (``nll``, ``bits_per_byte``).
     """
-    model, rows = config.model, batch_size or min(config.train.eval_rows, config.train.batch_size)
-    stride = max(1, model.context_length // 2) if stride is None else stride
     if max_depth is not None:
-        model, params, router_bias_R = cap_depth(model, params, router_bias_R, max_depth)
+        weights = cap_depth(weights, max_depth)
+    model = weights.config
+    stride = max(1, model.context_length // 2) if stride is None else stride
     if modes is None:
         modes = modes_of(model) if model.routing.kind == "expert" else ("topk",)
     lengths_V = token_lengths(tokenizer, model.vocab_size)
     sources: dict[str, dict[str, float]] = {name: {} for name in streams}
     for mode in modes:
-        scorer = Scorer(model, config.perf, params, router_bias_R, mode=mode)
+        scorer = Scorer(weights, perf, mode=mode)
+        rows = -(-batch_rows // scorer.devices) * scorer.devices
         prefix = f"{mode}_" if model.routing.kind == "expert" else ""
         for name, stream in streams.items():
             found = windows(stream, model.context_length, stride)
-            batch_rows = -(-rows // scorer.devices) * scorer.devices
-            sources[name] |= _measure(model, scorer, found, lengths_V, batch_rows, prefix)
+            sources[name] |= _measure(model, scorer, found, lengths_V, rows, prefix)
     total = _total(sources)
     return {
         "stride": stride,

@@ -29,9 +29,10 @@ def text_losses(
     Raises:
         UserError: a file that cannot be read, or a stride or cap out of range.
     """
-    streams = read_streams(files, run.tokenizer)
+    train, streams = run.config.train, read_streams(files, run.tokenizer)
+    rows = min(train.eval_rows, train.batch_size)
     return sliding_losses(
-        run.config, run.params, run.router_bias_R, streams, run.tokenizer, stride=stride, max_depth=max_depth
+        run.weights, run.config.perf, streams, run.tokenizer, batch_rows=rows, stride=stride, max_depth=max_depth
     )
 
 

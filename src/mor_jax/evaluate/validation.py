@@ -4,7 +4,6 @@
 attains (paper section 2.2.1 and table 13). Letters: R recursions, V vocabulary, T positions.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -12,11 +11,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from mor_jax.array_types import Params
-from mor_jax.config import Config, ModelConfig
+from mor_jax.config import Mode, ModelConfig, PerfConfig
 from mor_jax.errors import require
-from mor_jax.evaluate.passes import MODE_NOTES, BatchTotals, Mode, spread, token_lengths, totals_pass
+from mor_jax.evaluate.passes import MODE_NOTES, BatchTotals, batch_totals, evaluation_perf, spread, token_lengths
 from mor_jax.mesh.processes import to_host
+from mor_jax.model.parameters import Weights
 from mor_jax.model.routing.router import has_boundary
 
 
@@ -55,17 +54,14 @@ def modes_of(model: ModelConfig) -> tuple[Mode, ...]:
     return ("topk",) if threshold_refusal(model) else ("topk", "threshold")
 
 
-def validation_losses(
-    config: Config, params: Params, router_bias_R: jax.Array | None, dataset: HeldOut, rows: int
-) -> dict[str, Any]:
+def validation_losses(weights: Weights, perf: PerfConfig, dataset: HeldOut, rows: int) -> dict[str, Any]:
     """Measure a model on the first ``rows`` rows of held-out text (in whole batches, as far as it reaches).
 
     Capacities are those after every warm-up.
 
     Args:
-        config: the run's configuration; ``model`` and ``perf`` are used.
-        params: parameter tree.
-        router_bias_R: loss-free bias of token-choice, float32 [R], or None.
+        weights: the model.
+        perf: of its run; see ``evaluation_perf``.
         dataset: held-out rows with their tokenizer; read from its first batch, and not moved.
         rows: rows to measure.
 
@@ -82,18 +78,14 @@ def validation_losses(
         UserError: ``rows`` is not positive, or there is no held-out text.
     """
     require(rows > 0, f"eval_rows={rows} must be positive")
-    model = config.model
+    model, execution = weights.config, evaluation_perf(perf)
     lengths_V = token_lengths(dataset.tokenizer, model.vocab_size)
     sums: dict[Mode, _Sums] = {mode: _Sums(model) for mode in modes_of(model)}
-    perf = config.perf
-    if perf.whole_block is None:  # whether a whole block fits is the train step's estimate
-        perf = dataclasses.replace(perf, whole_block=False)
     for index, batch in enumerate(first_rows(dataset, rows)):
         key = jax.random.fold_in(jax.random.key(0), index)
-        batch = spread(params, batch)
+        batch = spread(weights.params, batch)
         for mode, total in sums.items():
-            totals = totals_pass(model, perf, mode)(params, router_bias_R, batch, lengths_V, key)
-            total.add(to_host(totals))
+            total.add(to_host(batch_totals(weights, execution, mode, batch, lengths_V, key)))
     require(sums["topk"].tokens > 0, "the validation split holds no target tokens: give data.source more text")
     return _report(model, sums)
 

@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
-from mor_jax.infer.product_kernel import TICKETS
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.layer_context import KeyValue
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,6 @@ class PagedCache:
     """int32: stack of free pages."""
     num_free: jax.Array
     """int32 scalar: its height."""
-    tickets_X: jax.Array
-    """int32, all 0 between kernels: see ``product_kernel.product``. It travels with the pools, as they are updated in
-    place through every layer."""
     page_size: int = struct.field(pytree_node=False)
     """Z."""
 
@@ -151,7 +147,6 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> Cache:
             length_SG=jnp.zeros((shape.sequences, groups), jnp.int32),
             free_P=jnp.arange(pages, dtype=jnp.int32),
             num_free=jnp.array(pages, jnp.int32),
-            tickets_X=jnp.zeros(TICKETS, jnp.int32),
             page_size=shape.page_size,
         )
 

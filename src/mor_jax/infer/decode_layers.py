@@ -1,24 +1,43 @@
-"""The model's layers over a paged cache: the training modules, applied one by one, or their kernels for single tokens.
+"""The model's layers over a paged cache, for prompts and single tokens alike: plain functions on ``LayerWeights``.
 
-Letters: B rows, T tokens, D width, V vocabulary, R recursions, L layers, X projected features, Y attention's output.
+The training modules are not applied here: they have no cache that outlives a call, and their projections lie otherwise.
+That both compute the same is what ``tests/infer/test_exact.py`` holds, token by token.
+Letters: B rows, T tokens, D width, V vocabulary, R recursions, L layers, N K heads, M = N + 2K, H head dim, X projected
+features, Y attention's output, F feed-forward, P devices that share a layer.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.array_types import KeyValue
+from mor_jax.config import ModelConfig
 from mor_jax.infer.cache import PagedCache
 from mor_jax.infer.decode_model import DecodeModel, LayerWeights
 from mor_jax.infer.paged_attention import PagedStore
-from mor_jax.infer.product_kernel import product
-from mor_jax.model.decoder_layer import DecoderLayer
-from mor_jax.model.layer_context import KeyValue, LayerContext, TokenView
-from mor_jax.model.layers import rms_norm
-from mor_jax.model.recurse import make_context
+from mor_jax.kernels.norm import rms_norm
+from mor_jax.kernels.rotary import Rotary, rotary_tables
+from mor_jax.mesh.axes import constrain
+
+Norms = dict[str, jax.Array]
+
+
+@struct.dataclass
+class DecodeContext:
+    """What the layers of one pass over cached tokens share."""
+
+    rotary: Rotary
+    """Tables at the tokens' positions."""
+    store: PagedStore
+
+
+def decode_context(model: DecodeModel, positions_BT: jax.Array, store: PagedStore) -> DecodeContext:
+    """Context of a pass over cached tokens; positions are those in a single document."""
+    rotary = rotary_tables(positions_BT, model.config.head_dim, model.config.rope_theta)
+    return DecodeContext(rotary, dataclasses.replace(store, shards=model.shards))
 
 
 def embed(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:
@@ -33,14 +52,8 @@ def logits(model: DecodeModel, x_BTD: jax.Array) -> jax.Array:
     return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
-def decode_context(model: DecodeModel, positions_BT: jax.Array, store: PagedStore) -> LayerContext:
-    """Context of a pass over cached tokens; positions are rows of a single document."""
-    view = TokenView(rows_BC=positions_BT, positions_BC=positions_BT)
-    return make_context(model.config, view, store=dataclasses.replace(store, shards=model.shards))
-
-
 def edge_layer(
-    model: DecodeModel, edge: PagedCache | None, x_BTD: jax.Array, context: LayerContext, index: int
+    model: DecodeModel, edge: PagedCache | None, x_BTD: jax.Array, context: DecodeContext, index: int
 ) -> tuple[jax.Array, PagedCache | None]:
     """Apply the first (index 0) or the last (1) layer; models without them return their arguments."""
     if edge is None:
@@ -51,7 +64,7 @@ def edge_layer(
 
 
 def block_pass(
-    model: DecodeModel, cache: PagedCache, x_BTD: jax.Array, context: LayerContext, recursion_B: jax.Array
+    model: DecodeModel, cache: PagedCache, x_BTD: jax.Array, context: DecodeContext, recursion_B: jax.Array
 ) -> tuple[jax.Array, PagedCache]:
     """Apply the shared block once; rows may stand at different recursions."""
     recursion = model.config.recursion
@@ -60,67 +73,61 @@ def block_pass(
     for layer, weights in enumerate(model.block):
         for repeat in range(repeats):
             index = layer if shares else layer * repeats + repeat
-            reads_only = shares and repeat > 0
-            store = context.store
-            assert isinstance(store, PagedStore)
-            own = dataclasses.replace(context, store=dataclasses.replace(store, writes=store.writes and not reads_only))
+            writes = context.store.writes and not (shares and repeat > 0)
+            own = dataclasses.replace(context, store=dataclasses.replace(context.store, writes=writes))
             place_B = jnp.full_like(recursion_B, repeat) if recursion.is_sequence else recursion_B
             x_BTD, cache = _layer(model, weights, x_BTD, own, cache, index, _norms(model, layer, place_B))
     return x_BTD, cache
 
 
-def _norms(model: DecodeModel, layer: int, recursion_B: jax.Array) -> Any:
+def _norms(model: DecodeModel, layer: int, recursion_B: jax.Array) -> Norms | None:
     """Norm scales [B, 1, D] of each row's recursion; None if the layer has its own."""
     if model.norms is None:
         return None
-    return jax.tree.map(lambda scale_RLD: scale_RLD[:, layer].at[recursion_B].get(mode="clip")[:, None], model.norms)
+    scale_RD = {name: norm["scale"][:, layer] for name, norm in model.norms.items()}
+    return {name: scale_RD[name].at[recursion_B].get(mode="clip")[:, None] for name in scale_RD}
 
 
 def _layer(
     model: DecodeModel,
     weights: LayerWeights,
     x_BTD: jax.Array,
-    context: LayerContext,
+    context: DecodeContext,
     cache: PagedCache,
     index: int,
-    norms: Any = None,
+    norms: Norms | None = None,
 ) -> tuple[jax.Array, PagedCache]:
-    store = context.store
-    assert isinstance(store, PagedStore)
-    if store.products == "pallas" and x_BTD.shape[1] == 1:
-        x_BD, cache = _fused_layer(model.config, weights, x_BTD[:, 0], context, cache, index, norms)
-        return x_BD[:, None], cache
-    cached = (cache.keys[index], cache.values[index])
-    module, params = DecoderLayer(model.config, PerfConfig()), weights.module_params(model.config)
-    output: Any = module.apply({"params": params}, x_BTD, context, cached, norms)
-    x_BTD, cached = output
+    """Apply a pre-norm layer, whose keys and values are the ``index``-th of the cache."""
+    scales: Any = norms or {"attention_norm": weights.attention_norm_D, "ffn_norm": weights.ffn_norm_D}
+    epsilon, cached = model.config.norm_epsilon, (cache.keys[index], cache.values[index])
+    normed_BTD = rms_norm(x_BTD, scales["attention_norm"], epsilon)
+    delta_BTD, cached = _attention(model.config, weights, normed_BTD, context, cached)
+    x_BTD = constrain(x_BTD + delta_BTD, "batch", "sequence", None)
+    x_BTD = x_BTD + _feed_forward(weights, rms_norm(x_BTD, scales["ffn_norm"], epsilon), model.shards)
     return x_BTD, _put(cache, index, cached)
 
 
-def _fused_layer(
-    config: ModelConfig,
-    weights: LayerWeights,
-    x_BD: jax.Array,
-    context: LayerContext,
-    cache: PagedCache,
-    index: int,
-    norms: Any,
-) -> tuple[jax.Array, PagedCache]:
-    """A layer over one token per row in five kernels: four products, and attention between them."""
-    store, rows, head_dim = context.store, x_BD.shape[0], config.head_dim
-    assert isinstance(store, PagedStore)
-    run = functools.partial(product, epsilon=config.norm_epsilon, interpret=jax.default_backend() == "cpu")
-    own = {} if norms is None else {name: norm["scale"][:, 0] for name, norm in norms.items()}
-    scales = {"attention_norm": weights.attention_norm_D, "ffn_norm": weights.ffn_norm_D} | own
-    heads = config.num_heads + (2 * config.num_kv_heads if store.writes else 0)
-    projected_BX, _ = run(x_BD, weights.query_key_value_XD, scale=scales["attention_norm"], outputs=heads * head_dim)
-    projected_B1MH = projected_BX.reshape(rows, 1, heads, head_dim)
-    out_B1NH, cached = store.attend(projected_B1MH, (cache.keys[index], cache.values[index]), context.rotary)
-    out_BY, tickets_X = out_B1NH.reshape(rows, -1), cache.tickets_X
-    x_BD, tickets_X = run(out_BY, weights.output_DY, residual_BN=x_BD, tickets_X=tickets_X)
-    hidden_BF, _ = run(x_BD, weights.gate_up_2FD, scale=scales["ffn_norm"])
-    x_BD, tickets_X = run(hidden_BF, weights.down_DF, residual_BN=x_BD, tickets_X=tickets_X)
-    return x_BD, dataclasses.replace(_put(cache, index, cached), tickets_X=tickets_X)
+def _attention(
+    config: ModelConfig, weights: LayerWeights, x_BTD: jax.Array, context: DecodeContext, cached: KeyValue
+) -> tuple[jax.Array, KeyValue]:
+    """Project by one product, attend through the store, and project back."""
+    store, projection_XD, (rows, length, width) = context.store, weights.query_key_value_XD, x_BTD.shape
+    if not store.writes:  # queries alone, which lie before the keys and values of each device
+        queries = config.num_heads * config.head_dim // store.shards
+        projection_XD = projection_XD.reshape(store.shards, -1, width)[:, :queries].reshape(-1, width)
+    projected_BTX = jnp.einsum("BTD,XD->BTX", x_BTD, projection_XD)
+    projected_BTMH = projected_BTX.reshape(rows, length, -1, config.head_dim)
+    out_BTNH, cached = store.attend(projected_BTMH, cached, context.rotary)
+    return jnp.einsum("BTY,DY->BTD", out_BTNH.reshape(rows, length, -1), weights.output_DY), cached
+
+
+def _feed_forward(weights: LayerWeights, x_BTD: jax.Array, shards: int) -> jax.Array:
+    """SwiGLU, (silu(x W_gate) * x W_up) W_down, gate and up by one product."""
+    rows, length, _ = x_BTD.shape
+    hidden_BTX = jnp.einsum("BTD,XD->BTX", x_BTD, weights.gate_up_XD)
+    hidden_BTP2F = hidden_BTX.reshape(rows, length, shards, 2, -1)
+    activated_BTPF = jax.nn.silu(hidden_BTP2F[:, :, :, 0]) * hidden_BTP2F[:, :, :, 1]
+    return jnp.einsum("BTF,DF->BTD", activated_BTPF.reshape(rows, length, -1), weights.down_DF)
 
 
 def _put(cache: PagedCache, index: int, cached: KeyValue) -> PagedCache:

@@ -1,9 +1,8 @@
 """A model ready to decode: weights in the compute dtype, one tree per layer, and the boundaries of its routers.
 
 Decoding unrolls the layers, so that every product reads its weights where they lie; a scan over stacked weights would
-copy each layer's slice first. Every matrix lies with its outputs first, so that a kernel that computes a few of them
-reads whole cache lines. Letters: R recursions, L layers in the block, V vocabulary, D width, F feed-forward, N K heads,
-M = N + 2K, H head dim.
+copy each layer's slice first. Queries, keys and values are one matrix: decoding waits for launches and weights.
+Letters: R recursions, L layers in the block, V vocabulary, D width, F feed-forward, N K heads, M = N + 2K, H head dim.
 """
 
 import dataclasses
@@ -21,7 +20,6 @@ from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.mesh import check_model, on_mesh, params_shardings, replicated
-from mor_jax.model.attention import JOINT_PROJECTION
 from mor_jax.model.parameters import compute_copy, head_matrix
 from mor_jax.model.routing.router import RouterParams, has_boundary
 from mor_jax.model.transformer import logical_axes
@@ -32,28 +30,15 @@ class LayerWeights:
     """One layer, matrices as [outputs, inputs]."""
 
     query_key_value_XD: jax.Array
-    """[M H, D]: N queries, K keys, K values; shared by several devices, those of the first one come first."""
+    """[M H, D]: N queries, K keys, K values; of several devices that share them, those of the first one come first."""
     output_DY: jax.Array
     """[D, N H]."""
-    gate_up_2FD: jax.Array
+    gate_up_XD: jax.Array
+    """[2 F, D]: gate, up; of several devices likewise."""
     down_DF: jax.Array
     attention_norm_D: jax.Array | None = None
     """float32; None where the recursions have their own (``DecodeModel.norms``)."""
     ffn_norm_D: jax.Array | None = None
-
-    def module_params(self, config: ModelConfig) -> dict[str, Any]:
-        """The parameters as ``DecoderLayer`` takes them; compilers turn the transpositions into products' operands."""
-        width, head_dim = config.d_model, config.head_dim
-        params: dict[str, Any] = {
-            "attention": {
-                JOINT_PROJECTION: self.query_key_value_XD.T.reshape(width, -1, head_dim),
-                "output": self.output_DY.T.reshape(config.num_heads, head_dim, width),
-            },
-            "ffn": {"gate_up": jnp.transpose(self.gate_up_2FD, (2, 0, 1)), "down": self.down_DF.T},
-        }
-        if self.attention_norm_D is not None and self.ffn_norm_D is not None:
-            params |= {"attention_norm": {"scale": self.attention_norm_D}, "ffn_norm": {"scale": self.ffn_norm_D}}
-        return params
 
 
 @struct.dataclass
@@ -154,7 +139,6 @@ def prepare_weights(
     with on_mesh(mesh):
         weights = jax.jit(_decode_weights, static_argnums=(0, 1))(config, shards, params)
     routing = config.routing
-    loss_free = routing.kind == "token" and routing.balancing == "loss_free"
     return DecodeModel(
         config=config,
         embedding_VD=weights["embedding"]["embedding"],
@@ -167,7 +151,7 @@ def prepare_weights(
         router=weights.get("router"),
         aux_router=weights.get("aux_router"),
         boundary_R=whole(_boundaries(config)) if routing.kind == "expert" else None,
-        bias_R=whole(router_bias_R) if loss_free and router_bias_R is not None else None,
+        bias_R=whole(router_bias_R) if routing.is_loss_free and router_bias_R is not None else None,
         mesh=mesh,
         known_tokens=None if known_tokens is None or known_tokens >= config.vocab_size else known_tokens,
     )
@@ -188,11 +172,12 @@ def _layer_weights(layer: Any, shards: int) -> LayerWeights:
     width, _, head_dim = attention["query"].shape
     keys, values = attention["key_value"][:, 0], attention["key_value"][:, 1]
     parts = [heads.reshape(width, shards, -1, head_dim) for heads in (attention["query"], keys, values)]
+    gate_up = ffn["gate_up"].reshape(width, 2, shards, -1)
     scale = lambda name: layer[name]["scale"] if name in layer else None  # noqa: E731
     return LayerWeights(
         query_key_value_XD=constrain(jnp.concatenate(parts, axis=2).reshape(width, -1).T, "heads", "embed"),
         output_DY=constrain(attention["output"].reshape(-1, width).T, "embed", "heads"),
-        gate_up_2FD=constrain(jnp.transpose(ffn["gate_up"], (1, 2, 0)), None, "ffn", "embed"),
+        gate_up_XD=constrain(jnp.moveaxis(gate_up, 2, 1).reshape(width, -1).T, "ffn", "embed"),
         down_DF=constrain(ffn["down"].T, "embed", "ffn"),
         attention_norm_D=scale("attention_norm"),
         ffn_norm_D=scale("ffn_norm"),

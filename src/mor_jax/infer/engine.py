@@ -18,23 +18,14 @@ from mor_jax.data.special_tokens import MOST_STOP_IDS
 from mor_jax.errors import require
 from mor_jax.infer.cache import KvUsage, kv_layout, kv_usage
 from mor_jax.infer.decode_model import DecodeModel
-from mor_jax.infer.engine_options import EngineOptions, engine_shape
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_shape import engine_shape
 from mor_jax.infer.engine_state import COUNTERS, Control, Emitted, empty_control, make_state
+from mor_jax.infer.places import Places
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.request import Request, Token
 from mor_jax.infer.stages import dispatch
 from mor_jax.mesh.mesh import on_mesh
-
-
-@dataclass
-class _Place:
-    """What the host knows of a place on the device."""
-
-    number: int
-    request: Request
-    read: int = 0
-    """Prompt tokens read."""
-    admitted: bool = False
 
 
 @dataclass
@@ -69,8 +60,8 @@ class Engine:
         self.statistics = EngineStatistics()
         self._layout = kv_layout(model.config)
         self._state = make_state(model, self.shape)
-        self._queue: deque[tuple[int, Request]] = deque()
-        self._places: list[_Place | None] = [None] * self.shape.places
+        pages = [pool.free_P.shape[0] for pool in self._state.cache.pools]
+        self._places = Places(self.shape.places, pages, self.shape.page_size, self._layout)
         self._next_number = 0
         self._admissions = 0
         self._cancelled: set[int] = set()
@@ -78,8 +69,6 @@ class Engine:
         self._chunks: deque[jax.Array] = deque(maxlen=2)
         self._settled = True
         """Whether the device has given back the pages of all that it decoded."""
-        self._pages = [pool.free_P.shape[0] for pool in self._state.cache.pools]
-        self._promised = [0] * len(self._pages)
 
     @property
     def max_running(self) -> int:
@@ -94,17 +83,17 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that have no place yet."""
-        return len(self._queue)
+        return len(self._places.queue)
 
     @property
     def running(self) -> int:
         """Requests that have a place."""
-        return sum(place is not None for place in self._places)
+        return len(list(self._places.taken))
 
     @property
     def busy(self) -> bool:
         """Whether anything is left to do."""
-        return bool(self._queue) or any(place is not None for place in self._places)
+        return self.waiting + self.running > 0
 
     def submit(self, request: Request) -> int:
         """Queue a request.
@@ -118,7 +107,7 @@ class Engine:
         self.check(request)
         number = self._next_number
         self._next_number += 1
-        self._queue.append((number, request))
+        self._places.queue.append((number, request))
         return number
 
     def check(self, request: Request) -> None:
@@ -141,16 +130,16 @@ class Engine:
         top_k, top_p = request.sampling.top_k, request.sampling.top_p
         cut = f"top_k={top_k}" if top_k else f"top_p={top_p}"
         require(self.shape.cuts or (top_k == 0 and top_p == 1), f"{cut} needs an engine with cuts=True")
-        needed = self._needed(request)
+        needed, pages = self._places.needed(request), self._places.pages
         require(
-            all(n <= pages for n, pages in zip(needed, self._pages, strict=True)),
-            f"the request may need {needed} pages, but the pools hold {self._pages}",
+            all(n <= m for n, m in zip(needed, pages, strict=True)),
+            f"the request may need {needed} pages, but the pools hold {pages}",
         )
 
     def cancel(self, number: int) -> None:
         """Drop a request, wherever it is; it gives no more tokens. An unknown or finished number is ignored."""
-        self._queue = deque(entry for entry in self._queue if entry[0] != number)
-        if any(place is not None and place.number == number for place in self._places):
+        self._places.queue = deque(entry for entry in self._places.queue if entry[0] != number)
+        if number in self._places.numbers:
             self._cancelled.add(number)
 
     def step(self) -> list[Token]:
@@ -159,7 +148,7 @@ class Engine:
         While there is nobody to decode for, prompts are read without dispatches between their chunks.
         """
         control = self._control()
-        decodes = any(place is not None and place.admitted for place in self._places)
+        decodes = any(place.admitted for _, place in self._places.taken)
         if decodes or control.cancel.any() or not self._settled:
             self._dispatch(control)
         else:  # not too far ahead of the device: a request that comes now waits for what has been launched
@@ -171,8 +160,7 @@ class Engine:
     def _dispatch(self, control: Control) -> None:
         with on_mesh(self.model.mesh):
             self._state, emitted, counters = dispatch(self.model, self._state, control, shape=self.shape)
-        numbers = [-1 if place is None else place.number for place in self._places]
-        self._flight.append((numbers, emitted, counters))
+        self._flight.append((self._places.numbers, emitted, counters))
         self.statistics.dispatches += 1
 
     def drain(self) -> list[Token]:
@@ -210,31 +198,17 @@ class Engine:
     def pages_held(self) -> list[tuple[int, int]]:
         """Pages that sequences hold and pages that there are, of the block's pool and the edge's (waits, as above)."""
         free = jax.device_get([pool.num_free for pool in self._state.cache.pools])
-        return [(pages - int(left), pages) for pages, left in zip(self._pages, free, strict=True)]
-
-    def _needed(self, request: Request) -> list[int]:
-        """Pages that a request takes at most, per pool: the last token generated is never cached."""
-        pages = -(-(len(request.prompt) + request.max_tokens - 1) // self.shape.page_size)
-        return [pages * self._layout.groups, pages][: len(self._pages)]
-
-    def _promise(self, request: Request, sign: int) -> None:
-        self._promised = [p + sign * n for p, n in zip(self._promised, self._needed(request), strict=True)]
-
-    def _fits(self, request: Request) -> bool:
-        triples = zip(self._promised, self._needed(request), self._pages, strict=True)
-        return all(promised + needed <= pages for promised, needed, pages in triples)
+        return [(pages - int(left), pages) for pages, left in zip(self._places.pages, free, strict=True)]
 
     def _control(self) -> Control:
         """Turn what happened since the last dispatch into arrays, and seat queued requests."""
-        self._seat()
+        self._places.seat()
         control = empty_control(self.shape.places)
-        for index, place in enumerate(self._places):
-            if place is None:
-                continue
+        for index, place in self._places.taken:
             if place.number in self._cancelled:
                 control.cancel[index] = True
-                self._empty(index)
-            elif not place.admitted and place.read == len(place.request.prompt) - 1:
+                self._places.empty(index)
+            elif not place.admitted and not place.unread:
                 place.admitted = True
                 self._admit(control, index, place.request)
         self._cancelled.clear()
@@ -260,37 +234,17 @@ class Engine:
             array[index] = value
         self._admissions += 1
 
-    def _seat(self) -> None:
-        """Give free places to the oldest requests whose pages are sure to be there; nobody overtakes."""
-        for index, place in enumerate(self._places):
-            if not self._queue or not self._fits(self._queue[0][1]):
-                return
-            if place is None:
-                number, request = self._queue.popleft()
-                self._promise(request, 1)
-                self._places[index] = _Place(number, request)
-
-    def _empty(self, index: int) -> None:
-        place = self._places[index]
-        assert place is not None
-        self._promise(place.request, -1)
-        self._places[index] = None
-
     def _read_prompts(self, warm_up: bool = False) -> None:
         """Read the next chunk of up to ``prefill_rows`` prompts."""
         rows, chunk = self.options.prefill_rows, self.options.prefill_chunk
-        unread = [
-            (index, place)
-            for index, place in enumerate(self._places)
-            if place is not None and place.read < len(place.request.prompt) - 1
-        ]
+        unread = [(index, place) for index, place in self._places.taken if place.unread]
         unread = sorted(unread, key=lambda entry: entry[1].number)[:rows]
         if not unread and not warm_up:
             return
         place_B = np.full(rows, self.shape.places, np.int32)
         tokens_BT, sizes = np.zeros((rows, chunk), np.int32), np.zeros((3, rows), np.int32)
         for row, (index, place) in enumerate(unread):
-            part = place.request.prompt[place.read : len(place.request.prompt) - 1][:chunk]
+            part = place.request.prompt[place.read : place.read + min(chunk, place.unread)]
             budget = place.request.max_depth or self._layout.passes
             place_B[row], tokens_BT[row, : len(part)] = index, part
             sizes[:, row] = place.read, len(part), min(budget, self._layout.passes)
@@ -325,5 +279,5 @@ class Engine:
             if place is None or place.number != numbers[index] or place.number in self._cancelled:
                 continue
             if finished:
-                self._empty(index)
+                self._places.empty(index)
             yield Token(place.number, token, depth, log_probability, finished, now)

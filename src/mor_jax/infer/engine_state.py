@@ -4,7 +4,7 @@ Letters: S places, C block slots, E exit slots, D width.
 """
 
 import dataclasses
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import jax
@@ -13,10 +13,9 @@ import numpy as np
 from flax import struct
 
 from mor_jax.data.special_tokens import MOST_STOP_IDS
-from mor_jax.errors import require
-from mor_jax.infer.cache import Cache, CacheShape, hold_cache, init_cache, release_all
+from mor_jax.infer.cache import Cache, hold_cache, init_cache, release_all
 from mor_jax.infer.decode_model import DecodeModel
-from mor_jax.infer.paged_attention import DecodeBackend
+from mor_jax.infer.engine_shape import EngineShape
 from mor_jax.infer.sampling import SamplingRows
 from mor_jax.infer.walk import Walk, start_walk
 from mor_jax.mesh.axes import constrain
@@ -27,53 +26,6 @@ AnyArray = Any
 FREE, WAITING, ENTERING, RUNNING, LEAVING, DONE = range(6)
 """Phases of a place: empty, or being filled by a prompt; read and waiting for its turn; a token before its first layer;
 between two passes of the block; behind its last pass; finished, its pages not yet given back."""
-
-
-@dataclass(frozen=True)
-class EngineShape:
-    """Static sizes of the engine; nothing recompiles while they stay."""
-
-    max_running: int
-    """Sequences decoded at the same time."""
-    block_slots: int
-    """C: tokens that one pass over the block computes."""
-    exit_slots: int
-    """E: tokens that leave together through last layer, head, sampling, embedding and first layer."""
-    exit_at: int
-    """Tokens that make an exit step due; 1 runs one in every step, and no step waits for the host."""
-    places: int
-    """S: sequences that hold pages: those decoded, and those whose prompt is read and that wait."""
-    max_length: int
-    """Tokens of one sequence, prompt and completion."""
-    steps: int = 16
-    """Block passes per dispatch: the host looks in between."""
-    page_size: int = 16
-    """Cache entries per page."""
-    block_pages: int | None = None
-    """See ``CacheShape``."""
-    edge_pages: int | None = None
-    """See ``CacheShape``."""
-    backend: DecodeBackend = "xla"
-    """Decode attention, resolved."""
-    products: DecodeBackend = "xla"
-    """Matrix products of decoded tokens, resolved."""
-    cuts: bool = True
-    """Whether requests may cut the vocabulary."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_running", "block_slots", "exit_slots", "exit_at", "max_length", "steps"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        require(self.places >= self.max_running, f"places={self.places} is fewer than max_running={self.max_running}")
-
-    @property
-    def starves_below(self) -> int:
-        """Tokens between passes below which an exit step is due too: the block would have free slots."""
-        return max(1, min(self.block_slots, self.max_running - self.exit_at))
-
-    @property
-    def cache(self) -> CacheShape:
-        """Sizes of the cache."""
-        return CacheShape(self.places, self.max_length, self.page_size, self.block_pages, self.edge_pages)
 
 
 @struct.dataclass
@@ -282,10 +234,12 @@ class Slots:
         return jnp.where(has_S, row_X.astype(leaf_S.dtype).at[self.slot_S].get(mode="clip"), leaf_S)
 
 
-def choose(waits_S: jax.Array, since_S: jax.Array, slots: int) -> Slots:
-    """Fill slots with the places that have waited longest."""
-    places = waits_S.shape[0]
-    slot_S = jnp.minimum(jnp.where(waits_S, ranks(waits_S, since_S), slots), slots)
+def choose(state: EngineState, phases: tuple[int, ...], slots: int) -> Slots:
+    """Fill slots with the places in some phases that have waited longest."""
+    places = state.phase_S.shape[0]
+    waits_S = functools.reduce(jnp.logical_or, [state.phase_S == phase for phase in phases])
+    # differences are right also after the count of steps, an int32, has begun anew
+    slot_S = jnp.minimum(jnp.where(waits_S, ranks(waits_S, state.since_S - state.step), slots), slots)
     holds_XS = slot_S[None, :] == jnp.arange(slots)[:, None]
     filled_X = jnp.any(holds_XS, axis=1)
     place_X = jnp.where(filled_X, jnp.argmax(holds_XS, axis=1).astype(jnp.int32), places)

@@ -12,12 +12,12 @@ from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
 from mor_jax.infer.decode_model import DecodeModel, prepare_weights
-from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_options import ONE_DEVICE, EngineMesh, EngineOptions
 from mor_jax.infer.growing_text import GrowingText
-from mor_jax.infer.replicas import ONE_DEVICE, AnyEngine, EngineMesh, make_engine
+from mor_jax.infer.replicas import AnyEngine, copy_meshes, make_engine
 from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
-from mor_jax.model.routing.router_state import split_router_state
+from mor_jax.model.parameters import split_router_state
 
 _MOST_RUNNING = 32
 
@@ -89,7 +89,7 @@ class LanguageModel:
                 mesh=devices,
                 known_tokens=tokenizer.vocab_size,
             )
-            for devices in mesh.per_copy()
+            for devices in copy_meshes(mesh)
         )
         self._engines: dict[EngineOptions, AnyEngine] = {}
 
@@ -232,7 +232,7 @@ def load(
     """
     from mor_jax.interop.sources import open_model  # only here: the engine alone needs no checkpoint library
 
-    mesh.per_copy()  # too few devices are known before anything is read
+    copy_meshes(mesh)  # too few devices are known before anything is read
     opened = open_model(Path(path))
     if opened.tokenizer is None:
         raise UserError(f"{path} holds no tokenizer that can be used")

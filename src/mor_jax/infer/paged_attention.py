@@ -6,32 +6,31 @@ Letters: B rows, T tokens of a row, M pages per group, Z entries per page, X ent
 import functools
 import logging
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import POOL_AXES, append
-from mor_jax.infer.product_kernel import MAX_ROWS
+from mor_jax.infer.engine_options import DecodeBackend
 from mor_jax.kernels.attention import hopper as attention_hopper
-from mor_jax.kernels.attention.tpu import target_platform
 from mor_jax.kernels.attention.triton import flash_attention
 from mor_jax.kernels.attention.triton_kernels import Tiling
-from mor_jax.kernels.decode_attention import decode_attention
+from mor_jax.kernels.decode_attention import attend_to_pages, decode_attention
+from mor_jax.kernels.pallas_triton import is_available
+from mor_jax.kernels.rotary import Rotary, apply_rotary
 from mor_jax.mesh.axes import on_shards
-from mor_jax.model.attention import split_last_heads
-from mor_jax.model.layer_context import KeyValue
-from mor_jax.model.layers import Rotary, apply_rotary
+from mor_jax.mesh.devices import process_platform, target_platform
 
 logger = logging.getLogger(__name__)
 _BLOCK, TOKEN_BLOCK = 2048, 512
 """Entries that a chunk of a prompt, and single tokens, attend to at a time; groups that may hold more are read block by
 block. Many, as on a GPU the host decides about every round of the loop; so single tokens read all there, and chunks
 too where a kernel can (``prompts_backend``)."""
-DecodeBackend = Literal["auto", "xla", "pallas"]
 _HEADS, _KV_HEADS = (None, None, "heads", None), (None, None, "kv_heads", None)
 _POOLS = (POOL_AXES, POOL_AXES)
 
@@ -49,8 +48,12 @@ def _resolve(name: str, backend: DecodeBackend, needs: tuple[tuple[str, bool], .
 
 
 def _gpu() -> tuple[str, bool]:
-    device = jax.default_backend()
+    device = process_platform()
     return f"a GPU, not device={device!r}", device == "gpu"
+
+
+def _triton() -> tuple[str, bool]:
+    return "a JAX that has Pallas' Triton backend", is_available()
 
 
 def _width(head_dim: int) -> tuple[str, bool]:
@@ -71,7 +74,7 @@ def decode_backend(config: ModelConfig, backend: DecodeBackend = "auto", shards:
     Raises:
         UserError: `pallas` was asked for where it cannot run.
     """
-    return _resolve("backend", backend, (_gpu(), _alone(shards), _width(config.head_dim)))
+    return _resolve("backend", backend, (_gpu(), _triton(), _alone(shards), _width(config.head_dim)))
 
 
 def prompts_backend(dtype: str, head_dim: int) -> DecodeBackend:
@@ -86,25 +89,30 @@ def prompts_backend(dtype: str, head_dim: int) -> DecodeBackend:
         (f"16 bits, not {dtype}", jnp.dtype(dtype).itemsize == 2),
         _width(head_dim),
     )
+    if not attention_hopper.is_available(jnp.dtype(dtype).name, head_dim):
+        needs = (*needs, _triton())
     return _resolve("prompts", "auto", needs)
 
 
-def products_backend(rows: int, backend: DecodeBackend = "auto", shards: int = 1) -> DecodeBackend:
-    """Choose what computes the matrix products of up to ``rows`` single tokens, and samples.
+def split_last_heads(joint: jax.Array, count: int, shards: int) -> tuple[jax.Array, jax.Array]:
+    """Split the last ``count`` heads off a joint projection: (the others, these).
 
-    `pallas` is four kernels per layer, with norms, activation and residuals, and one for head and sampling; it needs a
-    GPU of its own and few rows. `xla` runs everywhere; prompts always use it.
-
-    Raises:
-        UserError: `pallas` was asked for where it cannot run.
+    Args:
+        joint: [..., heads, head dim]. It holds queries, keys and values shard by shard, so that every device has those
+            that belong together, and the split moves nothing.
+        count: heads to split off, over all shards.
+        shards: devices that share the heads.
     """
-    needs = (_gpu(), _alone(shards), (f"at most {MAX_ROWS} slots, not {rows}", rows <= MAX_ROWS))
-    return _resolve("products", backend, needs)
+    *lead, heads, head_dim = joint.shape
+    by_shard = joint.reshape(*lead, shards, heads // shards, head_dim)
+    parts = jnp.split(by_shard, [(heads - count) // shards], axis=-2)
+    rest, last = (part.reshape(*lead, -1, head_dim) for part in parts)
+    return rest, last
 
 
 @struct.dataclass
 class PagedStore:
-    """The groups that a batch of rows reads and writes: what attention layers call (``attention.KeyValueStore``)."""
+    """The groups that a batch of rows reads and writes: what layers attend through."""
 
     table_BM: jax.Array
     """int32: pages of each row's group."""
@@ -120,8 +128,6 @@ class PagedStore:
     """Whether any row appends."""
     backend: DecodeBackend = struct.field(pytree_node=False, default="xla")
     """Attention of single tokens, resolved."""
-    products: DecodeBackend = struct.field(pytree_node=False, default="xla")
-    """Matrix products of single tokens, resolved."""
     shards: int = struct.field(pytree_node=False, default=1)
     """Devices that share the heads."""
     table_YM: jax.Array | None = None
@@ -130,7 +136,17 @@ class PagedStore:
     """int32: the group of each row among them."""
 
     def attend(self, projected_BTMH: jax.Array, cached: KeyValue, rotary: Rotary) -> tuple[jax.Array, KeyValue]:
-        """Append one layer's new entries and attend; queries that see nothing return an arbitrary finite value."""
+        """Append one layer's new entries and attend; queries that see nothing return an arbitrary finite value.
+
+        Args:
+            projected_BTMH: N queries and, if the store writes, K keys and K values, none of them rotated; the heads of
+                several devices lie as ``split_last_heads`` says.
+            cached: the layer's keys and values [P, X].
+            rotary: tables at the tokens' positions.
+
+        Returns:
+            Output [B, T, N, H], and the cache.
+        """
         if self.backend == "pallas" and projected_BTMH.shape[1] == 1 and self.writes:
             angles = (rotary[0][:, 0, 0], rotary[1][:, 0, 0])
             tables = (
@@ -168,10 +184,7 @@ def _gather_and_attend(
     block = TOKEN_BLOCK if single else _BLOCK
     if table_BM.shape[1] * page_size > block and not (single and target_platform() == "gpu"):
         return attend_by_blocks(query_BTNH, cached, table_BM, visible_BT, page_size, max(1, block // page_size))
-    (rows, pages), head_dim = table_BM.shape, query_BTNH.shape[-1]
-    keys, values = (pool[table_BM].reshape(rows, pages * page_size, -1, head_dim) for pool in cached)
-    mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < visible_BT[:, :, None]
-    return jax.nn.dot_product_attention(query_BTNH, keys, values, mask=mask_BTX[:, None], implementation="xla")
+    return attend_to_pages(query_BTNH, cached, table_BM, visible_BT, page_size)
 
 
 def attend_by_kernel(

@@ -16,8 +16,8 @@ from mor_jax.infer.cache import Cache, PagedCache, hold_cache, kv_layout, reserv
 from mor_jax.infer.decode_layers import block_pass, decode_context, edge_layer, embed, logits
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.paged_attention import PagedStore
-from mor_jax.infer.walk import Walk, advance, boundary_scores, start_walk
-from mor_jax.kernels.attention.tpu import target_platform
+from mor_jax.infer.walk import Walk, advance, start_walk
+from mor_jax.mesh.devices import target_platform
 from mor_jax.model.routing.select import take_rows
 
 
@@ -29,11 +29,9 @@ class PrefillOutput:
     """float32, if asked for; arbitrary at tokens beyond a row's count."""
     depth_BT: jax.Array
     """int32: passes that each token completed."""
-    score_RBT: jax.Array | None
-    """Expert-choice, if asked for: what was compared with each boundary; arbitrary where a token had left."""
 
 
-@functools.partial(jax.jit, static_argnames=("piece", "return_logits", "return_scores"), donate_argnums=1)
+@functools.partial(jax.jit, static_argnames=("piece", "return_logits"), donate_argnums=1)
 def prefill(
     model: DecodeModel,
     cache: Cache,
@@ -45,7 +43,6 @@ def prefill(
     *,
     piece: int | None = None,
     return_logits: bool = False,
-    return_scores: bool = False,
 ) -> tuple[Cache, PrefillOutput]:
     """Read the next tokens of some sequences.
 
@@ -60,7 +57,6 @@ def prefill(
         piece: tokens per row that a recursion computes at a time; None is a quarter of T, at least 64, and on a GPU
             what a recursion has capacity for in training and some more.
         return_logits: whether to compute the last layer's output and the logits; a prompt only needs its keys.
-        return_scores: whether to return what expert-choice compared with its boundaries.
 
     Returns:
         The cache, and logits and depths.
@@ -73,21 +69,14 @@ def prefill(
     x_BTD, edge = edge_layer(model, cache.edge, embed(model, tokens_BT), context, 0)
     walk = start_walk(model, x_BTD, jnp.broadcast_to(max_depth_B[:, None], tokens_BT.shape))
     walk = dataclasses.replace(walk, going_BT=walk.going_BT & valid_BT)
-    scores = []
     for recursion in range(kv_layout(model.config).passes):
-        if model.config.routing.kind == "expert" and return_scores:
-            scores.append(boundary_scores(model, walk))
         size = _piece(model.config.capacities[recursion] * length, length) if piece is None else piece
         out_BTD, cache = _pass(model, cache, walk, positions_BT, sequence_B, recursion, min(size, length))
         walk = advance(model, walk, out_BTD)
     x_BTD, edge = edge_layer(model, edge, walk.x_BTD, context, 1)
     cache = hold_cache(dataclasses.replace(cache, edge=edge))
     depth_BT = jnp.where(valid_BT, walk.depth_BT, 0)
-    return cache, PrefillOutput(
-        logits_BTV=logits(model, x_BTD) if return_logits else None,
-        depth_BT=depth_BT,
-        score_RBT=jnp.stack(scores) if scores else None,
-    )
+    return cache, PrefillOutput(logits_BTV=logits(model, x_BTD) if return_logits else None, depth_BT=depth_BT)
 
 
 def _piece(expected: float, length: int) -> int:

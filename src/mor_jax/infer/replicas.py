@@ -7,7 +7,6 @@ tokens ever leaves a copy's devices.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import jax
 from jax.sharding import Mesh
@@ -17,52 +16,33 @@ from mor_jax.errors import require
 from mor_jax.infer.cache import KvUsage
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine import Engine, EngineStatistics
-from mor_jax.infer.engine_options import EngineOptions
-from mor_jax.infer.engine_state import EngineShape
+from mor_jax.infer.engine_options import EngineMesh, EngineOptions
+from mor_jax.infer.engine_shape import EngineShape
 from mor_jax.infer.request import Request, Token
-from mor_jax.mesh.mesh import Device, make_mesh
+from mor_jax.mesh.devices import Device
+from mor_jax.mesh.mesh import make_mesh
 
 
-@dataclass(frozen=True)
-class EngineMesh:
-    """Devices that decode."""
+def copy_meshes(mesh: EngineMesh, devices: Sequence[Device] | None = None) -> tuple[Mesh | None, ...]:
+    """Return the mesh of every copy, for ``prepare_weights``.
 
-    data: int = 1
-    """Copies of the engine, each with all weights and caches of its own."""
-    tensor: int = 1
-    """Devices that share a copy: its heads, feed-forward and vocabulary."""
+    Args:
+        mesh: how many copies of how many devices.
+        devices: to choose from, in order; None takes those of this process.
 
-    def __post_init__(self) -> None:
-        for name in ("data", "tensor"):
-            require(getattr(self, name) > 0, f"mesh.{name}={getattr(self, name)} must be positive")
-
-    @property
-    def devices(self) -> int:
-        """Devices of all copies."""
-        return self.data * self.tensor
-
-    def per_copy(self, devices: Sequence[Device] | None = None) -> tuple[Mesh | None, ...]:
-        """Return the mesh of every copy, for ``prepare_weights``.
-
-        Args:
-            devices: to choose from, in order; None takes those of this process.
-
-        Raises:
-            UserError: there are not so many.
-        """
-        devices, count = jax.local_devices() if devices is None else devices, self.devices
-        require(
-            count <= len(devices),
-            f"mesh.data={self.data} x mesh.tensor={self.tensor} = {count} devices, but there are {len(devices)}",
-        )
-        if count == 1:
-            return (None,)
-        whole = make_mesh(MeshConfig(data=self.data, tensor=self.tensor), devices[:count])
-        parts = (whole.devices[:, nth : nth + 1] for nth in range(self.data))
-        return tuple(Mesh(part, whole.axis_names, axis_types=whole.axis_types) for part in parts)
-
-
-ONE_DEVICE = EngineMesh()
+    Raises:
+        UserError: there are not so many.
+    """
+    devices, count = jax.local_devices() if devices is None else devices, mesh.devices
+    require(
+        count <= len(devices),
+        f"mesh.data={mesh.data} x mesh.tensor={mesh.tensor} = {count} devices, but there are {len(devices)}",
+    )
+    if count == 1:
+        return (None,)
+    whole = make_mesh(MeshConfig(data=mesh.data, tensor=mesh.tensor), devices[:count])
+    parts = (whole.devices[:, nth : nth + 1] for nth in range(mesh.data))
+    return tuple(Mesh(part, whole.axis_names, axis_types=whole.axis_types) for part in parts)
 
 
 class Replicas:

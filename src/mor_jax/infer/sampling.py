@@ -51,32 +51,13 @@ class SamplingRows:
         return self.draws_E & ((self.top_k_E > 0) | (self.top_p_E < 1))
 
 
-def noise_keys(seed_E: jax.Array, position_E: jax.Array) -> jax.Array:
-    """uint32 [2, E]: what the noise of a row depends on beside the token."""
-    fold = lambda seed, position: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), position))  # noqa: E731
-    return jax.vmap(fold, out_axes=1)(seed_E, position_E)
-
-
-def gumbel(key0: jax.Array, key1: jax.Array, token: jax.Array) -> jax.Array:
-    """float32 standard Gumbel noise of uint32 tokens under two key words; shapes broadcast.
-
-    A hash in plain integer arithmetic, so that kernels and XLA draw the same. Large noise, which decides, comes from
-    uniforms near 0, where float32 is fine.
-    """
-    bits = _mix(_mix(token * jnp.uint32(0x9E3779B9) + key0) ^ key1)
-    uniform = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
-    return -jnp.log(-jnp.log1p(-uniform))
-
-
-def _mix(bits: jax.Array) -> jax.Array:
-    """MurmurHash3's finaliser: every input bit reaches every output bit."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return bits ^ (bits >> jnp.uint32(16))
-
-
 def sample(
-    logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array, known_tokens: int | None = None
+    logits_EV: jax.Array,
+    rows: SamplingRows,
+    position_E: jax.Array,
+    *,
+    known_tokens: int | None = None,
+    cuts: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Choose a token per row.
 
@@ -85,6 +66,8 @@ def sample(
         rows: how.
         position_E: int32 position of the token that the logits follow.
         known_tokens: ids from here on are never chosen; None is no limit.
+        cuts: whether rows may cut the vocabulary. If none may, there is no branch, for which a GPU would wait for the
+            host: noise is always made.
 
     Returns:
         int32 tokens, and their float32 log-probability under the model (before temperature and cuts).
@@ -93,9 +76,11 @@ def sample(
     if known_tokens is not None:
         logits_EV = jnp.where(jnp.arange(logits_EV.shape[1])[None, :] < known_tokens, logits_EV, -jnp.inf)
     greedy_E, draws_E = jnp.argmax(logits_EV, axis=-1).astype(jnp.int32), rows.draws_E
-    # noise is made only if somebody draws, and the vocabulary is sorted only if somebody cuts it
-    level = jnp.any(draws_E).astype(jnp.int32) + jnp.any(rows.cuts_E)
-    drawn_E = jax.lax.switch(level, (lambda *_: greedy_E, _draw, _draw_cut), logits_EV, rows, position_E)
+    if cuts:  # noise is made only if somebody draws, and the vocabulary is sorted only if somebody cuts it
+        level = jnp.any(draws_E).astype(jnp.int32) + jnp.any(rows.cuts_E)
+        drawn_E = jax.lax.switch(level, (lambda *_: greedy_E, _draw, _draw_cut), logits_EV, rows, position_E)
+    else:
+        drawn_E = _draw(logits_EV, rows, position_E)
     token_E = jnp.where(draws_E, drawn_E, greedy_E)
     picked_E1 = jnp.take_along_axis(all_EV, token_E[:, None], axis=-1)
     return token_E, picked_E1[:, 0] - jax.nn.logsumexp(all_EV, axis=-1)
@@ -103,9 +88,8 @@ def sample(
 
 def _draw(logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array) -> jax.Array:
     """Gumbel-max: the largest of logit and noise is a draw from the softmax."""
-    return jnp.argmax(_scaled(logits_EV, rows) + _noise(rows, position_E, logits_EV.shape[1]), axis=-1).astype(
-        jnp.int32
-    )
+    noise_EV = _noise(rows, position_E, logits_EV.shape[1])
+    return jnp.argmax(_scaled(logits_EV, rows) + noise_EV, axis=-1).astype(jnp.int32)
 
 
 def _draw_cut(logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array) -> jax.Array:
@@ -129,5 +113,11 @@ def _scaled(logits_EV: jax.Array, rows: SamplingRows) -> jax.Array:
 
 
 def _noise(rows: SamplingRows, position_E: jax.Array, size: int) -> jax.Array:
-    keys_2E1 = noise_keys(rows.seed_E, position_E)[:, :, None]
-    return gumbel(keys_2E1[0], keys_2E1[1], jnp.arange(size, dtype=jnp.uint32)[None, :])
+    """float32 [E, V] standard Gumbel noise; a row's depends on nothing but its seed and position."""
+
+    def of_row(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        # large noise decides: 23 bits would let the best of a large vocabulary tie
+        return jax.random.gumbel(key, (size,), jnp.float32, mode="high")
+
+    return jax.vmap(of_row)(rows.seed_E, position_E)

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.infer.cache import PagedCache, kv_layout, reserve
-from mor_jax.infer.choice_kernel import MAX_PLACES, choose_places
-from mor_jax.infer.decode_layers import block_pass, decode_context, edge_layer, embed, logits
+from mor_jax.infer.decode_layers import DecodeContext, block_pass, decode_context, edge_layer, embed, logits
 from mor_jax.infer.decode_model import DecodeModel
+from mor_jax.infer.engine_shape import EngineShape
 from mor_jax.infer.engine_state import (
     DONE,
     ENTERING,
@@ -26,7 +26,6 @@ from mor_jax.infer.engine_state import (
     RUNNING,
     Control,
     Emitted,
-    EngineShape,
     EngineState,
     Slots,
     apply_control,
@@ -35,12 +34,10 @@ from mor_jax.infer.engine_state import (
     hold_state,
     promote,
 )
-from mor_jax.infer.head_kernel import sample_head
 from mor_jax.infer.paged_attention import PagedStore
-from mor_jax.infer.sampling import SamplingRows, sample
+from mor_jax.infer.sampling import sample
 from mor_jax.infer.walk import Walk, advance, start_walk
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.layer_context import LayerContext
 
 
 @functools.partial(jax.jit, static_argnames="shape", donate_argnums=1)
@@ -62,12 +59,11 @@ def dispatch(
 
     def step(index: jax.Array, carry: tuple[EngineState, jax.Array]) -> tuple[EngineState, jax.Array]:
         state, emitted_XFE = carry
-        if not exits_always:
-            state = promote(state, shape)
+        state = promote(state, shape)
         # the block's pool stays outside of the branches, which might copy it
         cache = state.cache
         rest = dataclasses.replace(state, cache=None)
-        leave = lambda rest, edge: _exit_step(model, rest, edge, shape, promotes=exits_always)  # noqa: E731
+        leave = lambda rest, edge: _exit_step(model, rest, edge, shape)  # noqa: E731
         if exits_always:
             rest, edge, row_FE = leave(rest, cache.edge)
         else:
@@ -89,20 +85,6 @@ def _exit_is_due(state: EngineState, shape: EngineShape) -> jax.Array:
     exits = jnp.sum((state.phase_S == LEAVING) | (state.phase_S == ENTERING))
     block = jnp.sum(state.phase_S == RUNNING)
     return (exits >= shape.exit_at) | ((exits > 0) & (block < shape.starves_below))
-
-
-def _choose(
-    state: EngineState, phases: tuple[int, ...], slots: int, shape: EngineShape, *, promotes: bool = False
-) -> tuple[EngineState, Slots]:
-    """Fill a stage's slots, after starting waiting requests if ``promotes``."""
-    if shape.products == "pallas" and shape.places <= MAX_PLACES:
-        most, interpret = shape.max_running if promotes else 0, jax.default_backend() == "cpu"
-        phase_S, since_S, chosen = choose_places(state, phases, slots, max_running=most, interpret=interpret)
-        return dataclasses.replace(state, phase_S=phase_S, since_S=since_S), chosen
-    state = promote(state, shape) if promotes else state
-    waits_S = functools.reduce(jnp.logical_or, [state.phase_S == phase for phase in phases])
-    # differences are right also after the count of steps, an int32, has begun anew
-    return state, choose(waits_S, state.since_S - state.step, slots)
 
 
 def _take(tree: Walk, place_X: jax.Array) -> Walk:
@@ -158,18 +140,17 @@ def _store(
         visible_BT=visible_X[:, None],
         page_size=cache.page_size,
         backend=shape.backend,
-        products=shape.products,
         table_YM=cache.table_SGM.reshape(-1, pages),
         group_B=jnp.minimum(place_X, places - 1) * groups + group_X,
     )
 
 
 def _block_step(model: DecodeModel, state: EngineState, shape: EngineShape) -> EngineState:
-    state, slots = _choose(state, (RUNNING,), shape.block_slots, shape)
+    slots = choose(state, (RUNNING,), shape.block_slots)
     place_C, valid_C = slots.place_X, slots.filled_X
     walk, groups = _take(state.walk_S, place_C), kv_layout(model.config).groups
-    whole_C1 = jnp.ones_like(walk.going_BT)
-    walk = dataclasses.replace(walk, going_BT=whole_C1, applies_BT=walk.applies_BT if _shares(model) else whole_C1)
+    every_C1 = jnp.ones_like(walk.going_BT)
+    walk = dataclasses.replace(walk, going_BT=every_C1, applies_BT=walk.applies_BT if _shares(model) else every_C1)
     recursion_C = walk.recursion_BT[:, 0]
     # shared keys and values: recursion 1 writes, later ones read
     writes_C = valid_C & (recursion_C < groups)
@@ -193,10 +174,10 @@ def _block_step(model: DecodeModel, state: EngineState, shape: EngineShape) -> E
 
 
 def _exit_step(
-    model: DecodeModel, state: EngineState, edge: PagedCache | None, shape: EngineShape, *, promotes: bool
+    model: DecodeModel, state: EngineState, edge: PagedCache | None, shape: EngineShape
 ) -> tuple[EngineState, PagedCache | None, jax.Array]:
     """One exit step on a state without its caches, and the first and last layers' pool."""
-    state, slots = _choose(state, (LEAVING, ENTERING), shape.exit_slots, shape, promotes=promotes)
+    slots = choose(state, (LEAVING, ENTERING), shape.exit_slots)
     place_E, valid_E = slots.place_X, slots.filled_X
     at = lambda leaf_S: leaf_S.at[place_E].get(mode="clip")  # noqa: E731
     leaves_E = valid_E & (at(state.phase_S) == LEAVING)
@@ -230,7 +211,7 @@ def _edge_context(
     position_E: jax.Array,
     counts_E: jax.Array,
     shape: EngineShape,
-) -> LayerContext:
+) -> DecodeContext:
     """What the first and last layers see: entry number and position are the same, a page holds both layers."""
     visible_E = jnp.where(counts_E > 0, position_E + 1, 0)
     store = _store(edge, place_E, jnp.zeros_like(place_E), position_E, counts_E, visible_E, shape)
@@ -255,7 +236,9 @@ def _leave(
     sampling = jax.tree.map(at, state.requests.sampling)
     # nobody reads what the others would draw, and a cut of theirs would sort the vocabulary
     sampling = dataclasses.replace(sampling, temperature_E=jnp.where(leaves_E, sampling.temperature_E, 0.0))
-    sampled_E, log_probability_E = _sample(model, x_E1D, sampling, position_E, shape)
+    sampled_E, log_probability_E = sample(
+        logits(model, x_E1D)[:, 0], sampling, position_E, known_tokens=model.known_tokens, cuts=shape.cuts
+    )
     stops_E = jnp.any(sampled_E[:, None] == at(state.requests.stop_tokens), axis=1)
     ends_E = (at(state.requests.remaining) <= 1) | stops_E
     emitted = Emitted(
@@ -266,25 +249,6 @@ def _leave(
         finished=leaves_E & ends_E,
     )
     return edge, jnp.where(leaves_E, sampled_E, at(state.token_S)), emitted
-
-
-def _sample(
-    model: DecodeModel,
-    x_E1D: jax.Array,
-    rows: SamplingRows,
-    position_E: jax.Array,
-    shape: EngineShape,
-) -> tuple[jax.Array, jax.Array]:
-    """Head and sampling: token and log-probability of every row."""
-    known = model.known_tokens
-    plain = lambda: sample(logits(model, x_E1D)[:, 0], rows, position_E, known)  # noqa: E731
-    if shape.products != "pallas":
-        return plain()
-    head_VD = model.embedding_VD if model.head_VD is None else model.head_VD
-    interpret, epsilon = jax.default_backend() == "cpu", model.config.norm_epsilon
-    arguments = (x_E1D[:, 0], model.final_norm_D, head_VD, rows, position_E)
-    fused = lambda: sample_head(*arguments, epsilon=epsilon, known_tokens=known, interpret=interpret)  # noqa: E731
-    return jax.lax.cond(jnp.any(rows.cuts_E), plain, fused) if shape.cuts else fused()
 
 
 def _enter(

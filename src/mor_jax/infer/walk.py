@@ -12,7 +12,6 @@ from flax import struct
 
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.model.routing import router as routing
-from mor_jax.model.routing.router import RouterParams
 
 
 @struct.dataclass
@@ -98,24 +97,12 @@ def _token_exit(model: DecodeModel, walk: Walk, out_BTD: jax.Array, leaves_BT: j
     return jnp.where(leaves_BT[:, :, None], walk.origin_BTD + delta_BTD, x_BTD)
 
 
-def _scores(params: RouterParams, walk: Walk, temperature: float) -> jax.Array:
-    """float32 [B, T]: raw score of each token by the router of its own recursion."""
-    if "kernel" in params:
-        # each token's own router, as one element-wise sum
-        kernel_RD = params["kernel"][:, :, 0].astype(jnp.float32)
-        kernel_BTD = kernel_RD.at[walk.recursion_BT].get(mode="clip")
-        return jnp.sum(walk.x_BTD.astype(jnp.float32) / temperature * kernel_BTD, axis=-1)
-    raw_RBT = jax.vmap(lambda router: routing.raw_scores(router, walk.x_BTD, temperature)[:, :, 0])(params)
-    recursion_1BT = jnp.minimum(walk.recursion_BT, raw_RBT.shape[0] - 1)[None]
-    return jnp.take_along_axis(raw_RBT, recursion_1BT, axis=0)[0]
-
-
-def boundary_scores(model: DecodeModel, walk: Walk) -> jax.Array:
+def _boundary_scores(model: DecodeModel, walk: Walk) -> jax.Array:
     """float32 [B, T]: what expert-choice compares with the boundary before the next pass."""
     if model.aux_router is not None:
-        return _scores(model.aux_router, walk, 1.0)
+        return routing.raw_scores_at(model.aux_router, walk.x_BTD, walk.recursion_BT)
     assert model.router is not None
-    return _scores(model.router, walk, model.config.routing.temperature)
+    return routing.raw_scores_at(model.router, walk.x_BTD, walk.recursion_BT, model.config.routing.temperature)
 
 
 def _decide(model: DecodeModel, walk: Walk) -> Walk:
@@ -123,8 +110,8 @@ def _decide(model: DecodeModel, walk: Walk) -> Walk:
     config = model.config
     assert model.router is not None
     assert model.boundary_R is not None
-    raw_BT = _scores(model.router, walk, config.routing.temperature)
-    compared_BT = boundary_scores(model, walk)
+    raw_BT = routing.raw_scores_at(model.router, walk.x_BTD, walk.recursion_BT, config.routing.temperature)
+    compared_BT = _boundary_scores(model, walk)
     boundary_BT = model.boundary_R.at[walk.recursion_BT].get(mode="clip")
     applies_BT = walk.going_BT & (compared_BT >= boundary_BT) & (walk.recursion_BT < walk.limit_BT)
     # shared keys and values come from recursion 1 of every token

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,13 +17,13 @@ from mor_jax.interop import llama, official
 from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.assemble import Progress
 from mor_jax.interop.exported_tokens import token_ids, write_tokenizer
+from mor_jax.interop.formats import Target
 from mor_jax.interop.sources import LoadedModel, open_model
 from mor_jax.interop.tensor_files import write_shards
 from mor_jax.interop.tensors import tensors
 from mor_jax.model.forward import forward
 from mor_jax.runs.folder import writing_to
 
-Target = Literal["mor", "hf", "official"]
 _CHECK_TOKENS = (2, 64)
 
 

@@ -287,8 +287,7 @@ def _check_expressible(config: ModelConfig) -> None:
     if not config.attend_across_documents:
         problems.append("attend_across_documents=False: it has no document masks")
     if routing.kind != "none":
-        default_expansion = {"linear": 2, "mlp": 2, "wide_mlp": 4}[routing.router]
-        if (routing.router_expansion or default_expansion) != 2:
+        if routing.hidden_expansion not in (0, 2):
             problems.append(
                 f"routing.router_expansion={routing.router_expansion}: its MLP routers have width 2 x d_model"
             )

@@ -18,7 +18,7 @@ from mor_jax.interop.description import describe, parse
 from mor_jax.interop.released import describe_folder, write_configuration
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Path, Tensor, attention_aliases, router_bias_name, tensors
-from mor_jax.model.routing.router_state import ROUTER_STATE
+from mor_jax.model.parameters import ROUTER_STATE
 
 __all__ = ["describe", "export", "load", "read", "write_configuration"]
 _BIAS_PATH = (ROUTER_STATE, "bias")
@@ -35,7 +35,7 @@ def load(description: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> tup
 
     Returns:
         (configuration with dtype float32, parameter tree of numpy arrays). With loss-free balancing the tree holds
-        the bias, which is not trained, as ``router_state/bias`` (see ``model.router_state.split_router_state``).
+        the bias, which is not trained, as ``router_state/bias`` (see ``model.parameters.split_router_state``).
 
     Raises:
         UserError: a description that cannot be used, an untied-attention checkpoint of the early release, or tensors

@@ -15,7 +15,7 @@ from mor_jax.errors import UserError, require
 from mor_jax.interop import llama, official
 from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.assemble import Progress
-from mor_jax.model.routing.router_state import ROUTER_STATE
+from mor_jax.model.parameters import ROUTER_STATE
 from mor_jax.runs.restore import restore_run
 
 Kind = Literal["run", "weights", "hf", "official"]
@@ -90,7 +90,7 @@ def open_model(folder: Path | str, *, lazy: bool = False, progress: Progress | N
 def _open_run(folder: Path) -> LoadedModel:
     run = restore_run(folder, device=_host())
     model, params = run.config.model, jax.tree.map(np.asarray, dict(run.params))
-    if model.routing.kind == "token" and model.routing.balancing == "loss_free":
+    if model.routing.is_loss_free:
         params[ROUTER_STATE] = {"bias": np.asarray(run.router_bias_R)}
     origin = f"run {folder.resolve().name} of preset {run.config.preset}, step {run.step}"
     return LoadedModel(model, params, run.tokenizer, "run", origin)

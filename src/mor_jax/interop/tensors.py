@@ -51,7 +51,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
 
 def router_bias_name(config: ModelConfig) -> str | None:
     """Official name of the loss-free bias [R], a state rather than a parameter; None if the model has none."""
-    if config.routing.kind != "token" or config.routing.balancing != "loss_free":
+    if not config.routing.is_loss_free:
         return None
     return f"model.layers.{_offset(config)}.router_bias"
 

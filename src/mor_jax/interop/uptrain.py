@@ -9,7 +9,7 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
 from mor_jax.interop.assemble import leaf_shapes
 from mor_jax.interop.sources import open_model
-from mor_jax.model.routing.router_state import split_router_state
+from mor_jax.model.parameters import split_router_state
 from mor_jax.model.sharing import share_layers
 from mor_jax.runs.state import InitialWeights
 
@@ -50,12 +50,8 @@ def initial_weights(config: Config) -> InitialWeights | None:
         tokenizer_hash=hash_,
         special=None if loaded.tokenizer is None else loaded.tokenizer.special,
         origin=f"{loaded.origin} ({config.init.strategy})",
-        router_bias_R=bias_R if _is_loss_free(config.model) else None,
+        router_bias_R=bias_R if config.model.routing.is_loss_free else None,
     )
-
-
-def _is_loss_free(model: ModelConfig) -> bool:
-    return model.routing.kind == "token" and model.routing.balancing == "loss_free"
 
 
 def _check_constants(model: ModelConfig, config: Config) -> None:

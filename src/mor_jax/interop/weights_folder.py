@@ -24,7 +24,7 @@ from mor_jax.interop.llama import describe_sizes
 from mor_jax.interop.tensor_files import TensorFiles, write_shards
 from mor_jax.interop.tensors import Tensor
 from mor_jax.model.flops import count_parameters, paper_flops_per_token
-from mor_jax.model.routing.router_state import ROUTER_STATE
+from mor_jax.model.parameters import ROUTER_STATE
 
 FORMAT = "mor_jax-weights-1"
 _STACKED = "block"

@@ -1,7 +1,7 @@
-"""One GPU kernel for a decoded token's attention: rotate, append its key and value to the paged cache, and attend.
+"""A decoded token's attention to a paged cache: plain, and as one GPU kernel that rotates, appends and attends.
 
 A program serves one row and one key/value head, with all its query heads at once. It reads the pages of its row where
-they lie (`xla` must gather them into a dense copy first) and takes the row's own key and value from registers, so
+they lie (the plain path must gather them into a dense copy) and takes the row's own key and value from registers, so
 that rotary embedding and append need no launches of their own. Decoding small batches is bound by launches as much as
 by bytes.
 
@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from mor_jax.model.layer_context import KeyValue
-from mor_jax.model.layers import Rotary
+from mor_jax.array_types import KeyValue
+from mor_jax.kernels.attention.reference import plain_attention
+from mor_jax.kernels.pallas_triton import call_kernel, plt
+from mor_jax.kernels.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ def _rotated(ref: Any, head_X: jax.Array, valid_X: jax.Array, cos_ref: Any, sin_
     """Rotated heads [X, H], rounded to the compute dtype as ``apply_rotary`` does."""
     half = cos_ref.shape[0]
     shape, nth_H = (head_X.shape[0], 2 * half), jnp.arange(2 * half)
-    angle = lambda table_ref: plgpu.load(table_ref.at[nth_H % half])[None, :]  # noqa: E731
+    angle = lambda table_ref: plt.load(table_ref.at[nth_H % half])[None, :]  # noqa: E731
 
     def load(column_H: jax.Array) -> jax.Array:
         rows, columns = (jnp.broadcast_to(x, shape) for x in (head_X[:, None], column_H[None, :]))
         mask = jnp.broadcast_to(valid_X[:, None], shape)
-        return plgpu.load(ref.at[rows, columns], mask=mask, other=0).astype(jnp.float32)
+        return plt.load(ref.at[rows, columns], mask=mask, other=0).astype(jnp.float32)
 
     # the other half of the head, read where it lies: registers of two halves cannot be joined
     sign_1H = jnp.where(nth_H < half, -1.0, 1.0)[None, :]
@@ -86,7 +87,7 @@ def _kernel(
     row = table_ref[group, jnp.minimum(start // page_size, table_ref.shape[1] - 1)] * page_size + start % page_size
     for ref, own_1H in ((keys_ref, key_1H), (values_ref, value_1H)):
         place = ref.at[jnp.full((1, width), row), nth_H[None, :]]
-        plgpu.store(place, own_1H, mask=jnp.full((1, width), count > 0))
+        plt.store(place, own_1H, mask=jnp.full((1, width), count > 0))
     precision = jax.lax.Precision.HIGHEST if query_GH.dtype == jnp.float32 else None
     dot = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
@@ -94,12 +95,12 @@ def _kernel(
         top_G, total_G, sum_GH = state
         entry_X = step * entries + jnp.arange(entries)
         valid_X = entry_X < stored
-        page_X = plgpu.load(table_ref.at[group, entry_X // page_size], mask=valid_X, other=0)
+        page_X = plt.load(table_ref.at[group, entry_X // page_size], mask=valid_X, other=0)
         rows_XH = jnp.broadcast_to((page_X * page_size + entry_X % page_size)[:, None], (entries, width))
         columns_XH = jnp.broadcast_to(nth_H[None, :], (entries, width))
         mask = jnp.broadcast_to(valid_X[:, None], (entries, width))
-        keys_XH = plgpu.load(keys_ref.at[rows_XH, columns_XH], mask=mask, other=0)
-        values_XH = plgpu.load(values_ref.at[rows_XH, columns_XH], mask=mask, other=0)
+        keys_XH = plt.load(keys_ref.at[rows_XH, columns_XH], mask=mask, other=0)
+        values_XH = plt.load(values_ref.at[rows_XH, columns_XH], mask=mask, other=0)
         score_GX = dot(query_GH, keys_XH, (((1,), (1,)), ((), ()))) * width**-0.5
         score_GX = jnp.where(valid_X[None, :], score_GX, -jnp.inf)
         new_top_G = jnp.maximum(top_G, jnp.max(score_GX, axis=1))
@@ -117,7 +118,28 @@ def _kernel(
     _, total_G, sum_GH = jax.lax.fori_loop(0, pl.cdiv(stored, entries), read, state)
     out_GH = (sum_GH / jnp.maximum(total_G, 1e-30)[:, None]).astype(out_ref.dtype)
     rows_GH, columns_GH = (jnp.broadcast_to(x, out_GH.shape) for x in (nth_G[:, None], nth_H[None, :]))
-    plgpu.store(out_ref.at[rows_GH, columns_GH], out_GH, mask=rows_GH < groups)
+    plt.store(out_ref.at[rows_GH, columns_GH], out_GH, mask=rows_GH < groups)
+
+
+def attend_to_pages(
+    query_BTNH: jax.Array, cached: KeyValue, table_BM: jax.Array, visible_BT: jax.Array, page_size: int
+) -> jax.Array:
+    """Plain attention to a paged cache: gather the pages, then attend to the leading entries.
+
+    Args:
+        query_BTNH: rotated queries.
+        cached: keys and values [P, Z * K * H] of one layer.
+        table_BM: int32 pages of each row's group.
+        visible_BT: int32 leading entries that each query sees; one that sees none returns an arbitrary finite value.
+        page_size: Z.
+
+    Returns:
+        Output [B, T, N, H] in the queries' dtype.
+    """
+    (rows, pages), head_dim = table_BM.shape, query_BTNH.shape[-1]
+    keys, values = (pool[table_BM].reshape(rows, pages * page_size, -1, head_dim) for pool in cached)
+    mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < visible_BT[:, :, None]
+    return plain_attention(query_BTNH, keys, values, mask_BTX[:, None])
 
 
 @functools.partial(jax.jit, static_argnames=("page_size", "reads", "interpret"))
@@ -163,10 +185,13 @@ def decode_attention(
     pool = pl.BlockSpec((entries, None, width), lambda _, k: (0, k, 0))
     out = pl.BlockSpec((None, None, groups, width), lambda b, k: (b, k, 0, 0))
     angle, scalar = whole(width // 2), whole()
-    params = plgpu.CompilerParams(num_warps=reads.warps, num_stages=reads.stages)
     flat = tuple(x.reshape(entries, kv_heads, width) for x in cached)
-    call = pl.pallas_call(
+    call = call_kernel(
         functools.partial(_kernel, page_size=page_size, kv_heads=kv_heads, entries=reads.entries),
+        "decode_attention",
+        warps=reads.warps,
+        stages=reads.stages,
+        interpret=interpret,
         grid=(rows, kv_heads),
         in_specs=[table, scalar, scalar, scalar, scalar, whole(projected, width), angle, angle, pool, pool],
         out_specs=[out, pool, pool],
@@ -175,9 +200,6 @@ def decode_attention(
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat),
         ],
         input_output_aliases={8: 1, 9: 2},
-        compiler_params=None if interpret else params,
-        interpret=interpret,
-        name="decode_attention",
     )
     out_BKGH, *flat = call(table_YM, group_B, start_B, count_B, visible_B, projected_BMH, *angles, *flat)
     keys, values = (x.reshape(cached[0].shape) for x in flat)

@@ -16,7 +16,8 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mor_jax.kernels.hopper_launch import REGISTERS, launch, multiprocessors, tiled_smem
+from mor_jax.kernels.hopper_launch import REGISTERS, launch, tiled_smem
+from mor_jax.mesh.devices import multiprocessors
 
 WARPGROUPS = 2
 ROWS = 64

@@ -1,8 +1,8 @@
-"""Element-wise work of a layer in one pass over memory, for NVIDIA GPUs in Pallas (Triton).
+"""RMSNorm of the residual stream: plain, and for NVIDIA GPUs in Pallas (Triton), in one pass over memory.
 
-XLA reads the rows of a norm twice in either direction, and reads gate and up twice in the gradient of SwiGLU; here
-every tensor is read and written once. Under a mesh every device works on its own share: a token's norm needs all of its
-width, which no axis splits. Letters: B rows, C tokens of a row, M tokens of all rows, D model, F feed-forward.
+XLA reads the rows of a norm twice in either direction; the kernels read and write every tensor once. Under a mesh every
+device works on its own share: a token's norm needs all of its width, which no axis splits. Letters: B rows, C tokens of
+a row, M tokens of all rows, D model.
 """
 
 import functools
@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
+from mor_jax.config import Kernels
+from mor_jax.kernels.pallas_triton import call_kernel, fuses, plt
 from mor_jax.mesh.axes import on_shards
 
 _HIDDEN = ("batch", "sequence", None)
@@ -26,17 +27,35 @@ GRAD_ROWS = 4
 GRAD_WARPS = 4
 GRAD_CHUNK = 32
 """Rows per program of the norm's gradient: each writes one partial sum of the scale's gradient."""
-_SWIGLU_ROWS = 8
 
 
-def _interpret() -> bool:
-    return jax.default_backend() == "cpu"
+def rms_norm(x_BCD: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype; scale [D] or [B, 1, D]."""
+    x32_BCD = x_BCD.astype(jnp.float32)
+    inverse_BC1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BCD), axis=-1, keepdims=True) + epsilon)
+    scale_BCD = scale[None, None, :] if scale.ndim == 1 else scale
+    return (x32_BCD * inverse_BC1 * scale_BCD.astype(jnp.float32)).astype(x_BCD.dtype)
 
 
-def call_kernel(kernel: Any, warps: int, name: str, **arguments: Any) -> Any:
-    """``pallas_call`` in one stage, compiled by Triton; in the interpreter where the process has no GPU."""
-    params = {} if _interpret() else {"compiler_params": plt.CompilerParams(num_warps=warps, num_stages=1)}
-    return pl.pallas_call(kernel, interpret=_interpret(), name=name, **params, **arguments)
+def residual_norm(
+    x_BCD: jax.Array, delta_BCD: jax.Array | None, scale: jax.Array, epsilon: float, fusion: Kernels
+) -> tuple[jax.Array, jax.Array]:
+    """Add to the residual stream and normalise it, by the kernel that ``perf.fusion`` stands for.
+
+    Args:
+        x_BCD: the stream.
+        delta_BCD: what is added; None is nothing.
+        scale: [D]; without a kernel also [B, 1, D].
+        epsilon: under the root.
+        fusion: a resolved ``perf.fusion``.
+
+    Returns:
+        (x + delta, its norm) in x's dtype; both feed on, so that a kernel can add their gradients in its one pass.
+    """
+    if fuses("norm", fusion):
+        return skip_norm(x_BCD, scale, epsilon) if delta_BCD is None else add_norm(x_BCD, delta_BCD, scale, epsilon)
+    x_BCD = x_BCD if delta_BCD is None else x_BCD + delta_BCD
+    return x_BCD, rms_norm(x_BCD, scale, epsilon)
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -47,9 +66,6 @@ def _inside(row: Any, shape: tuple[int, int], rows: int, width: int) -> jax.Arra
     """bool: which entries of a block that starts at ``row`` lie inside [rows, width]."""
     in_row = row + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < rows
     return in_row & (jax.lax.broadcasted_iota(jnp.int32, shape, 1) < width)
-
-
-# --- x + delta, and its norm ---
 
 
 def add_norm(x_BCD: jax.Array, delta_BCD: jax.Array, scale_D: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
@@ -98,8 +114,8 @@ def _norm(name: str, epsilon: float, scale_D: jax.Array, *inputs_MD: jax.Array) 
     block = pl.BlockSpec((ROWS, padded), lambda i: (i, 0))
     return call_kernel(
         functools.partial(_norm_kernel, size=(rows, width, epsilon)),
-        WARPS,
         name,
+        warps=WARPS,
         grid=(pl.cdiv(rows, ROWS),),
         in_specs=[pl.BlockSpec((padded,), lambda _: (0,)), *[block] * len(inputs_MD)],
         out_specs=[block] * len(inputs_MD),
@@ -142,8 +158,8 @@ def _norm_gradient(epsilon, x_MD, scale_D, skip_MD, grad_MD):
     block = pl.BlockSpec((GRAD_CHUNK, padded), lambda i: (i, 0))
     grad_x, grad_scale = call_kernel(
         functools.partial(_norm_gradient_kernel, size=(rows, width, epsilon)),
-        GRAD_WARPS,
         "mor_norm_gradient",
+        warps=GRAD_WARPS,
         grid=(programs,),
         in_specs=[block, pl.BlockSpec((padded,), lambda _: (0,)), block, block],
         out_specs=[block, pl.BlockSpec((None, padded), lambda i: (i, 0))],
@@ -182,54 +198,3 @@ def _skip_norm_backward(epsilon, residuals, grads):
 
 
 _skip_norm.defvjp(_skip_norm_forward, _skip_norm_backward)
-
-
-# --- SwiGLU ---
-
-
-def swiglu(gate_up_BCXF: jax.Array) -> jax.Array:
-    """silu(gate) * up of [B, C, 2, F], [B, C, F]; the gradient reads each of its three inputs once."""
-    local: Any = _swiglu
-    return on_shards(local, (("batch", "sequence", None, "ffn"),), ("batch", "sequence", "ffn"))(gate_up_BCXF)
-
-
-@jax.custom_vjp
-def _swiglu(gate_up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-
-
-def _swiglu_forward(gate_up):
-    return _swiglu(gate_up), gate_up
-
-
-def _swiglu_gradient_kernel(gate_ref: Any, up_ref: Any, grad_ref: Any, out_ref: Any) -> None:
-    gate, up, grad = (ref[...].astype(jnp.float32) for ref in (gate_ref, up_ref, grad_ref))
-    share = jax.nn.sigmoid(gate)
-    grad_gate = grad * up * share * (1.0 + gate * (1.0 - share))
-    out_ref[:, 0, :] = grad_gate.astype(out_ref.dtype)
-    out_ref[:, 1, :] = (grad * gate * share).astype(out_ref.dtype)
-
-
-def _swiglu_backward(gate_up, grad):
-    width = grad.shape[-1]
-    gate_up_MXF, grad_MF = gate_up.reshape(-1, 2, width), grad.reshape(-1, width)
-    rows = grad_MF.shape[0]
-    columns = width & -width  # the largest power of two that divides F
-    columns = min(columns, 1024)
-    half = lambda x: pl.BlockSpec((_SWIGLU_ROWS, None, columns), lambda i, j: (i, x, j))  # noqa: E731
-    padding = -rows % _SWIGLU_ROWS
-    if padding:
-        gate_up_MXF, grad_MF = (jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (gate_up_MXF, grad_MF))
-    out_MXF = call_kernel(
-        _swiglu_gradient_kernel,
-        8,
-        "mor_swiglu_gradient",
-        grid=((rows + padding) // _SWIGLU_ROWS, width // columns),
-        in_specs=[half(0), half(1), pl.BlockSpec((_SWIGLU_ROWS, columns), lambda i, j: (i, j))],
-        out_specs=pl.BlockSpec((_SWIGLU_ROWS, 2, columns), lambda i, j: (i, 0, j)),
-        out_shape=jax.ShapeDtypeStruct(gate_up_MXF.shape, gate_up.dtype),
-    )(gate_up_MXF, gate_up_MXF, grad_MF)
-    return (out_MXF[:rows].reshape(gate_up.shape),)
-
-
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -1,8 +1,9 @@
-"""Rotary embedding of queries and keys out of their joint projection with the values, in Pallas (Triton).
+"""Rotary embedding: plain, and of queries and keys out of their joint projection with the values in Pallas (Triton).
 
 One kernel reads the joint product once and writes rotated queries, rotated keys and values; one reads their three
 gradients once and writes the gradient of the joint product. So the projection is one product forward, and one for each
-of its gradients backward, with nothing to add, pad or slice around them (docs/performance.md has what XLA made of it).
+of its gradients backward, with nothing to add, pad or slice around them (what XLA made of it is in
+experiments/throughput/LOG.md).
 
 Letters: B rows, C tokens of a row, N query heads, K key/value heads, H head dim, X = (N + 2K) H.
 """
@@ -14,17 +15,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
-from mor_jax.kernels.norm import call_kernel
+from mor_jax.config import Kernels
+from mor_jax.kernels.pallas_triton import call_kernel, fuses, plt
 from mor_jax.mesh.axes import on_shards
-from mor_jax.model.layers import Rotary
 
+Rotary = tuple[jax.Array, jax.Array]
+"""Cosine and sine of the angles, float32 [B or 1, C, 1, H/2] each."""
 ROWS = 32
 """Tokens per program."""
 HEADS = 5
 """Heads per program, about: whole groups of a key/value head, its queries and its values, at least one."""
 WARPS = 4
+
+
+def rotary_tables(positions_BC: jax.Array, head_dim: int, theta: float) -> Rotary:
+    """Cosine and sine of the rotary angles, float32 [B, C, 1, H/2] each, at integer positions."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BC.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(x_BCNH: jax.Array, rotary: Rotary) -> jax.Array:
+    """Rotate the halves of every head (the rotate-half convention of Llama), in float32, back to x's dtype."""
+    cos, sin = rotary
+    first, second = jnp.split(x_BCNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BCNH.dtype)
+
+
+def rotates_jointly(fusion: Kernels, head_dim: int) -> bool:
+    """Whether queries, keys and values should be one product, for ``split_rotate``; else ``apply_rotary`` does it.
+
+    Args:
+        fusion: a resolved ``perf.fusion``.
+        head_dim: Triton's blocks are powers of two.
+    """
+    return head_dim >= 2 and head_dim & (head_dim - 1) == 0 and fuses("split and rotation", fusion)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +75,6 @@ def _layout(heads: int, kv_heads: int) -> _Layout:
     size = (heads + 2 * kv_heads) // kv_heads
     fitting = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0 and count * size <= HEADS]
     return _Layout(heads, kv_heads, ROWS, max(fitting, default=1), WARPS)
-
-
-def can_rotate(head_dim: int) -> bool:
-    """Whether the kernels take this head dim: Triton's blocks are powers of two."""
-    return head_dim >= 2 and head_dim & (head_dim - 1) == 0
 
 
 def split_rotate(
@@ -126,8 +148,8 @@ def _run(layout: _Layout, inputs: Any, cos: jax.Array, sin: jax.Array, *, backwa
     shape = lambda width: jax.ShapeDtypeStruct((batch, tokens, width), inputs[0].dtype)  # noqa: E731
     return call_kernel(
         functools.partial(_kernel, layout=layout, tokens=tokens, backward=backward),
-        layout.warps,
         "mor_split_rotate" + "_gradient" * backward,
+        warps=layout.warps,
         grid=(programs, pl.cdiv(tokens, layout.rows), batch),
         in_specs=[table, table, *(parts if backward else [joint])],
         out_specs=[joint] if backward else parts,

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mor_jax.errors import require
-from mor_jax.kernels.hopper_launch import COPY_MULTIPLE, is_hopper, pad_axis
+from mor_jax.kernels.hopper_launch import COPY_MULTIPLE
 from mor_jax.kernels.matmul_hopper import (
     BLOCK_ROWS,
     COLUMNS,
@@ -31,7 +31,9 @@ from mor_jax.kernels.matmul_hopper import (
     run_tiles,
     store,
 )
+from mor_jax.kernels.padding import pad_axis
 from mor_jax.mesh.axes import axis_size, on_shards
+from mor_jax.mesh.devices import is_hopper
 
 _HIDDEN, _GATED, _PAIR = ("batch", "sequence", None), ("batch", "sequence", "ffn"), ("batch", "sequence", None, "ffn")
 
@@ -98,7 +100,7 @@ def _backward(interpret: Any, residuals: Any, grad_BCD: jax.Array) -> tuple[jax.
 _feed_forward.defvjp(_forward, _backward)
 
 
-def _flat(x: jax.Array) -> jax.Array:
+def _token_rows(x: jax.Array) -> jax.Array:
     """Tokens of all rows on one axis, padded as the copy engine wants them."""
     return pad_axis(x.reshape(-1, *x.shape[2:]), 0, COPY_MULTIPLE)
 
@@ -125,7 +127,7 @@ def gate_up_swiglu(interpret: Any, x_BCD: jax.Array, gate_up_DXF: jax.Array) -> 
         gate_up_DXF: [D, 2, F], F a multiple of ``COLUMNS`` / 2.
     """
     batch, length, width = x_BCD.shape
-    ffn, x_MD = gate_up_DXF.shape[-1], _flat(x_BCD)
+    ffn, x_MD = gate_up_DXF.shape[-1], _token_rows(x_BCD)
     rows = x_MD.shape[0]
     walk = plan_tiles(rows, width, 2 * ffn)
 
@@ -180,7 +182,7 @@ def gate_up_swiglu_gradient(
         hidden_BCXF: gate and up [B, C, 2, F].
     """
     batch, length, width = grad_BCD.shape
-    ffn, grad_MD = down_FD.shape[0], _flat(grad_BCD)
+    ffn, grad_MD = down_FD.shape[0], _token_rows(grad_BCD)
     rows, pieces = grad_MD.shape[0], COLUMNS // DEPTH
     walk = plan_tiles(rows, width, ffn, epilogue_blocks=pieces)
 
@@ -217,7 +219,7 @@ def gate_up_swiglu_gradient(
         run_tiles(walk, ring, copy, compute)
 
     out = jax.ShapeDtypeStruct((rows, 2, ffn), grad_BCD.dtype)
-    operands = (grad_MD, down_FD, _flat(hidden_BCXF))
+    operands = (grad_MD, down_FD, _token_rows(hidden_BCXF))
     grad = call_matmul(
         body,
         "mor_hopper_gate_up_swiglu_gradient",

@@ -18,9 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mor_jax.config import Config, MeshConfig, ModelConfig
 from mor_jax.errors import require
 from mor_jax.mesh.axes import BATCH_AXES, partition_spec
+from mor_jax.mesh.devices import Device
 
-Device = Any
-"""A ``jax.Device``, which type checkers do not take for a type."""
 MESH_AXES = ("slice", "data", "fsdp", "context", "tensor")
 """Outermost first: the axes that talk most come last, on the nearest neighbours."""
 

@@ -7,7 +7,6 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost as ocp_multihost
 
+from mor_jax.config import DistributedConfig
 from mor_jax.errors import UserError, require
 from mor_jax.mesh.rollcall import Place, roll_call
 
@@ -23,30 +23,6 @@ _TEXT_BYTES = 512
 _SHUTDOWN_SECONDS = 60
 _BARRIER_MILLISECONDS = 12 * 3600 * 1000
 _barriers = itertools.count()  # every process passes the same barriers in the same order; a key serves once
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """Which process of a run this one is; on TPU pods, GKE, Slurm and Open MPI it is found out.
-
-    Not saved with the run: it says where a process stands, never what the run computes.
-    """
-
-    enabled: bool = True
-    """False: one process, even on a host that belongs to a cluster."""
-    coordinator: str = ""
-    """host:port of process 0; empty takes JAX_COORDINATOR_ADDRESS, or what the cluster says."""
-    num_processes: int = 0
-    """Processes of the run; 0 takes JAX_NUM_PROCESSES, or what the cluster says."""
-    process_id: int = -1
-    """This process, from 0; -1 takes JAX_PROCESS_ID, or what the cluster says."""
-    timeout: float = 300.0
-    """Seconds to wait for all processes; those that stay away are named."""
-
-    def __post_init__(self) -> None:
-        require(self.timeout > 0, f"distributed.timeout={self.timeout} must be positive")
-        require(self.num_processes >= 0, f"distributed.num_processes={self.num_processes} must not be negative")
-        require(self.process_id >= -1, f"distributed.process_id={self.process_id} must not be negative")
 
 
 def initialize(config: DistributedConfig) -> None:

@@ -7,40 +7,22 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.array_types import KeyValue
+from mor_jax.config import Kernels, ModelConfig, ResolvedPerf
 from mor_jax.kernels.attention.backend import attend, resolve_backend
-from mor_jax.kernels.rotary import can_rotate, split_rotate
+from mor_jax.kernels.rotary import Rotary, apply_rotary, rotates_jointly, split_rotate
 from mor_jax.mesh.axes import axis_size, constrain
-from mor_jax.model.layer_context import KeyValue, KeyValueStore, LayerContext
-from mor_jax.model.layers import Rotary, apply_rotary, compute_weight, normal_init
+from mor_jax.model.layer_context import LayerContext
+from mor_jax.model.layers import compute_weight, normal_init
 from mor_jax.model.relaxation import low_rank
 from mor_jax.model.routing.select import merge_rows
-
-JOINT_PROJECTION = "query_key_value"
-"""Decoding: parameter [D, N + 2K, H] that holds `query` and `key_value` side by side."""
-
-
-def split_last_heads(joint: jax.Array, count: int, shards: int) -> tuple[jax.Array, jax.Array]:
-    """Split the last ``count`` heads off a joint projection: (the others, these).
-
-    Args:
-        joint: [..., heads, head dim]. It holds queries, keys and values shard by shard, so that every device has those
-            that belong together, and the split moves nothing.
-        count: heads to split off, over all shards.
-        shards: devices that share the heads.
-    """
-    *lead, heads, head_dim = joint.shape
-    by_shard = joint.reshape(*lead, shards, heads // shards, head_dim)
-    parts = jnp.split(by_shard, [(heads - count) // shards], axis=-2)
-    rest, last = (part.reshape(*lead, -1, head_dim) for part in parts)
-    return rest, last
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary embedding and the three key/value strategies (paper section 2.2.2)."""
 
     config: ModelConfig
-    perf: PerfConfig
+    perf: ResolvedPerf
 
     @nn.compact
     def __call__(
@@ -50,8 +32,6 @@ class Attention(nn.Module):
 
         `lora` holds this recursion's low-rank updates, if any.
         """
-        if context.store is not None:
-            return self._decode(x_BCD, context, context.store, cached)
         config = self.config
         width, heads, kv_heads, head_dim = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         query = self.param("query", normal_init(config, "embed", "heads", "head_dim"), (width, heads, head_dim))
@@ -64,7 +44,7 @@ class Attention(nn.Module):
         fused = self.perf.fused
         output = compute_weight(output) if fused else output
         projects_kv = cached is None or context.update is not None or context.fresh_BS is not None
-        if fused and projects_kv and _can_fuse_qkv(config, lora):
+        if projects_kv and _fuses_qkv(config, self.perf.fusion, lora):
             query_BCNH, fresh = project_qkv(x_BCD, query, key_value, context.rotary)
         else:
             query, key_value = map(compute_weight, (query, key_value)) if fused else (query, key_value)
@@ -80,25 +60,11 @@ class Attention(nn.Module):
         if context.observe is not None:
             context.observe(query_BCNH, keys)
         with jax.named_scope("attend"):
-            out_BCNH = attend(query_BCNH, keys, values, context.queries, context.keys, backend)
+            out_BCNH = attend(query_BCNH, keys, values, context.mask, backend)
         out_BCNH = checkpoint_name(constrain(out_BCNH, "batch", "sequence", "heads", "head_dim"), "attention")
         out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)
         out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
         return out_BCD, (keys, values) if context.keep_kv else None
-
-    def _decode(
-        self, x_BCD: jax.Array, context: LayerContext, store: KeyValueStore, cached: Any
-    ) -> tuple[jax.Array, Any]:
-        """Attend through a store. Its projections are one matrix: decoding waits for launches and weights."""
-        config = self.config
-        width, heads, head_dim = config.d_model, config.num_heads, config.head_dim
-        initialiser = normal_init(config, "embed", None, "head_dim")
-        joint = self.param(JOINT_PROJECTION, initialiser, (width, heads + 2 * config.num_kv_heads, head_dim))
-        output = self.param("output", normal_init(config, "heads", "head_dim", "embed"), (heads, head_dim, width))
-        kernel_DMH = joint if store.writes else split_last_heads(joint, 2 * config.num_kv_heads, store.shards)[0]
-        projected_BCMH = jnp.einsum("BCD,DMH->BCMH", x_BCD, kernel_DMH.astype(x_BCD.dtype))
-        out_BCNH, cached = store.attend(projected_BCMH, cached, context.rotary)
-        return jnp.einsum("BCNH,NHD->BCD", out_BCNH, output.astype(x_BCD.dtype)), cached
 
     def _key_value(self, x_BCD: jax.Array, key_value: jax.Array, rotary: Rotary, lora: Any) -> KeyValue:
         fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value)
@@ -106,14 +72,14 @@ class Attention(nn.Module):
         return apply_rotary(fresh[:, :, 0], rotary), fresh[:, :, 1]
 
 
-def _can_fuse_qkv(config: ModelConfig, lora: Any) -> bool:
-    """Whether queries, keys and values can be one product (queries alone gained nothing from the kernel).
+def _fuses_qkv(config: ModelConfig, fusion: Kernels, lora: Any) -> bool:
+    """Whether queries, keys and values are one product (queries alone gained nothing from the kernel).
 
     Not with low-rank updates, which come before the rotation, and not where `tensor` splits the heads: queries and
     keys are split each by itself, so to join their weights would move them.
     """
     updated = lora is not None and ("query" in lora or "key_value" in lora)
-    return not updated and axis_size("tensor") == 1 and can_rotate(config.head_dim)
+    return not updated and axis_size("tensor") == 1 and rotates_jointly(fusion, config.head_dim)
 
 
 def project_qkv(

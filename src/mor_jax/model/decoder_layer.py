@@ -1,4 +1,4 @@
-"""The pre-norm Transformer layer, what the recursions do not share of it, and its rematerialisation."""
+"""The pre-norm Transformer layer and its rematerialisation."""
 
 import dataclasses
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mor_jax.config import ModelConfig, PerfConfig
+from mor_jax.array_types import KeyValue
+from mor_jax.config import ModelConfig, ResolvedPerf
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.attention import Attention
-from mor_jax.model.layer_context import KeyValue, LayerContext
+from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, SwiGLU
-from mor_jax.model.recurse import Norms
+from mor_jax.model.relaxation import Unshared
 
 _SAVED_NAMES = ("query", "key", "value", "attention", "gate_up")
 
@@ -20,27 +21,27 @@ class DecoderLayer(nn.Module):
     """Pre-norm Transformer layer, applied `repeats` times in place (sequence sharing)."""
 
     config: ModelConfig
-    perf: PerfConfig
+    perf: ResolvedPerf
     repeats: int = 1
 
     @nn.compact
     def __call__(
-        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, norms: Norms | None
+        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, unshared: Unshared | None
     ) -> tuple[jax.Array, KeyValue | None]:
         """Transform [B, C, D].
 
-        `norms` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
+        `unshared` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
         low-rank updates, a recursion encoding.
         """
-        fused = self.perf.fused
-        attention_norm = RMSNorm(self.config, fused, name="attention_norm")
+        fusion = self.perf.fusion
+        attention_norm = RMSNorm(self.config, fusion, name="attention_norm")
         attention = Attention(self.config, self.perf, name="attention")
-        ffn_norm, ffn = RMSNorm(self.config, fused, name="ffn_norm"), SwiGLU(self.config, self.perf, name="ffn")
+        ffn_norm, ffn = RMSNorm(self.config, fusion, name="ffn_norm"), SwiGLU(self.config, self.perf, name="ffn")
         shares = self.repeats > 1 and self.config.recursion.kv_strategy == "shared"
         kv = None
         for repeat in range(self.repeats):
             scales = dict.fromkeys(("attention_norm", "ffn_norm"))
-            own = norms or {}
+            own = unshared or {}
             if self.repeats > 1:
                 own = jax.tree.map(lambda a, repeat=repeat: a[repeat], own)
             scales |= {name: own[name]["scale"] for name in scales if name in own}
@@ -61,28 +62,7 @@ class DecoderLayer(nn.Module):
         return x_BCD, None if shares else kv
 
 
-class StackedNorms(nn.Module):
-    """Norm scales [R, L, D] of a block whose recursions do not share them."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> Norms:
-        """Return the scales of both norms."""
-        return {name: {"scale": _StackedScale(self.config, name=name)()} for name in ("attention_norm", "ffn_norm")}
-
-
-class _StackedScale(nn.Module):
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> Any:
-        config = self.config
-        initialiser = nn.with_logical_partitioning(nn.initializers.ones, ("recursions", "layers", "embed"))
-        return self.param("scale", initialiser, (config.recursion.num_recursions, config.block_depth, config.d_model))
-
-
-def remat_layer(perf: PerfConfig, *, in_loop: bool) -> Any:
+def remat_layer(perf: ResolvedPerf, *, in_loop: bool) -> Any:
     """The layer, rematerialised as `perf` says."""
     policies = jax.checkpoint_policies
     policy = {
@@ -90,8 +70,8 @@ def remat_layer(perf: PerfConfig, *, in_loop: bool) -> Any:
         "dots": policies.dots_with_no_batch_dims_saveable,
         "names": policies.save_only_these_names(*_SAVED_NAMES),
     }
-    if perf.remat in ("none", "auto"):  # `auto` is left open outside a compiled train step only
+    if perf.remat == "none":
         return DecoderLayer
     # a loop keeps the recomputation apart from what it repeats; layers outside one, or unrolled, need barriers
-    loops = in_loop and perf.scan_unroll in (None, 1)
+    loops = in_loop and perf.scan_unroll == 1
     return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=not loops)

@@ -1,5 +1,7 @@
 """Parameters, FLOPs and key/value bytes of a model: the paper's count and the exact one (paper section 3.1, table 2).
 
+All by arithmetic on the configuration, without JAX: ``mor presets`` and the command line's help need no more.
+
 The paper counts a forward pass only, without embedding and head, ignores grouped-query attention, and takes half of the
 attention scores. The exact count takes every matrix product of the training step: head, grouped-query attention and
 backward pass included, rematerialisation and element-wise work left out. One multiply-add is 2 FLOPs.
@@ -7,16 +9,13 @@ backward pass included, rematerialisation and element-wise work left out. One mu
 Letters: D F N K H V as everywhere; C tokens computed, S keys attended to.
 """
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-import jax
-
-from mor_jax.config import Execution, ModelConfig
-from mor_jax.model.relaxation import target_axes
+from mor_jax.config import Execution, LoraTarget, ModelConfig
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
-from mor_jax.model.transformer import init_params
+from mor_jax.model.weight_axes import widths
 
 AttentionWork = Literal["causal", "full", "flash"]
 """Which attention scores count: those that causality needs (`causal`), all of them (`full`: what the plain backend
@@ -53,11 +52,54 @@ class LayerPass:
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Count the parameters of a model from the shapes of its parameter tree; nothing is allocated."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    sizes = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for name, tree in shapes.items()}
-    embedding = sizes.pop("embedding") + sizes.pop("head", 0)
-    return ParameterCount(non_embedding=sum(sizes.values()), embedding=embedding)
+    """Count the parameters of a model: the entries of the tree that ``init_params`` makes."""
+    recursion, d = model.recursion, model.d_model
+    relaxation, count = recursion.relaxation, recursion.num_recursions
+    parts = {
+        "block": block_parameters(model),
+        "unique layers": 2 * (_layer_weights(model) + 2 * d) if recursion.has_middle else 0,
+        "final norm": d,
+        "unshared norms": 0 if recursion.share_norms else count * model.block_depth * 2 * d,
+        "low-rank updates": count * model.block_depth * _lora_weights(model, relaxation.lora_targets),
+        "recursion encoding": count * d if relaxation.encoding else 0,
+        "routers": _num_routers(model) * _router_weights(model),
+    }
+    embedding = model.vocab_size * d * (1 if model.tie_embeddings else 2)
+    return ParameterCount(non_embedding=sum(parts.values()), embedding=embedding)
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """Count the parameters of the shared block, without what its recursions do not share."""
+    norms = 2 * model.d_model if model.recursion.share_norms else 0
+    return model.block_depth * (_layer_weights(model) + norms)
+
+
+def _layer_weights(model: ModelConfig) -> int:
+    """Entries of one layer's matrices."""
+    return sum(inputs * outputs for inputs, outputs in (widths(model, weight) for weight in get_args(LoraTarget)))
+
+
+def _lora_weights(model: ModelConfig, targets: Iterable[LoraTarget]) -> int:
+    """Entries of one layer's low-rank updates of some weights in one recursion."""
+    return model.recursion.relaxation.lora_rank * sum(sum(widths(model, target)) for target in targets)
+
+
+def _num_routers(model: ModelConfig) -> int:
+    """Routers with weights of their own."""
+    routing = model.routing
+    if routing.kind != "expert":
+        return int(routing.kind == "token")
+    return model.recursion.num_recursions * (2 if routing.sampling == "aux_router" else 1)
+
+
+def _router_weights(model: ModelConfig) -> int:
+    """Entries of one router's matrices."""
+    routing, d = model.routing, model.d_model
+    outputs = 1 if routing.kind == "expert" else model.recursion.num_recursions
+    if routing.router == "linear":
+        return d * outputs
+    hidden = routing.hidden_expansion * d
+    return hidden * (d + outputs)
 
 
 def paper_flops_per_token(model: ModelConfig, length: int | None = None) -> float:
@@ -168,30 +210,21 @@ def forward_flops(
 
 def _lora_flops(model: ModelConfig) -> tuple[int, int]:
     """FLOPs of one layer's low-rank updates: per token computed, and per token that projects keys and values."""
-    relaxation = model.recursion.relaxation
-    if not relaxation.lora_rank:
-        return 0, 0
-    widths = {
-        target: sum(math.prod(axes.values()) for axes in target_axes(model, target))
-        for target in relaxation.lora_targets
-    }
-    key = widths.pop("key_value", 0)
-    return 2 * relaxation.lora_rank * sum(widths.values()), 2 * relaxation.lora_rank * key
+    targets = model.recursion.relaxation.lora_targets
+    of_keys = [target for target in targets if target == "key_value"]
+    of_tokens = [target for target in targets if target != "key_value"]
+    return 2 * _lora_weights(model, of_tokens), 2 * _lora_weights(model, of_keys)
 
 
 def _router_flops(model: ModelConfig, length: int, execution: Execution) -> int:
-    routing, d = model.routing, model.d_model
+    routing, recursions = model.routing, model.recursion.num_recursions
     if routing.kind == "none":
         return 0
-    outputs = 1 if routing.kind == "expert" else model.recursion.num_recursions
-    expansion = routing.router_expansion or {"linear": 0, "mlp": 2, "wide_mlp": 4}[routing.router]
-    per_token = 2 * d * outputs if routing.router == "linear" else 2 * expansion * d * (d + outputs)
-    routers = 2 if routing.kind == "expert" and routing.sampling == "aux_router" else 1
     if routing.kind == "token":
-        return per_token * length
+        return 2 * _router_weights(model) * length
     scored = (length, *routed_tokens(model, length)[:-1])
-    tokens = length * model.recursion.num_recursions if execution == "scan" else sum(scored)
-    return routers * per_token * tokens
+    tokens = length * recursions if execution == "scan" else sum(scored)
+    return 2 * _router_weights(model) * (_num_routers(model) // recursions) * tokens
 
 
 def train_flops(

@@ -9,17 +9,15 @@ from flax import struct
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mor_jax.array_types import Int, Logits, Params
-from mor_jax.config import Execution, ModelConfig, PerfConfig
+from mor_jax.array_types import Params
+from mor_jax.config import Execution, Mode, ModelConfig, ResolvedPerf
 from mor_jax.errors import require
 from mor_jax.model.loss import target_mask
-from mor_jax.model.parameters import head_matrix
+from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.capacity import routed_tokens
-from mor_jax.model.routing.router_state import split_router_state
-from mor_jax.model.routing.trace import RoutingTrace, Stages
-from mor_jax.model.transformer import Mode, apply_trunk
-
-Rows = Int[ArrayLike, "B T"]
+from mor_jax.model.routing.trace import RoutingTrace
+from mor_jax.model.rows import Rows
+from mor_jax.model.transformer import Stages, apply_trunk
 
 IGNORED = -100
 """Label of a position that is not predicted."""
@@ -29,7 +27,7 @@ IGNORED = -100
 class ModelOutput:
     """What one forward pass gives."""
 
-    logits: Logits
+    logits: jax.Array
     """float32 [B, T, V]."""
     losses: dict[str, jax.Array]
     """float32 scalars: `lm` and `total`, and those that apply of `sampling`, `balancing`, `router_z` (unweighted)."""
@@ -43,15 +41,15 @@ class ModelOutput:
 def forward(
     config: ModelConfig,
     params: Params,
-    tokens_BT: Rows,
+    tokens_BT: ArrayLike,
     *,
-    labels: Rows | None = None,
+    labels: ArrayLike | None = None,
     mode: Mode = "topk",
     train: bool = False,
     step: int | jax.Array | None = None,
-    attention_mask: Rows | None = None,
-    segment_ids: Rows | None = None,
-    positions: Rows | None = None,
+    attention_mask: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
     loss_normalizer: float | jax.Array | None = None,
     return_hidden: bool = False,
     execution: Execution | None = None,
@@ -90,23 +88,13 @@ def forward(
     )
     given = {"labels": labels_BT, "attention_mask": mask_BT, "segment_ids": segments_BT, "positions": positions_BT}
     _check_arguments(tokens_BT, given, execution)
-    params, router_bias_R = split_router_state(jax.tree.map(jnp.asarray, params))
+    weights = Weights.of_tree(config, jax.tree.map(jnp.asarray, params))
     zero_based_step = _zero_based(step) if train else None
-    output = apply_trunk(
-        config,
-        PerfConfig(execution=execution or "gather"),
-        params,
-        tokens_BT,
-        mode=mode,
-        positions_BT=positions_BT,
-        segment_ids_BT=segments_BT,
-        attention_mask_BT=mask_BT,
-        step=zero_based_step,
-        router_bias_R=router_bias_R,
-        return_stages=return_hidden,
-    )
+    rows = Rows(tokens_BT, positions_BT, segments_BT, mask_BT)
+    perf = ResolvedPerf(execution=execution or "gather")
+    output = apply_trunk(weights, perf, rows, mode=mode, step=zero_based_step, return_stages=return_hidden)
     trace = _with_selected(config, output.trace, tokens_BT.shape[1], mode, zero_based_step)
-    head_VD = head_matrix(config, params).astype(output.hidden_BTD.dtype)
+    head_VD = head_matrix(config, weights.params).astype(output.hidden_BTD.dtype)
     logits_BTV = jnp.einsum("BTD,VD->BTV", output.hidden_BTD, head_VD, preferred_element_type=jnp.float32)
     targets_BT = _targets(config, tokens_BT if labels_BT is None else labels_BT, segments_BT)
     losses = _losses(config, logits_BTV, targets_BT, trace, loss_normalizer)
@@ -175,7 +163,7 @@ def _losses(
         if routing.kind == "expert" and routing.sampling == "aux_loss":
             losses["sampling"] = trace.losses.sampling
             total += routing.sampling_coefficient * losses["sampling"]
-        if routing.kind == "expert" and routing.sampling == "aux_router":
+        if routing.has_aux_router:
             losses["sampling"] = trace.losses.aux_router
         if routing.kind == "token" and routing.balancing == "loss":
             losses["balancing"] = trace.losses.balancing * scale

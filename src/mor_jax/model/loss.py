@@ -5,6 +5,7 @@ device walks over chunks of its own tokens (``loss_shards``). Letters: B batch, 
 I chunks, D model, V vocabulary; inside ``local`` they are a device's share of each.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,16 +13,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from mor_jax.array_types import Array, Float, Hidden, Int
 from mor_jax.config import ModelConfig
-from mor_jax.kernels import cross_entropy as loss_gpu
+from mor_jax.kernels.cross_entropy import VocabularyShard, chunk_gradient, chunk_nll
 from mor_jax.mesh.axes import on_shards
 from mor_jax.model.loss_shards import (
     HEAD,
     HIDDEN,
     SCALAR,
     TOKENS,
-    VocabularyShard,
     sum_head_gradient,
     sum_over_tokens,
     whole_width,
@@ -77,49 +76,11 @@ def _chunk_logits(hidden_BCD: jax.Array, head_VD: jax.Array, dtype: DTypeLike = 
     return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=dtype)
 
 
-def _is_target(targets_BC: jax.Array, vocabulary: VocabularyShard) -> jax.Array:
-    return vocabulary.local(targets_BC)[..., None] == jnp.arange(vocabulary.size, dtype=targets_BC.dtype)[None, None, :]
-
-
-def _chunk_nll(
-    logits_BCV: jax.Array, targets_BC: jax.Array, vocabulary: VocabularyShard
-) -> tuple[jax.Array, jax.Array]:
-    """Return (negative log-likelihood, log-sum-exp), float32 [B, C] each."""
-    logits_BCV = logits_BCV.astype(jnp.float32)
-    lse_BC = vocabulary.logsumexp(logits_BCV)
-    return lse_BC - vocabulary.pick(logits_BCV, targets_BC), lse_BC
-
-
-def _chunk_gradient(
-    logits_BCV: jax.Array,
-    targets_BC: jax.Array,
-    weights_BC: jax.Array,
-    vocabulary: VocabularyShard,
-    dtype: DTypeLike,
-    z_coefficient: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (weighted gradient in the logits, in ``dtype``; negative log-likelihood; log-sum-exp)."""
-    nll_BC, lse_BC = _chunk_nll(logits_BCV, targets_BC, vocabulary)
-    probability_BCV = jnp.exp(logits_BCV.astype(jnp.float32) - lse_BC[..., None])
-    scale_BC = 1.0 + 2.0 * z_coefficient * lse_BC
-    grad_BCV = probability_BCV * scale_BC[..., None] - _is_target(targets_BC, vocabulary)
-    return (grad_BCV * weights_BC[..., None]).astype(dtype), nll_BC, lse_BC
-
-
-def _chunk_gradient_kernel(
-    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, dtype: DTypeLike, z_coefficient: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What ``_chunk_gradient`` returns, in one kernel, for logits of the whole vocabulary."""
-    rows = (logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1), weights_BC.reshape(-1))
-    grad_MV, nll_M, lse_M = loss_gpu.softmax_cross_entropy(*rows, dtype, z_coefficient)
-    return grad_MV.reshape(logits_BCV.shape), nll_M.reshape(targets_BC.shape), lse_M.reshape(targets_BC.shape)
-
-
 def fused_cross_entropy(
-    hidden_BTD: Hidden,
-    head_VD: Float[Array, "V D"],
-    targets_BT: Int[Array, "B T"],
-    weights_BT: Float[Array, "B T"],
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
     *,
     chunk: int,
     z_coefficient: float = 0.0,
@@ -139,8 +100,8 @@ def fused_cross_entropy(
         chunk: positions per chunk, of a device's share of each row; T need not be a multiple.
         z_coefficient: weight of the squared log-sum-exp of the logits.
         logits_dtype: how the logits of a chunk lie in memory: bfloat16 rounds them, and moves half the bytes.
-        fused: when differentiated, softmax and gradient of a chunk in one kernel for GPUs (``loss_gpu``) where each
-            device holds the whole vocabulary; the value alone, and split vocabularies, are XLA's in any case.
+        fused: when differentiated, softmax and gradient of a chunk in one kernel for GPUs (``chunk_gradient``) where
+            each device holds the whole vocabulary; the value alone, and split vocabularies, are XLA's in any case.
 
     Returns:
         ``CrossEntropy`` of float32 scalars.
@@ -164,7 +125,7 @@ def _cross_entropy_sums(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
 
         def step(sums, inputs):
             hidden_BCD, targets_BC, weights_BC = inputs
-            nll_BC, lse_BC = _chunk_nll(_chunk_logits(hidden_BCD, head, logits_dtype), targets_BC, vocabulary)
+            nll_BC, lse_BC = chunk_nll(_chunk_logits(hidden_BCD, head, logits_dtype), targets_BC, vocabulary)
             return (sums[0] + jnp.sum(nll_BC * weights_BC), sums[1] + jnp.sum(lse_BC**2 * weights_BC)), None
 
         zero = jnp.zeros((), jnp.float32)
@@ -189,10 +150,7 @@ def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT
             hidden_BCD, targets_BC, weights_BC = inputs
             logits_BCV = _chunk_logits(hidden_BCD, head, logits_dtype)
             tokens = (logits_BCV, targets_BC, weights_BC)
-            if fused and vocabulary.is_whole and loss_gpu.can_address(targets_BC.size, vocabulary.size):
-                grad_BCV, nll_BC, lse_BC = _chunk_gradient_kernel(*tokens, dtype, z_coefficient)
-            else:
-                grad_BCV, nll_BC, lse_BC = _chunk_gradient(*tokens, vocabulary, dtype, z_coefficient)
+            grad_BCV, nll_BC, lse_BC = chunk_gradient(*tokens, vocabulary, dtype, z_coefficient, fused=fused)
             grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head, preferred_element_type=jnp.float32).astype(dtype)
             grad_head_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
             nll_sum += jnp.sum(nll_BC * weights_BC)
@@ -225,9 +183,7 @@ _cross_entropy: Any = jax.custom_vjp(_cross_entropy_sums, nondiff_argnums=(0,))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def token_nll(
-    hidden_BTD: Hidden, head_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], *, chunk: int
-) -> Float[Array, "B T"]:
+def token_nll(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk: int) -> jax.Array:
     """Return the negative log-likelihood of every target in nats, float32 [B, T]; for evaluation, not for gradients.
 
     Args:
@@ -236,15 +192,39 @@ def token_nll(
         targets_BT: token to predict at each position, int [B, T].
         chunk: positions per chunk; T need not be a multiple.
     """
+    nll = lambda logits, targets, vocabulary: chunk_nll(logits, targets, vocabulary)[0]  # noqa: E731
+    return _by_chunk(nll, TOKENS, hidden_BTD, head_VD, targets_BT, chunk)
+
+
+def token_scores(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return what ``token_nll`` does, and the most likely token at every position, int32 [B, T]; the same arguments."""
+
+    def scores(logits_BCV: jax.Array, targets_BC: jax.Array, vocabulary: VocabularyShard) -> Any:
+        return chunk_nll(logits_BCV, targets_BC, vocabulary)[0], vocabulary.argmax(logits_BCV)
+
+    return _by_chunk(scores, (TOKENS, TOKENS), hidden_BTD, head_VD, targets_BT, chunk)
+
+
+def _by_chunk(
+    score: Callable[[jax.Array, jax.Array, VocabularyShard], Any],
+    axes: Any,
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+) -> Any:
+    """Apply ``score`` (logits [B, C, V], targets [B, C], vocabulary -> arrays [B, C] of ``axes``) chunk by chunk."""
 
     def local(hidden_BTD, head_VD, targets_BT):
         head = whole_width(head_VD.astype(hidden_BTD.dtype))
         vocabulary = VocabularyShard(head.shape[0])
 
         def one_chunk(inputs):
-            return _chunk_nll(_chunk_logits(inputs[0], head), inputs[1], vocabulary)[0]
+            return score(_chunk_logits(inputs[0], head), inputs[1], vocabulary)
 
-        nll_IBC = jax.lax.map(one_chunk, (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk)))
-        return _unchunked(nll_IBC, hidden_BTD.shape[1])
+        scores_IBC = jax.lax.map(one_chunk, (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk)))
+        return jax.tree.map(lambda a_IBC: _unchunked(a_IBC, hidden_BTD.shape[1]), scores_IBC)
 
-    return on_shards(local, (HIDDEN, HEAD, TOKENS), TOKENS)(hidden_BTD, head_VD, targets_BT)
+    return on_shards(local, (HIDDEN, HEAD, TOKENS), axes)(hidden_BTD, head_VD, targets_BT)

@@ -1,11 +1,44 @@
-"""The parameter tree: linen's names and the public ones, the head, and the copy that is computed with."""
+"""The parameter tree: linen's names and the public ones, the head, the copy that is computed with, and ``Weights``."""
 
 from typing import Any
 
 import jax
+from flax import struct
 
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
+
+ROUTER_STATE = "router_state"
+"""Entry of imported trees beside the trained ones: the loss-free router bias, which no gradient reaches (table 14)."""
+
+
+@struct.dataclass
+class Weights:
+    """A model that can be run; a pytree of its arrays, the configuration static."""
+
+    config: ModelConfig = struct.field(pytree_node=False)
+    params: Params
+    """Parameter tree of ``transformer.init_params``."""
+    router_bias_R: jax.Array | None = None
+    """float32 [R]: bias of loss-free balancing; read by token-choice that is balanced so, None is zeros."""
+
+    @classmethod
+    def of_tree(cls, config: ModelConfig, tree: Params) -> "Weights":
+        """Make them from an imported tree, which may hold the bias (see ``split_router_state``)."""
+        return cls(config, *split_router_state(tree))
+
+
+def split_router_state(tree: Params) -> tuple[dict[str, Any], jax.Array | None]:
+    """Take the router bias out of an imported parameter tree.
+
+    Args:
+        tree: parameters, perhaps with the extra entry ``router_state/bias`` (float32 [R]).
+
+    Returns:
+        (the tree of trained parameters, the bias or None).
+    """
+    trained = {name: value for name, value in tree.items() if name != ROUTER_STATE}
+    return trained, tree[ROUTER_STATE]["bias"] if ROUTER_STATE in tree else None
 
 
 def to_tree(variables: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Repeated application of the shared block without a router, and what the routed executions have in common.
+"""Repeated application of the shared block without a router, and the contexts of its passes, routed or not.
 
 Paper section 2.1 (parameter sharing) and 2.2.2 (keys and values). Letters: B batch, T tokens of a row, C computed
 tokens, D width, R recursions, L layers in the block.
@@ -11,39 +11,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
+from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.kernels.rotary import rotary_tables
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.layer_context import KeyValue, LayerContext, TokenView
-from mor_jax.model.layers import rotary_tables
-from mor_jax.model.routing.router import RouterParams
+from mor_jax.model.layer_context import LayerContext
+from mor_jax.model.relaxation import Unshared
 
-Norms = dict[str, Any]
-"""What recursions do not share, by name: `attention_norm`, `ffn_norm`, `lora`, `encoding`."""
-Block = Callable[[jax.Array, LayerContext, KeyValue | None, Norms | None], tuple[jax.Array, KeyValue | None]]
-
-
-@struct.dataclass
-class RoutingInputs:
-    """What a routed recursion needs beside the hidden states and the block."""
-
-    view: TokenView
-    """All T tokens of each row."""
-    router: RouterParams
-    counted_BT: jax.Array
-    """bool: tokens that are not padding; only these compete and count."""
-    aux_router: RouterParams | None = None
-    norms: Norms | None = None
-    """What recursions do not share, leaves [R, L, ...]; None if they share everything."""
-    bias_R: jax.Array | None = None
-    """Token-choice, loss-free balancing: added to the scores for choosing only."""
-    noise_RBT: jax.Array | None = None
-    """Random router: uniform numbers that replace the scores for choosing."""
-    step: int | jax.Array | None = None
-    """0-based optimiser step; None is after every warm-up."""
-    slot_multiple: int = struct.field(pytree_node=False, default=1)
-    """`gather`: computed lengths are filled up to a multiple of this with slots that hold no selected token."""
+Block = Callable[[jax.Array, LayerContext, KeyValue | None, Unshared | None], tuple[jax.Array, KeyValue | None]]
 
 
 def make_context(config: ModelConfig, queries: TokenView, **fields: Any) -> LayerContext:
@@ -59,21 +36,21 @@ def at(tree: Any, recursion: int) -> Any:
 
 
 def recurse(
-    config: ModelConfig, block: Block, x_BTD: jax.Array, view: TokenView, norms: Norms | None
+    config: ModelConfig, block: Block, x_BTD: jax.Array, view: TokenView, unshared: Unshared | None
 ) -> list[jax.Array]:
     """Apply the block N_r times to every token in a Python loop; return the hidden states after each pass."""
     shares = config.recursion.kv_strategy == "shared"
     cached, states = None, []
     for r in range(config.recursion.num_recursions):
         context = make_context(config, view, keep_kv=shares and r == 0)  # queries are all rows: their own causality
-        x_BTD, kv = block(x_BTD, context, cached, at(norms, r))
+        x_BTD, kv = block(x_BTD, context, cached, at(unshared, r))
         cached = kv if shares and r == 0 else cached
         states.append(x_BTD)
     return states
 
 
 def recurse_scan(
-    config: ModelConfig, block: nn.Module, x_BTD: jax.Array, view: TokenView, norms: Norms | None
+    config: ModelConfig, block: nn.Module, x_BTD: jax.Array, view: TokenView, unshared: Unshared | None
 ) -> list[jax.Array]:
     """The same through `nn.scan` over recursions: one traced body whatever N_r is."""
     recursions = config.recursion.num_recursions
@@ -81,14 +58,14 @@ def recurse_scan(
 
     def body(block: Any, carry: Any, inputs: Any) -> Any:
         x_BTD, first = carry
-        r, norms_r = inputs
+        r, unshared_r = inputs
         context = scan_context(config, view, first, r == 0)
-        x_BTD, kv = block(x_BTD, context, first, norms_r)
+        x_BTD, kv = block(x_BTD, context, first, unshared_r)
         return (x_BTD, kv), x_BTD
 
     first = empty_kv(config, x_BTD) if shares else None
     scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, length=recursions)
-    _, states = scan(block, (x_BTD, first), (jnp.arange(recursions), norms))
+    _, states = scan(block, (x_BTD, first), (jnp.arange(recursions), unshared))
     return list(states)
 
 

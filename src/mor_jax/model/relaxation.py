@@ -1,13 +1,13 @@
-"""What lets recursions differ although they share a block: low-rank updates and a recursion encoding (paper table 16).
+"""What lets recursions differ although they share a block: norms, low-rank updates, an encoding (paper table 16).
 
-Parameters are stacked [R, L, ...] like norms that recursions do not share, and reach the layers the same way. Letters:
-D model, F feed-forward, N query heads, K key/value heads, H head width, R recursions, L layers in the block, P rank.
+Parameters are stacked [R, ...] and reach the layers as one tree [R, L, ...] of ``collect_unshared``. Letters: D model,
+F feed-forward, N query heads, K key/value heads, H head width, R recursions, L layers in the block, P rank.
 
 References: Hu et al., LoRA (2021); Bae et al., Relaxed Recursive Transformers (2025), for the initialisation from the
 singular value decomposition of what sharing takes away from a full model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import LoraTarget, ModelConfig
+from mor_jax.model.weight_axes import weight_axes
 
+Unshared = dict[str, Any]
+"""What recursions do not share, by name: `attention_norm`, `ffn_norm`, `lora`, `encoding`."""
 Lora = dict[str, jax.Array]
 _GROUP: dict[LoraTarget, str] = {
     "query": "attention",
@@ -28,18 +31,25 @@ _GROUP: dict[LoraTarget, str] = {
 """Module of the layer that holds each target."""
 
 
-def target_axes(config: ModelConfig, target: LoraTarget) -> tuple[dict[str | None, int], dict[str | None, int]]:
-    """Return the logical axes of a target's input and output with their sizes (``None`` is the fused pair)."""
-    embed: dict[str | None, int] = {"embed": config.d_model}
-    heads: dict[str | None, int] = {"heads": config.num_heads, "head_dim": config.head_dim}
-    both: dict[str | None, int] = {None: 2, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-    return {
-        "query": (embed, heads),
-        "key_value": (embed, both),
-        "output": (heads, embed),
-        "gate_up": (embed, {None: 2, "ffn": config.d_ff}),
-        "down": ({"ffn": config.d_ff}, embed),
-    }[target]
+class StackedNorms(nn.Module):
+    """Norm scales [R, L, D] of a block whose recursions do not share them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Unshared:
+        """Return the scales of both norms."""
+        return {name: {"scale": _StackedScale(self.config, name=name)()} for name in ("attention_norm", "ffn_norm")}
+
+
+class _StackedScale(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Any:
+        config = self.config
+        initialiser = nn.with_logical_partitioning(nn.initializers.ones, ("recursions", "layers", "embed"))
+        return self.param("scale", initialiser, (config.recursion.num_recursions, config.block_depth, config.d_model))
 
 
 class StackedLora(nn.Module):
@@ -55,7 +65,7 @@ class StackedLora(nn.Module):
         names = ("recursions", "layers")
         pairs: dict[str, Lora] = {}
         for target in relaxation.lora_targets:
-            inputs, outputs = target_axes(config, target)
+            inputs, outputs = weight_axes(config, target)
             normal = nn.initializers.normal(config.init_std)
             down: Any = self.param(
                 f"{target}_down",
@@ -81,6 +91,25 @@ class Encoding(nn.Module):
         """Return the vectors."""
         initialiser = nn.with_logical_partitioning(nn.initializers.ones, ("recursions", "embed"))
         return self.param("scale", initialiser, (self.config.recursion.num_recursions, self.config.d_model))
+
+
+def collect_unshared(config: ModelConfig, values_of: Callable[[type[nn.Module], str], Any]) -> Unshared | None:
+    """Collect what the recursions do not share, leaves [R, L, ...]; None if they share everything.
+
+    Args:
+        config: the model.
+        values_of: returns what a module of this file returns, given its class and the name of its parameters.
+    """
+    own: Unshared = {}
+    if not config.recursion.share_norms:
+        own |= values_of(StackedNorms, "block_norms")
+    if config.recursion.relaxation.lora_rank:
+        own["lora"] = values_of(StackedLora, "lora")
+    if config.recursion.relaxation.encoding:  # multiplies the output of the block, so it is one but for the last layer
+        scale_RD = values_of(Encoding, "encoding")
+        widths = ((0, 0), (config.block_depth - 1, 0), (0, 0))
+        own["encoding"] = jnp.pad(scale_RD[:, None], widths, constant_values=1.0)
+    return own or None
 
 
 def low_rank(config: ModelConfig, lora: dict[str, Lora] | None, target: LoraTarget, x: jax.Array) -> jax.Array | float:
@@ -133,7 +162,7 @@ def lora_from_residuals(
 def _truncated(
     config: ModelConfig, target: LoraTarget, residual: np.ndarray, rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    inputs, outputs = (tuple(axes.values()) for axes in target_axes(config, target))
+    inputs, outputs = (tuple(axes.values()) for axes in weight_axes(config, target))
     width = int(np.prod(inputs))
     left, values, right = np.linalg.svd(residual.reshape(width, -1).astype(np.float32), full_matrices=False)
     kept = min(rank, len(values))

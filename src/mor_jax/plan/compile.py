@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.errors import UserError
+from mor_jax.mesh.devices import GIB
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.perf import resolve_perf
 from mor_jax.plan import hlo
 from mor_jax.plan.memory import DeviceMemory, measure_memory
-from mor_jax.plan.topology import GIB, Topology
+from mor_jax.plan.topology import Topology
 from mor_jax.runs.state import abstract_train_state
 from mor_jax.train.step import compile_train_step
 
@@ -64,7 +65,7 @@ def plan_mesh(config: Config, topology: Topology) -> tuple[Config, Mesh]:
     if config.mesh.slice == 1:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.slices))
     mesh = make_mesh(config.mesh, list(topology.devices))
-    return dataclasses.replace(config, perf=resolve_perf(config, mesh)), mesh
+    return dataclasses.replace(config, perf=resolve_perf(config, mesh).asked), mesh
 
 
 def compile_step(config: Config, topology: Topology) -> CompiledStep:
@@ -88,7 +89,7 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
             raise
         raise does_not_fit(str(error), topology, "the step") from error
     seconds = time.monotonic() - start
-    memory = measure_memory(state, executable.memory_analysis(), topology.generation.hbm_bytes)
+    memory = measure_memory(state, executable.memory_analysis(), topology.generation.program_bytes)
     return CompiledStep(config, topology, mesh, memory, executable.as_text(), seconds)
 
 

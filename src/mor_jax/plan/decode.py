@@ -18,14 +18,16 @@ from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import DecodeModel, decoding_refusal, prepare_weights
-from mor_jax.infer.engine_options import EngineOptions, engine_shape
-from mor_jax.infer.engine_state import EngineShape, EngineState, empty_control, init_state
+from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_shape import EngineShape, engine_shape
+from mor_jax.infer.engine_state import EngineState, empty_control, init_state
 from mor_jax.infer.paged_attention import TOKEN_BLOCK
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.stages import dispatch
+from mor_jax.mesh.devices import GIB
 from mor_jax.model.transformer import init_params
 from mor_jax.plan.compile import does_not_fit, is_out_of_memory
-from mor_jax.plan.topology import GIB, Topology
+from mor_jax.plan.topology import Topology
 
 _USABLE = 0.9
 """Share of the memory that an estimate may fill."""
@@ -79,7 +81,7 @@ class CompiledDecode:
             padding=max(0, self.dispatch.arguments - parameters - kv_pages - state),
             activations=max(self.dispatch.activations, self.prefill.activations),
             code=self.dispatch.code + self.prefill.code,
-            limit=self.topology.generation.hbm_bytes,
+            limit=self.topology.generation.program_bytes,
         )
 
 
@@ -171,9 +173,10 @@ def advise_decode(config: Config, topology: Topology, options: EngineOptions) ->
     model, layout, generation = config.model, kv_layout(config.model), topology.generation
     weights = tree_bytes(jax.eval_shape(lambda key: _weights(model, key), jax.random.key(0)))
     entry = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
-    length = -(-options.max_length // options.page_size) * options.page_size
+    longest = options.max_length or model.context_length
+    length = -(-longest // options.page_size) * options.page_size
     per_sequence = length * entry * (layout.groups * layout.block_layers + layout.edge_layers)
-    free = generation.hbm_bytes * _USABLE - weights
+    free = generation.program_bytes * _USABLE - weights
     # attention gathers a block of one layer's entries at a time, whose heads and head dims are filled up to whole tiles
     sides = zip((model.num_kv_heads, model.head_dim), _TILE, strict=True)
     filled = math.prod(-(-side // tile) * tile / side for side, tile in sides)

@@ -19,7 +19,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.config import io as config_io
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import DecodeModel
-from mor_jax.infer.engine_state import EngineShape
+from mor_jax.infer.engine_shape import EngineShape
 from mor_jax.plan.decode import CompiledDecode, tree_bytes
 from mor_jax.plan.report import WIDTH, memory_table, versions
 from mor_jax.plan.topology import Generation
@@ -102,8 +102,8 @@ def decode_bound(weights: DecodeModel, shape: EngineShape, generation: Generatio
         **read,
         tokens_per_block_step=per_step,
         exit_steps_per_block_step=exits,
-        memory=(of_block + exits * of_exit) / per_step / generation.hbm_rate,
-        arithmetic=flops / generation.flops,
+        memory=(of_block + exits * of_exit) / per_step / generation.chip.hbm_rate,
+        arithmetic=flops / generation.chip.flops,
     )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from mor_jax.config import Config, ModelConfig
-from mor_jax.model.flops import count_parameters, layer_passes
-from mor_jax.perf import block_parameters, kept_values, loss_chunk
+from mor_jax.model.flops import block_parameters, count_parameters, layer_passes
+from mor_jax.perf import kept_values
 from mor_jax.runs.state import TrainState
 
 _FLOAT32 = 4
@@ -96,17 +96,17 @@ def estimate_bytes(config: Config, sizes: Mapping[str, int]) -> float:
         config: model, batch and perf.
         sizes: devices per mesh axis.
     """
-    model, tensor = config.model, sizes["tensor"]
+    model, perf, tensor = config.model, config.perf.resolved(), sizes["tensor"]
     width = 2 if model.dtype == "bfloat16" else 4
     tokens = tokens_per_device(config, sizes)
     rows = tokens / model.context_length
     state = parameter_total(model) / (sizes["fsdp"] * tensor) * _FLOAT32 * 3
     gradients = state / 3 * (2 if config.train.accumulation > 1 else 1)
     head = model.vocab_size * model.d_model / tensor * (_FLOAT32 + width)
-    applied = sum(p.layers * p.computed for p in layer_passes(model, model.context_length, config.perf.execution))
-    kept = applied * rows * kept_values(model, config.perf.remat) * width
-    once = model.recursion.repeats_block and config.perf.whole_block is not False and sizes["fsdp"] > 1
+    applied = sum(p.layers * p.computed for p in layer_passes(model, model.context_length, perf.execution))
+    kept = applied * rows * kept_values(model, perf.remat) * width
+    once = model.recursion.repeats_block and perf.whole_block and sizes["fsdp"] > 1
     whole = block_parameters(model) * width / tensor if once else 0
     one_layer = tokens * kept_values(model, "none") * width * 2  # made again, and its gradients
-    logits = tokens / model.context_length * loss_chunk(config.perf) * model.vocab_size / tensor * (_FLOAT32 + width)
-    return state + gradients + head + kept / (tensor if config.perf.remat != "full" else 1) + one_layer + logits + whole
+    logits = tokens / model.context_length * perf.loss_chunk * model.vocab_size / tensor * (_FLOAT32 + width)
+    return state + gradients + head + kept / (tensor if perf.remat != "full" else 1) + one_layer + logits + whole

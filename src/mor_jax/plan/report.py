@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mor_jax.config import io as config_io
+from mor_jax.mesh.devices import GIB
 from mor_jax.plan.collectives import bytes_by_kind, collectives
 from mor_jax.plan.compile import CompiledStep
 from mor_jax.plan.hlo_flops import matrix_flops
 from mor_jax.plan.roofline import roofline, step_flops
-from mor_jax.plan.topology import GIB
 
 WIDTH = 110
 """Columns that the tables need."""

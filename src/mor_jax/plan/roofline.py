@@ -8,13 +8,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mor_jax.config import Config, Remat
+from mor_jax.config import Config, RematPolicy
 from mor_jax.model.flops import layer_passes, train_flops, train_flops_per_token
 from mor_jax.plan.memory import parameter_total, tokens_per_device
 from mor_jax.plan.topology import Generation
 
-_AGAIN: Mapping[Remat, tuple[str, ...]] = {
-    "auto": (),
+_AGAIN: Mapping[RematPolicy, tuple[str, ...]] = {
     "none": (),
     "names": ("attention",),
     "dots": ("attention",),
@@ -75,7 +74,7 @@ def step_flops(config: Config, *, fused_attention: bool = True) -> StepFlops:
         fused_attention: whether a kernel skips what causality hides; the plain one computes it.
     """
     model, rows = config.model, config.train.batch_size
-    execution, remat = config.perf.execution, config.perf.remat
+    execution, remat = config.perf.execution, config.perf.resolved().remat
     parts = train_flops(model, execution=execution, attention="flash" if fused_attention else "full")
     factors = {name: 3.5 if name == "attention" and fused_attention else 3.0 for name in parts}
     again = sum(parts[name] / factors[name] for name in _AGAIN[remat])
@@ -134,8 +133,8 @@ def roofline(
     """
     devices, flops = math.prod(sizes.values()), step_flops(config, fused_attention=fused_attention)
     times = {
-        "arithmetic": flops.executed / devices / generation.flops,
-        "memory": memory_traffic(config, sizes) / generation.hbm_rate,
+        "arithmetic": flops.executed / devices / generation.chip.flops,
+        "memory": memory_traffic(config, sizes) / generation.chip.hbm_rate,
         "network": received[0] / generation.ici_rate,
         "network_across": received[1] / generation.dcn_rate,
     }
@@ -144,7 +143,7 @@ def roofline(
     return Roofline(
         **times,
         tokens_per_second=tokens / seconds,
-        mfu=flops.model / seconds / devices / generation.flops,
+        mfu=flops.model / seconds / devices / generation.chip.flops,
     )
 
 
@@ -166,7 +165,7 @@ def estimate_received(config: Config, sizes: Mapping[str, int]) -> tuple[float, 
     width = 2 if model.dtype == "bfloat16" else 4
     passes = layer_passes(model, model.context_length, config.perf.execution)
     applications = sum(p.layers for p in passes)
-    once = recursion.repeats_block and config.perf.whole_block is not False
+    once = recursion.repeats_block and config.perf.resolved().whole_block
     gathers = 2 * applications - (model.block_depth * (2 * recursion.num_recursions - 1) if once else 0)
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer_weights = 2 * model.d_model * (heads + kv) + 3 * model.d_model * model.d_ff

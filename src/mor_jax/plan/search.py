@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-from mor_jax.config import Config, MeshConfig, Remat
+from mor_jax.config import Config, MeshConfig, RematPolicy
 from mor_jax.errors import UserError, require
+from mor_jax.mesh.devices import GIB
 from mor_jax.plan.compile import CompiledStep, DoesNotFitError, compile_step
 from mor_jax.plan.memory import estimate_bytes
 from mor_jax.plan.roofline import Roofline, estimate_received, roofline
-from mor_jax.plan.topology import GIB, Topology
+from mor_jax.plan.topology import Topology
 
 _log = logging.getLogger(__name__)
 _MARGIN = 1.25
@@ -50,7 +51,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     Tried are all `fsdp` and `tensor` sizes that divide, powers of two of micro-batches, and all rematerialisations;
     `context` and everything else stays as configured.
     """
-    limit = topology.generation.hbm_bytes
+    limit = topology.generation.program_bytes
     found = [_estimate(variant, topology) for variant in _variants(config, topology)]
     fitting = [candidate for candidate in found if candidate.bytes <= limit * _MARGIN]
     return sorted(fitting, key=lambda c: (c.bound.serial, c.bytes))
@@ -61,7 +62,7 @@ def advise(config: Config, topology: Topology) -> str:
     for scale in (1, 2, 4, 8):  # more chips of the same kind, if it must be
         devices = len(topology.devices) * scale
         variants = (_estimate(v, topology, devices) for v in _variants(config, topology, devices))
-        fitting = [c for c in variants if c.bytes <= topology.generation.hbm_bytes * 0.9]
+        fitting = [c for c in variants if c.bytes <= topology.generation.program_bytes * 0.9]
         if fitting:
             best = min(fitting, key=lambda c: (c.bound.serial, c.bytes))
             where = "" if scale == 1 else f" on {topology.chips * scale} chips"
@@ -128,8 +129,7 @@ def _variants(config: Config, topology: Topology, devices: int | None = None) ->
                         dataclasses.replace(
                             config, mesh=mesh, train=train, perf=dataclasses.replace(config.perf, remat=remat)
                         )
-                        for remat in get_args(Remat)
-                        if remat != "auto"
+                        for remat in get_args(RematPolicy)
                     )
 
 

@@ -1,4 +1,4 @@
-"""TPU slices that exist only by name: their chips, what each chip can do, and devices to compile for.
+"""TPU slices that exist only by name: their chips, the networks between them, and devices to compile for.
 
 `libtpu` compiles for any slice on any host, so none of this needs a TPU.
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 
 from mor_jax.errors import UserError, require, suggest
-from mor_jax.mesh.mesh import Device
+from mor_jax.mesh.devices import CHIPS, Chip, Device
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask the cloud's metadata server which TPU this host has
@@ -24,24 +24,18 @@ _ENVIRONMENT = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one device (as JAX counts: a chip, or on TPU7x half of one) of a TPU generation can do, as Google states it.
+    """The devices of a TPU generation's slices and what joins them, as Google states it.
 
     Rates are peaks that no program reaches; they serve as bounds.
     """
 
-    name: str
+    chip: Chip
+    """One device."""
     devices_per_chip: int
-    hbm_bytes: float
-    """Memory that the compiler gives to programs."""
-    flops: float
-    """Dense bfloat16 FLOP/s."""
-    hbm_rate: float
-    """Bytes/s between memory and core."""
     ici_rate: float
     """Bytes/s that a device receives over all links of its slice: half of the stated bidirectional rate."""
     dcn_rate: float
@@ -53,16 +47,24 @@ class Generation:
     accelerator: str
     """Prefix of the accelerator types that are asked for in the cloud, such as `v5litepod-64`."""
 
+    @property
+    def name(self) -> str:
+        """As topologies begin."""
+        return self.chip.name
+
+    @property
+    def program_bytes(self) -> float:
+        """Memory of a device that the compiler gives to programs."""
+        assert self.chip.program_bytes is not None
+        return self.chip.program_bytes
+
 
 GENERATIONS = {
     g.name: g
     for g in (
         Generation(
-            name="v5e",
+            chip=CHIPS["v5e"],
             devices_per_chip=1,
-            hbm_bytes=15.75 * GIB,
-            flops=197e12,
-            hbm_rate=819e9,
             ici_rate=200e9,  # 400 GB/s bidirectional over 4 ports
             dcn_rate=3.125e9,  # 6.4 Tbit/s for a pod of 256
             hosts_of=4,
@@ -70,11 +72,8 @@ GENERATIONS = {
             accelerator="v5litepod-",
         ),
         Generation(
-            name="v5p",
+            chip=CHIPS["v5p"],
             devices_per_chip=1,
-            hbm_bytes=95 * GIB,
-            flops=459e12,
-            hbm_rate=2765e9,
             ici_rate=600e9,  # 1200 GB/s bidirectional over 6 ports
             dcn_rate=6.25e9,  # 50 Gbit/s per chip
             hosts_of=4,
@@ -82,11 +81,8 @@ GENERATIONS = {
             accelerator="v5p-",
         ),
         Generation(
-            name="v6e",
+            chip=CHIPS["v6e"],
             devices_per_chip=1,
-            hbm_bytes=31.25 * GIB,
-            flops=918e12,
-            hbm_rate=1638e9,
             ici_rate=400e9,  # 800 GB/s bidirectional over 4 ports
             dcn_rate=12.5e9,  # 25.6 Tbit/s for a pod of 256
             hosts_of=4,
@@ -94,11 +90,8 @@ GENERATIONS = {
             accelerator="v6e-",
         ),
         Generation(
-            name="tpu7x",  # a chip is two devices; all rates here are halves of the chip's
+            chip=CHIPS["tpu7x"],  # a chip is two devices; all rates here are halves of the chip's
             devices_per_chip=2,
-            hbm_bytes=94.75 * GIB,
-            flops=2307e12 / 2,
-            hbm_rate=7380e9 / 2,
             ici_rate=600e9 / 2,  # 1200 GB/s bidirectional
             dcn_rate=12.5e9 / 2,  # 100 Gbit/s per chip
             hosts_of=4,

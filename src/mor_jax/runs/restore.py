@@ -13,8 +13,9 @@ from mor_jax.config import io as config_io
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 from mor_jax.interop import weights_folder as weights
-from mor_jax.mesh.mesh import Device, make_mesh
-from mor_jax.model.routing.router_state import split_router_state
+from mor_jax.mesh.devices import Device
+from mor_jax.mesh.mesh import make_mesh
+from mor_jax.model.parameters import Weights, split_router_state
 from mor_jax.model.transformer import init_params
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.state import abstract_train_state
@@ -31,6 +32,11 @@ class RestoredRun:
     tokenizer: Tokenizer
     step: int
     """Optimiser steps behind the parameters."""
+
+    @property
+    def weights(self) -> Weights:
+        """The model to evaluate."""
+        return Weights(self.config.model, self.params, self.router_bias_R)
 
 
 def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRun:

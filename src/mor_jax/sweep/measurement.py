@@ -1,6 +1,5 @@
 """Further measurements of a finished run of a sweep: loss on given texts, and loss by a cap on the passes."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,9 +64,8 @@ def depth_losses(run: RestoredRun, rows: int | None = None) -> list[dict[str, An
     dataset, curve = held_out(run.config), []
     prefix = "validation_" if run.config.model.routing.kind == "none" else "validation_threshold_"
     for cap in range(1, run.config.model.recursion.num_recursions + 1):
-        model, params, bias_R = cap_depth(run.config.model, run.params, run.router_bias_R, cap)
-        config = dataclasses.replace(run.config, model=model)
-        losses = validation_losses(config, params, bias_R, dataset, rows or run.config.train.eval_rows)
+        weights, wanted = cap_depth(run.weights, cap), rows or run.config.train.eval_rows
+        losses = validation_losses(weights, run.config.perf, dataset, wanted)
         point = {"max_depth": cap, "nll": losses[f"{prefix}nll"], "bits_per_byte": losses[f"{prefix}bits_per_byte"]}
         shares = losses.get(f"{prefix}tokens_per_depth")
         if shares is not None:
@@ -82,7 +80,7 @@ def calibrated_losses(run: RestoredRun, calibration_rows: int, texts: Sequence[P
     run = calibrated(run, calibration_rows)
     config = run.config
     dataset = held_out(config)
-    losses = validation_losses(config, run.params, run.router_bias_R, dataset, config.train.eval_rows)
+    losses = validation_losses(run.weights, config.perf, dataset, config.train.eval_rows)
     dataset.close()
     figures: dict[str, Any] = {"nll": losses["validation_threshold_nll"], "gap": losses["validation_gap"]}
     figures["tokens_per_depth"] = losses["validation_threshold_tokens_per_depth"]

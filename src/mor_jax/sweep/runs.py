@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax import presets
-from mor_jax.config import Config
+from mor_jax.config import Config, InitStrategy
 from mor_jax.config import io as config_io
 from mor_jax.errors import UserError, require, suggest
-from mor_jax.model.sharing import Strategy
 
 Scale = str
 """Name of a size at which a sweep can be run, such as `debug` or `small`; the sweep's file knows which."""
@@ -26,7 +25,7 @@ class Start:
     """Name of the earlier run."""
     step: int | None = None
     """Branch: continue from the checkpoint that the earlier run pinned at this step (an isoFLOP branch)."""
-    strategy: Strategy | None = None
+    strategy: InitStrategy | None = None
     """Uptraining: build the shared layers from the earlier run's last checkpoint, which is of a full model."""
 
     def __post_init__(self) -> None:

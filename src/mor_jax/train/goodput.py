@@ -5,25 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mor_jax.config import Config
-from mor_jax.mesh.mesh import Device
+from mor_jax.mesh.devices import Device, peak_flops
 
 ACTIVITIES = ("init", "compile", "data_wait", "step", "checkpoint", "eval")
-
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # half a chip
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bfloat16 FLOP/s per device as JAX counts devices, as the makers state them, by ``jax.Device.device_kind``."""
 
 
 class Ledger:
@@ -71,7 +55,7 @@ class Throughput:
     def __init__(self, config: Config, ledger: Ledger, devices: Sequence[Device]) -> None:
         self._ledger = ledger
         self._tokens_per_step = config.train.batch_size * config.model.context_length
-        peak = PEAK_FLOPS.get(devices[0].device_kind)
+        peak = peak_flops(devices[0])
         self._peak = None if peak is None else peak * len(devices)
         self._flops_per_token = None if peak is None else _train_flops_per_token(config)
         self._mark()
@@ -99,5 +83,5 @@ def _train_flops_per_token(config: Config) -> float:
 
 def describe_peak(device: Device) -> str:
     """Return the peak that MFU is measured against, or "unknown device"."""
-    peak = PEAK_FLOPS.get(device.device_kind)
+    peak = peak_flops(device)
     return f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown device"

@@ -23,8 +23,10 @@ from mor_jax.errors import UserError, require
 from mor_jax.evaluate.pictures import write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.kernels.attention.backend import resolve_backend
-from mor_jax.mesh.mesh import Device, check_mesh, local_rows, make_mesh, shard_batch
+from mor_jax.mesh.devices import Device
+from mor_jax.mesh.mesh import check_mesh, local_rows, make_mesh, shard_batch
 from mor_jax.mesh.processes import barrier, host_names, is_primary, primary_first
+from mor_jax.model.parameters import Weights
 from mor_jax.model.routing.capacity import warmup_steps
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.folder import RunLock, check_run_folder, claim_run_folder, writing_to
@@ -252,11 +254,7 @@ class _Run:
             self.watchdog.reached(f"the validation after step {done}")
             with self.ledger.measure("eval"):
                 values |= validation_losses(
-                    self.config,
-                    self.state.params,
-                    self.state.router_bias_R,
-                    self.held_out,
-                    self.config.train.eval_rows,
+                    self._weights(), self.config.perf, self.held_out, self.config.train.eval_rows
                 )
         self.writers.write(done, values)
         self.reporter.log(done, values)
@@ -280,8 +278,10 @@ class _Run:
         """Write loss.png, depth.png and routing.html."""
         self.watchdog.reached("the pictures")
         with self.ledger.measure("eval"):
-            state = self.state
-            write_run_pictures(self.folder, self.config, state.params, state.router_bias_R, self.held_out)
+            write_run_pictures(self.folder, self.config, self._weights(), self.held_out)
+
+    def _weights(self) -> Weights:
+        return Weights(self.config.model, self.state.params, self.state.router_bias_R)
 
     def close(self) -> None:
         """Complete the last save and close what is open."""

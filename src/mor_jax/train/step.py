@@ -14,15 +14,16 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mor_jax.array_types import Params
-from mor_jax.config import Config
+from mor_jax.config import Config, ResolvedPerf
 from mor_jax.errors import UserError
 from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.mesh import batch_sharding, replicated
 from mor_jax.model.loss import fused_cross_entropy, target_mask
-from mor_jax.model.parameters import head_matrix
-from mor_jax.model.routing.trace import RoutingLosses, RoutingStatistics
+from mor_jax.model.parameters import Weights, head_matrix
+from mor_jax.model.routing.losses import RoutingLosses, RoutingStatistics
+from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk, logical_axes
-from mor_jax.perf import compiler_options, loss_chunk, resolve_perf
+from mor_jax.perf import compiler_options, resolve_perf
 from mor_jax.runs.optimizer import make_optimizer, make_schedule
 from mor_jax.runs.state import TrainState, abstract_train_state
 
@@ -60,6 +61,7 @@ def loss_fn(
     key: jax.Array,
     step: jax.Array | None,
     *,
+    perf: ResolvedPerf | None = None,
     targets: jax.Array | None = None,
     micro_batches: int = 1,
 ) -> tuple[jax.Array, LossParts]:
@@ -77,6 +79,7 @@ def loss_fn(
         batch: see ``Batch``.
         key: random key of a random router.
         step: int32 scalar, 0-based optimiser step that drives the warm-ups; None is after them.
+        perf: how to execute the model; None is ``config.perf``, plainly where it leaves something open.
         targets: target tokens of the whole batch; None counts this one's.
         micro_batches: how many micro-batches the whole batch has.
 
@@ -85,27 +88,18 @@ def loss_fn(
         reaches `aux_router` only.
     """
     model, routing = config.model, config.model.routing
+    perf = config.perf.resolved() if perf is None else perf
     targets = count_targets(config, batch) if targets is None else targets
-    output = apply_trunk(
-        model,
-        config.perf,
-        params,
-        batch["tokens"][:, :-1],
-        positions_BT=batch["positions"][:, :-1],
-        segment_ids_BT=batch["segment_ids"][:, :-1],
-        router_bias_R=router_bias_R,
-        step=step,
-        key=key,
-    )
+    output = apply_trunk(Weights(model, params, router_bias_R), perf, Rows.of_batch(batch), step=step, key=key)
     entropy = fused_cross_entropy(
         output.hidden_BTD,
         head_matrix(model, params),
         constrain(batch["tokens"][:, 1:], "batch", None),  # rows are whole: no border to shift targets across
         constrain(target_mask(model, batch["segment_ids"]).astype(jnp.float32), "batch", None),
-        chunk=loss_chunk(config.perf),
+        chunk=perf.loss_chunk,
         z_coefficient=config.train.logit_z_loss,
-        logits_dtype=jnp.bfloat16 if config.perf.logits_dtype == "bfloat16" else jnp.float32,
-        fused=config.perf.fused,
+        logits_dtype=perf.logits_dtype,
+        fused=perf.fused,
     )
     scale = 1.0 / jnp.maximum(targets, 1.0)
     total = entropy.loss_sum * scale
@@ -125,7 +119,9 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
     return {name: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1) for name, x in batch.items()}
 
 
-def _gradients(config: Config, state: TrainState, batch: Batch, step: jax.Array | None) -> tuple[Params, LossParts]:
+def _gradients(
+    config: Config, perf: ResolvedPerf, state: TrainState, batch: Batch, step: jax.Array | None
+) -> tuple[Params, LossParts]:
     """Differentiate the loss of the whole batch, one micro-batch at a time."""
     count = config.train.accumulation
     targets = count_targets(config, batch)
@@ -136,7 +132,7 @@ def _gradients(config: Config, state: TrainState, batch: Batch, step: jax.Array 
         def loss(params: Params) -> tuple[jax.Array, LossParts]:
             key = jax.random.fold_in(step_key, index)
             bias_R = state.router_bias_R
-            return loss_fn(config, params, bias_R, rows, key, step, targets=targets, micro_batches=count)
+            return loss_fn(config, params, bias_R, rows, key, step, perf=perf, targets=targets, micro_batches=count)
 
         gradients, parts = jax.grad(loss, has_aux=True)(state.params)
         return jax.tree.map(lambda g, axes: constrain(g, *axes), gradients, axes_of_params), parts
@@ -157,7 +153,7 @@ def _gradients(config: Config, state: TrainState, batch: Batch, step: jax.Array 
 def _update_bias(config: Config, state: TrainState, statistics: RoutingStatistics | None) -> jax.Array:
     """Loss-free balancing: move every depth's bias by u towards the mean load of the global batch (table 14)."""
     routing = config.model.routing
-    if statistics is None or routing.kind != "token" or routing.balancing != "loss_free":
+    if statistics is None or not routing.is_loss_free:
         return state.router_bias_R
     load_R = statistics.load_R
     moved_R = state.router_bias_R + routing.bias_update_rate * jnp.sign(jnp.mean(load_R) - load_R)
@@ -165,7 +161,9 @@ def _update_bias(config: Config, state: TrainState, statistics: RoutingStatistic
     return jnp.where(warm, moved_R, state.router_bias_R)
 
 
-def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def train_step(
+    config: Config, state: TrainState, batch: Batch, perf: ResolvedPerf | None = None
+) -> tuple[TrainState, Metrics]:
     """Do one optimiser step. Pure: jit it with ``config`` closed over and ``state`` donated.
 
     Args:
@@ -173,12 +171,14 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
             `scan`, whose shapes do not depend on the step.
         state: before the step.
         batch: the whole optimiser step's rows, [B, T+1]; split into ``train.accumulation`` micro-batches here.
+        perf: static, from ``resolve_perf``; None is ``config.perf``, plainly where it leaves something open.
 
     Returns:
         (state after the step, metrics as float32 scalars or [R] and [R+1] arrays).
     """
-    step = state.step if config.perf.execution == "scan" else None
-    gradients, parts = _gradients(config, state, batch, step)
+    perf = config.perf.resolved() if perf is None else perf
+    step = state.step if perf.execution == "scan" else None
+    gradients, parts = _gradients(config, perf, state, batch, step)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     with jax.named_scope("optimiser"):
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -219,18 +219,18 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
     Raises:
         UserError: the mesh does not divide the batch or the model, or the compiler refuses ``perf.compiler_options``.
     """
-    config = dataclasses.replace(config, perf=resolve_perf(config, mesh))
+    perf = resolve_perf(config, mesh)
     state = abstract_train_state(config, mesh)
     shape = (config.train.batch_size, config.model.context_length + 1)
     array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     batch = dict.fromkeys(("tokens", "segment_ids", "positions"), array)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
-        lambda state, batch: train_step(config, state, batch),
+        lambda state, batch: train_step(config, state, batch, perf),
         donate_argnums=0,
         out_shardings=(state_shardings, replicated(mesh)),
     )
-    options = compiler_options(config.perf)
+    options = compiler_options(perf)
     with jax.set_mesh(mesh):  # what `constrain` and `shard_map` refer to
         lowered = step.lower(state, batch)
         try:
@@ -239,4 +239,4 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
             refused = options and "INVALID_ARGUMENT" in str(error) and "option" in str(error)
             if not refused:
                 raise
-            raise UserError(f"perf.compiler_options={config.perf.compiler_options}: {error}") from error
+            raise UserError(f"perf.compiler_options={perf.compiler_options}: {error}") from error

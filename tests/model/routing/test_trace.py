@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.config import Execution, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig
+from mor_jax.config import Execution, Mode, ModelConfig, RecursionConfig, ResolvedPerf, RoutingConfig
+from mor_jax.model.parameters import Weights
 from mor_jax.model.routing.trace import RoutingTrace
-from mor_jax.model.transformer import Mode, apply_trunk, init_params
+from mor_jax.model.rows import Rows
+from mor_jax.model.transformer import apply_trunk, init_params
 
 VOCAB = 8
 EXPERT = RoutingConfig("expert", residual="plain", score="none", alpha=1.0, capacities=(1.0, 0.75, 0.25))
@@ -30,7 +32,15 @@ def _fresh(model: ModelConfig):
 
 
 def _route(
-    model: ModelConfig, table, tokens, execution: Execution = "gather", mode: Mode = "topk", **arguments
+    model: ModelConfig,
+    table,
+    tokens,
+    execution: Execution = "gather",
+    mode: Mode = "topk",
+    *,
+    segments=None,
+    bias_R=None,
+    **arguments,
 ) -> RoutingTrace:
     """Route rows of token ids; ``table[v]`` are the raw scores of token v, one per recursion (or depth)."""
     params = dict(_fresh(model))
@@ -41,8 +51,8 @@ def _route(
 
     @jax.jit
     def run(params):
-        perf = PerfConfig(execution=execution)
-        return apply_trunk(model, perf, params, jnp.array(tokens), mode=mode, **arguments).trace
+        weights, rows = Weights(model, params, bias_R), Rows(jnp.array(tokens), segment_ids_BT=segments)
+        return apply_trunk(weights, ResolvedPerf(execution=execution), rows, mode=mode, **arguments).trace
 
     trace = run(params)
     assert trace is not None
@@ -108,7 +118,7 @@ def test_a_threshold_also_holds_at_the_first_recursion_when_its_capacity_is_belo
 def test_padding_takes_no_seat_and_counts_nowhere(execution):
     """Six tokens and two of padding: recursion 2 keeps the tokens, recursion 3 the best two of them."""
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 0, 0]])
-    trace = _route(_model(EXPERT), SCORES, [[7, 6, 5, 4, 3, 2, 0, 1]], execution, segment_ids_BT=segments)
+    trace = _route(_model(EXPERT), SCORES, [[7, 6, 5, 4, 3, 2, 0, 1]], execution, segments=segments)
     np.testing.assert_array_equal(trace.depth_BT, [[3, 3, 2, 2, 2, 2, 1, 1]])
     np.testing.assert_allclose(trace.statistics.tokens_per_depth, [0, 0, 4 / 6, 2 / 6], rtol=1e-6)
     np.testing.assert_allclose(trace.statistics.threshold_accuracy_R, [1, 2 / 6, 2 / 6], rtol=1e-6)
@@ -146,7 +156,7 @@ def test_a_token_dropped_at_a_deep_recursion_leaves_its_seat_to_nobody():
 @pytest.mark.parametrize("execution", ["gather", "scan"])
 def test_padding_takes_no_seat_of_token_choice(execution):
     segments = jnp.array([[1, 1, 1, 1, 1, 0, 0, 0]])
-    trace = _route(_model(TOKEN), DEPTHS, [[0, 2, 3, 1, 4, 2, 2, 2]], execution, segment_ids_BT=segments)
+    trace = _route(_model(TOKEN), DEPTHS, [[0, 2, 3, 1, 4, 2, 2, 2]], execution, segments=segments)
     np.testing.assert_array_equal(trace.depth_BT, [[1, 3, 3, 2, 1, 1, 1, 1]])
     np.testing.assert_allclose(trace.statistics.load_R, [2 / 5, 1 / 5, 2 / 5], rtol=1e-6)
 
@@ -162,7 +172,7 @@ def test_balance_warm_up_sends_every_token_through_every_recursion(execution):
 
 def test_the_loss_free_bias_moves_the_choice_but_not_the_gate():
     model = _model(dataclasses.replace(TOKEN, balancing="loss_free", capacities=(1.0, 1.0, 1.0)))
-    trace = _route(model, DEPTHS, ROWS[:1], router_bias_R=jnp.array([0.0, 2.0, 0.0]))
+    trace = _route(model, DEPTHS, ROWS[:1], bias_R=jnp.array([0.0, 2.0, 0.0]))
     np.testing.assert_array_equal(trace.depth_BT, np.full((1, 8), 2))
     plain = np.exp(0) / (np.exp(9) + 2)
     np.testing.assert_allclose(np.asarray(trace.gates)[0, 0], plain, rtol=1e-5)

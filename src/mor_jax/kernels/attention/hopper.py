@@ -1,7 +1,7 @@
 """Flash attention for Hopper GPUs in Pallas (Mosaic GPU): causal, or every query over one run of keys.
 
-It does what ``attention_gpu`` does on other GPUs, with the matrix instructions (wgmma) and the copy engine (TMA) of
-Hopper, and plain causality as well. Memory is linear in the lengths; blocks that nothing needs are never read. The
+It does what ``triton`` does on other GPUs, with the matrix instructions (wgmma) and the copy engine (TMA) of Hopper,
+and plain causality as well. Memory is linear in the lengths; blocks that nothing needs are never read. The
 gradient of keys and values is summed over grouped heads inside its kernel, and no gradient goes through float32 memory.
 
 Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dim, I tiles of queries,
@@ -32,8 +32,10 @@ from mor_jax.kernels.attention.hopper_place import (
     query_items,
 )
 from mor_jax.kernels.attention.hopper_walk import programs
-from mor_jax.kernels.attention.runs import NEVER
-from mor_jax.kernels.hopper_launch import COPY_MULTIPLE, is_hopper, launch, pad_axis, tiled_smem
+from mor_jax.kernels.attention.mask import NEVER
+from mor_jax.kernels.hopper_launch import COPY_MULTIPLE, launch, tiled_smem
+from mor_jax.kernels.padding import pad_axis
+from mor_jax.mesh.devices import is_hopper
 
 VECTOR_MULTIPLE = 128
 """Arrays of one value per query are padded to this, no block being longer: they are copied beyond a row's end."""

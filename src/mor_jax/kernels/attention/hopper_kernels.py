@@ -1,4 +1,4 @@
-"""The three Pallas (Mosaic GPU) kernels behind ``attention_hopper.flash_attention``; letters as there.
+"""The three Pallas (Mosaic GPU) kernels behind ``hopper.flash_attention``; letters as there.
 
 Of a thread block's warpgroups the last one only asks the copy engine (TMA) for the next blocks. The engine reads rows
 of tensors beyond an array's end as zeros, and does not write them. Vectors, one value per query, it copies without a
@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mor_jax.kernels.attention.hopper_place import (
     ROWS,
-    Place,
     Shape,
     Tiles,
+    WarpgroupPlace,
     key_items,
     place_keys,
     place_queries,
@@ -64,7 +64,7 @@ def _columns(values: jax.Array) -> jax.Array:
 def _copy_own(pairs: list[tuple[Any, Any]], ranges: list[tuple[Any, Any]]) -> Copy:
     """What copies a warpgroup's rows of [B, T, N, H] arrays and of [B, N, T] or [B, T] ``ranges``."""
 
-    def copy(place: Place, wg: Any, buffer: Any, barrier: Any) -> None:
+    def copy(place: WarpgroupPlace, wg: Any, buffer: Any, barrier: Any) -> None:
         for ref, smem in pairs:
             plgpu.copy_gmem_to_smem(ref.at[place.batch, place.rows, place.head], smem.at[buffer, wg], barrier)
         for ref, smem in ranges:
@@ -77,7 +77,7 @@ def _copy_own(pairs: list[tuple[Any, Any]], ranges: list[tuple[Any, Any]]) -> Co
 def _copy_keys(tiles: Tiles, pairs: list[tuple[Any, Any]]) -> Copy:
     """What copies a step's block of keys (and values), the last block first."""
 
-    def copy(place: Place, step: Any, slot: Any, barrier: Any) -> None:
+    def copy(place: WarpgroupPlace, step: Any, slot: Any, barrier: Any) -> None:
         rows = pl.ds((place.stop - 1 - step) * tiles.block_rows, tiles.block_rows)
         for ref, smem in pairs:
             plgpu.copy_gmem_to_smem(ref.at[place.batch, rows, place.kv_head], smem.at[slot], barrier)
@@ -85,7 +85,7 @@ def _copy_keys(tiles: Tiles, pairs: list[tuple[Any, Any]]) -> Copy:
     return copy
 
 
-def _store_queries(shape: Shape, place: Place, tensor: tuple[Any, Any], vector: tuple[Any, Any]) -> None:
+def _store_queries(shape: Shape, place: WarpgroupPlace, tensor: tuple[Any, Any], vector: tuple[Any, Any]) -> None:
     """Write a tile [ROWS, H] and a value per row, each (in shared memory, in memory), and wait until they are there."""
     plgpu.commit_smem()
 
@@ -100,7 +100,7 @@ def _store_queries(shape: Shape, place: Place, tensor: tuple[Any, Any], vector: 
 def _copy_queries(shape: Shape, tiles: Tiles, pairs: list[Any], values: list[Any], runs: list[Any]) -> Copy:
     """What copies a step's block of queries: of [B, T, N, H] arrays, of [B, N, T] and of [B, T] ones."""
 
-    def copy(place: Place, step: Any, slot: Any, barrier: Any) -> None:
+    def copy(place: WarpgroupPlace, step: Any, slot: Any, barrier: Any) -> None:
         count = place.stop - place.begin
         head = place.kv_head * shape.groups + lax.div(step, count)
         rows = pl.ds((place.begin + lax.rem(step, count)) * tiles.block_rows, tiles.block_rows)
@@ -121,7 +121,7 @@ def forward_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, staging:
     wg, scale = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E
     both = list(zip(filled, freed, strict=True))
 
-    def compute(place: Place, buffer: Any, done: Any) -> None:
+    def compute(place: WarpgroupPlace, buffer: Any, done: Any) -> None:
         query, runs = query_smem.at[buffer, wg], [smem.at[buffer, wg][...] for smem in run_smem]
 
         def step(index: Any, block: Any, carry: Any, *, masked: bool) -> Any:
@@ -180,7 +180,7 @@ def grad_queries_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, sta
     own, filled, freed = barriers
     wg, scale = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E
 
-    def compute(place: Place, buffer: Any, done: Any) -> None:
+    def compute(place: WarpgroupPlace, buffer: Any, done: Any) -> None:
         query, grad_out = query_smem.at[buffer, wg], grad_out_smem.at[buffer, wg]
         runs, lse = [smem.at[buffer, wg][...] for smem in run_smem], lse_smem.at[buffer, wg][...]
         out = out_smem.at[buffer, wg][...].astype(jnp.float32)
@@ -233,7 +233,7 @@ def grad_keys_kernel(shape: Shape, tiles: Tiles, refs: Any, scratch: Any, stagin
     key_smem, value_smem, query_smem, grad_out_smem, lse_smem, delta_smem, run_smem, own, filled, freed = scratch
     wg, scale = lax.axis_index("wg"), shape.width**-0.5 * _LOG2_E
 
-    def compute(place: Place, buffer: Any, done: Any) -> None:
+    def compute(place: WarpgroupPlace, buffer: Any, done: Any) -> None:
         key, value = key_smem.at[buffer, wg], value_smem.at[buffer, wg]
 
         def add(grad_key_acc: Any, grad_value_acc: Any, index: Any, block: Any, *, masked: bool) -> None:

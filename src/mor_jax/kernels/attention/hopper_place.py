@@ -1,6 +1,6 @@
-"""What the kernels of ``attention_hopper`` work on: items, tiles, the blocks that a tile needs, and masks.
+"""What the kernels of ``hopper`` work on: items, tiles, the blocks that a tile needs, and masks.
 
-An item of work is a tile for each warpgroup of a thread block that computes. Letters as in ``attention_hopper``.
+An item of work is a tile for each warpgroup of a thread block that computes. Letters as in ``hopper``.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mor_jax.kernels.attention.runs import NEVER
+from mor_jax.kernels.attention.mask import NEVER
 
 ROWS = 64
 """Rows of a warpgroup's tile: what one wgmma instruction takes."""
@@ -66,7 +66,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Place:
+class WarpgroupPlace:
     """Where a warpgroup works, int32 scalars; ``begin`` and ``stop`` bound the blocks that the thread block walks."""
 
     batch: Any
@@ -95,7 +95,7 @@ def key_items(shape: Shape, tiles: Tiles) -> int:
     return shape.batch * shape.kv_heads * pl.cdiv(pl.cdiv(shape.keys, ROWS), tiles.warpgroups)
 
 
-def place_queries(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any) -> Place:
+def place_queries(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any) -> WarpgroupPlace:
     """The place of a warpgroup. Those of an item have the heads of a group, which read the same keys.
 
     Items with the longest walk come first, of all rows: those that run together take about as long, and all keys and
@@ -117,10 +117,10 @@ def place_queries(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any)
     own = unit + wg
     head = kv_head * shape.groups + lax.rem(own, shape.groups)
     begin, stop = _bounds([span(unit + i) for i in range(tiles.warpgroups)])
-    return Place(batch, kv_head, head, lax.div(own, shape.groups), span(own), begin, stop, stop - begin)
+    return WarpgroupPlace(batch, kv_head, head, lax.div(own, shape.groups), span(own), begin, stop, stop - begin)
 
 
-def place_keys(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any) -> Place:
+def place_keys(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any) -> WarpgroupPlace:
     """The place of a warpgroup. A row's items come one after the other: else their queries do not fit the cache."""
     blocks = key_items(shape, tiles) // (shape.batch * shape.kv_heads)
     pair, block = lax.div(item, blocks), lax.rem(item, blocks)
@@ -136,7 +136,7 @@ def place_keys(shape: Shape, tiles: Tiles, plan_ref: Any, item: Any, wg: Any) ->
     tile = block * tiles.warpgroups
     begin, stop = _bounds([span(tile + i) for i in range(tiles.warpgroups)])
     steps = shape.groups * (stop - begin)
-    return Place(batch, kv_head, kv_head, tile + wg, span(tile + wg), begin, stop, steps)
+    return WarpgroupPlace(batch, kv_head, kv_head, tile + wg, span(tile + wg), begin, stop, steps)
 
 
 def _read(plan_ref: Any, batch: Any, tile: Any, length: int) -> Span:

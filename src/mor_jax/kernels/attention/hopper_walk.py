@@ -1,8 +1,8 @@
-"""How a kernel of ``attention_hopper`` takes its work: warpgroups that compute, and one that copies for them.
+"""How a kernel of ``hopper`` takes its work: warpgroups that compute, and one that copies for them.
 
 All computing warpgroups of a thread block walk over the same blocks; one passes over those that only its neighbours
 need. In a persistent kernel a thread block takes items of work in turn, and the rows of the next one are copied
-meanwhile. Letters as in ``attention_hopper``.
+meanwhile. Letters as in ``hopper``.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mor_jax.kernels.attention.hopper_place import Place, Shape, Tiles
-from mor_jax.kernels.hopper_launch import REGISTERS, multiprocessors
+from mor_jax.kernels.attention.hopper_place import Shape, Tiles, WarpgroupPlace
+from mor_jax.kernels.hopper_launch import REGISTERS
+from mor_jax.mesh.devices import multiprocessors
 
 
 def programs(tiles: Tiles, items: int) -> int:
@@ -22,17 +23,17 @@ def programs(tiles: Tiles, items: int) -> int:
     return min(items, multiprocessors()) if tiles.persistent else items
 
 
-Copy = Callable[[Place, Any, Any, Any], None]
+Copy = Callable[[WarpgroupPlace, Any, Any, Any], None]
 """Asks for the rows of a place: a warpgroup's own into a buffer, or a step's block into a slot, and a barrier."""
 
 
 def work(
     tiles: Tiles,
     items: int,
-    place: Callable[[Any, Any], Place],
+    place: Callable[[Any, Any], WarpgroupPlace],
     own: tuple[Any, Any, Copy],
     walked: list[tuple[Any, Any, Copy]],
-    compute: Callable[[Place, Any, Any], None],
+    compute: Callable[[WarpgroupPlace, Any, Any], None],
 ) -> None:
     """The body of a kernel.
 
@@ -77,7 +78,7 @@ def work(
         lax.fori_loop(0, turns, one, jnp.int32(0))
 
 
-def _copy_blocks(tiles: Tiles, place: Place, done: Any, walked: list[tuple[Any, Any, Copy]]) -> None:
+def _copy_blocks(tiles: Tiles, place: WarpgroupPlace, done: Any, walked: list[tuple[Any, Any, Copy]]) -> None:
     """For every step, as its slots fall free, ask for what the others will read."""
 
     @pl.loop(0, place.steps)
@@ -102,7 +103,7 @@ def pass_over(tiles: Tiles, start: Any, stop: Any, barriers: list[tuple[Any, Any
 def over_keys(
     shape: Shape,
     tiles: Tiles,
-    place: Place,
+    place: WarpgroupPlace,
     barriers: list[tuple[Any, Any]],
     done: Any,
     step: Callable[..., Any],
@@ -144,7 +145,7 @@ def over_keys(
 def over_queries(
     shape: Shape,
     tiles: Tiles,
-    place: Place,
+    place: WarpgroupPlace,
     barriers: list[tuple[Any, Any]],
     done: Any,
     step: Callable[..., None],

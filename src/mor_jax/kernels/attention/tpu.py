@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from mor_jax.config import AttentionBackend
 from mor_jax.errors import require
+from mor_jax.kernels.padding import pad_axis
 from mor_jax.mesh.axes import axis_size, on_shards
 
 _log = logging.getLogger(__name__)
@@ -29,12 +30,6 @@ _LANES = 128
 """Width of the vector registers: every block of the kernel is a multiple of it."""
 _HIDDEN = -1
 """Segment of keys that nothing sees; row of queries that see nothing."""
-
-
-def target_platform() -> str:
-    """Platform that the traced program is for: the ambient mesh's, which may only be described, or this host's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 @functools.cache
@@ -92,12 +87,12 @@ def splash_attention(
     length = query_BTNH.shape[1]
     shards = axis_size("context")
     block_q, block_k = block_size(-(-length // shards)), block_size(keys_BSKH.shape[1])
-    query_BTNH = _pad(query_BTNH, block_q * shards)
-    rows_BT = _pad(rows_BT, block_q * shards, _HIDDEN)
-    keys_BSKH, values_BSKH = _pad(keys_BSKH, block_k), _pad(values_BSKH, block_k)
+    query_BTNH = pad_axis(query_BTNH, 1, block_q * shards)
+    rows_BT = pad_axis(rows_BT, 1, block_q * shards, _HIDDEN)
+    keys_BSKH, values_BSKH = pad_axis(keys_BSKH, 1, block_k), pad_axis(values_BSKH, 1, block_k)
     segments = None
     if segments_BT is not None and key_segments_BS is not None:
-        segments = (_pad(segments_BT, block_q * shards), _pad(key_segments_BS, block_k, _HIDDEN))
+        segments = (pad_axis(segments_BT, 1, block_q * shards), pad_axis(key_segments_BS, 1, block_k, _HIDDEN))
     tokens = ("batch", "sequence")
     key_value = ("batch", None, "kv_heads", "head_dim")
     in_axes = ((*tokens, "heads", "head_dim"), key_value, key_value, tokens)
@@ -105,14 +100,6 @@ def splash_attention(
     local = functools.partial(_on_one_device, blocks=(block_q, block_k), interpret=interpret)
     attention = on_shards(local, in_axes, (*tokens, "heads", "head_dim"))
     return attention(query_BTNH, keys_BSKH, values_BSKH, rows_BT, segments)[:, :length]
-
-
-def _pad(x_BT: jax.Array, multiple: int, value: int = 0) -> jax.Array:
-    if x_BT.shape[1] % multiple == 0:
-        return x_BT
-    widths = [(0, 0)] * x_BT.ndim
-    widths[1] = (0, -x_BT.shape[1] % multiple)
-    return jnp.pad(x_BT, widths, constant_values=value)
 
 
 def _on_one_device(

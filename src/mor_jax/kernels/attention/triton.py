@@ -17,9 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
-from mor_jax.kernels.attention.runs import NEVER
+from mor_jax.kernels.attention.mask import NEVER
 from mor_jax.kernels.attention.triton_kernels import (
     Blocks,
     Tiling,
@@ -27,6 +26,13 @@ from mor_jax.kernels.attention.triton_kernels import (
     grad_keys_kernel,
     grad_queries_kernel,
 )
+from mor_jax.kernels.padding import pad_axis
+from mor_jax.kernels.pallas_triton import call_kernel, is_available
+
+
+def takes(dtype: str, head_dim: int) -> bool:
+    """Whether the kernels exist with this version of JAX, and take such arrays: 16 bits, blocks of powers of two."""
+    return is_available() and jnp.dtype(dtype).itemsize == 2 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
 
 
 def flash_attention(
@@ -54,17 +60,8 @@ def flash_attention(
         [B, T, N, H] in the queries' dtype; 0 for a query without keys.
     """
     tiling = tiling or Tiling()
-    key_BSKH, value_BSKH = (_pad(x, tiling.key_multiple) for x in (key_BSKH, value_BSKH))
+    key_BSKH, value_BSKH = (pad_axis(x, 1, tiling.key_multiple) for x in (key_BSKH, value_BSKH))
     return _attention(tiling, interpret, query_BTNH, key_BSKH, value_BSKH, start_BT, end_BT)
-
-
-def _pad(x_BT: jax.Array, multiple: int, value: int = 0) -> jax.Array:
-    """Lengthen axis 1 by a constant: queries without keys, keys without queries."""
-    if x_BT.shape[1] % multiple == 0:
-        return x_BT
-    widths = [(0, 0)] * x_BT.ndim
-    widths[1] = (0, -x_BT.shape[1] % multiple)
-    return jnp.pad(x_BT, widths, constant_values=value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -91,8 +88,8 @@ _attention.defvjp(_forward, _backward)
 
 def _query_blocks(start: Any, end: jax.Array, blocks: Blocks, length: int) -> jax.Array:
     """int32 [B, J, 2]: first and one past the last block of queries that a block of keys is visible to."""
-    end = _pad(end, blocks.queries)
-    start = None if start is None else _pad(start, blocks.queries, NEVER)
+    end = pad_axis(end, 1, blocks.queries)
+    start = None if start is None else pad_axis(start, 1, blocks.queries, NEVER)
     batch, queries = end.shape
     tiles = queries // blocks.queries
     lowest = blocks.keys * jnp.arange(length // blocks.keys, dtype=jnp.int32)[None, :, None]
@@ -105,12 +102,6 @@ def _query_blocks(start: Any, end: jax.Array, blocks: Blocks, length: int) -> ja
     first_BJ = jnp.min(jnp.where(needs_BJI, index, tiles), axis=2)
     last_BJ = jnp.max(jnp.where(needs_BJI, index + 1, 0), axis=2)
     return jnp.stack([first_BJ, last_BJ], axis=2)
-
-
-def _call(kernel: Any, blocks: Blocks, interpret: bool, name: str, **arguments: Any) -> Any:
-    params = plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
-    extra = {} if interpret else {"compiler_params": params}
-    return pl.pallas_call(kernel, interpret=interpret, name=name, **extra, **arguments)
 
 
 def _by_query_block(blocks: Blocks, heads: int, kv_heads: int, length: int, width: int, has_start: bool) -> Any:
@@ -129,11 +120,12 @@ def _forward_call(blocks, interpret, query, key, value, start, end):
     q, kv, spans, rows = _by_query_block(blocks, heads, key.shape[2], key.shape[1], width, has_start)
     kernel = functools.partial(forward_kernel, blocks=blocks, length=length, scale=width**-0.5, has_start=has_start)
     ranges = [start, end] if has_start else [end]
-    return _call(
+    return call_kernel(
         kernel,
-        blocks,
-        interpret,
         "mor_attention_forward",
+        warps=blocks.warps,
+        stages=blocks.stages,
+        interpret=interpret,
         grid=(pl.cdiv(length, blocks.queries), batch * heads),
         in_specs=[q, kv, kv, *spans],
         out_specs=[q, rows],
@@ -152,11 +144,12 @@ def _grad_queries_call(blocks, interpret, query, key, value, start, end, grad_ou
         grad_queries_kernel, blocks=blocks, length=length, scale=width**-0.5, has_start=has_start
     )
     ranges = [start, end] if has_start else [end]
-    return _call(
+    return call_kernel(
         kernel,
-        blocks,
-        interpret,
         "mor_attention_grad_queries",
+        warps=blocks.warps,
+        stages=blocks.stages,
+        interpret=interpret,
         grid=(pl.cdiv(length, blocks.queries), batch * heads),
         in_specs=[q, kv, kv, *spans, q, rows, rows],
         out_specs=q,
@@ -176,11 +169,12 @@ def _grad_keys_call(blocks, interpret, query, key, value, start, end, grad_out, 
     rows = pl.BlockSpec((None, groups, padded), lambda _, bk: (bk // kv_heads, bk % kv_heads, 0))
     tiles = pl.BlockSpec((None, None, 2), lambda j, bk: (bk // kv_heads, j, 0))
     ranges = [start, end] if has_start else [end]
-    return _call(
+    return call_kernel(
         kernel,
-        blocks,
-        interpret,
         "mor_attention_grad_keys",
+        warps=blocks.warps,
+        stages=blocks.stages,
+        interpret=interpret,
         grid=(keys // blocks.keys, batch * kv_heads),
         in_specs=[q, kv, kv, *[span] * len(ranges), q, rows, rows, tiles],
         out_specs=[kv, kv],

@@ -1,4 +1,4 @@
-"""The three Pallas (Triton) kernels behind ``attention_gpu.flash_attention``; letters as there."""
+"""The three Pallas (Triton) kernels behind ``triton.flash_attention``; letters as there."""
 
 import functools
 import math
@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
-from mor_jax.kernels.attention.runs import NEVER
+from mor_jax.kernels.attention.mask import NEVER
+from mor_jax.kernels.pallas_triton import plt
 
 _LOG2_E = math.log2(math.e)
 _MASKED = -1e30

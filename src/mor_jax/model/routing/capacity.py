@@ -2,8 +2,6 @@
 
 import math
 
-import numpy as np
-
 from mor_jax.config import ModelConfig
 
 
@@ -35,10 +33,10 @@ def _warmed(config: ModelConfig, step: int | None) -> tuple[float, ...]:
     return tuple(c + (1 - c) * remaining for c in config.capacities)
 
 
-def warmup_table(config: ModelConfig, length: int) -> np.ndarray:
-    """Return int32 [capacity_warmup_steps + 1, R]: k by step in double precision, the last row for every later step."""
+def warmup_table(config: ModelConfig, length: int) -> list[tuple[int, ...]]:
+    """Return [capacity_warmup_steps + 1][R]: k by step in double precision, the last row for every later step."""
     steps = [*range(config.routing.capacity_warmup_steps), None]
-    return np.array([routed_tokens(config, length, step) for step in steps], np.int32)
+    return [routed_tokens(config, length, step) for step in steps]
 
 
 def token_seats(config: ModelConfig, length: int) -> tuple[int, ...]:

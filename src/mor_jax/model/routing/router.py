@@ -1,9 +1,8 @@
-"""Routers: raw scores, gates, router losses and statistics (paper sections 2.2.1 and 3.3, tables 13 and 14).
+"""The router: a network that scores tokens, and what its scores mean - gates and boundaries (paper section 2.2.1).
 
-Losses and statistics are pure functions of dense [R, B, T] arrays, so that every execution shares them.
+Letters: B rows, T tokens, C computed tokens, D width, R recursions.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.routing.trace import RoutingLosses, RoutingStatistics
 
 RouterParams = dict[str, jax.Array]
 
@@ -36,8 +34,7 @@ class Router(nn.Module):
 
         if routing.router == "linear":
             return {"kernel": declare("kernel", (config.d_model, outputs), ("embed", None))}
-        expansion = routing.router_expansion or {"mlp": 2, "wide_mlp": 4}[routing.router]
-        width = expansion * config.d_model
+        width = routing.hidden_expansion * config.d_model
         return {
             "hidden": declare("hidden", (config.d_model, width), ("embed", None)),
             "output": declare("output", (width, outputs), (None, None)),
@@ -48,12 +45,38 @@ class Router(nn.Module):
 def raw_scores(params: RouterParams, x_BTD: jax.Array, temperature: float = 1.0) -> jax.Array:
     """Raw float32 router output [B, T, outputs] of one router; the temperature divides the input (as released)."""
     x_BTD = x_BTD.astype(jnp.float32) / temperature
-    if "kernel" in params:
+    if _is_linear(params):
         raw = _matmul(x_BTD, params["kernel"])
     else:
         raw = _matmul(nn.gelu(_matmul(x_BTD, params["hidden"]), approximate=False), params["output"])
     # computed where the tokens are, and only then gathered: selection sees whole rows
     return constrain(constrain(raw, "batch", "sequence", None), "batch", None, None)
+
+
+@jax.named_scope("routing")
+def raw_scores_at(
+    params: RouterParams, x_BTD: jax.Array, recursion_BT: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+    """Raw float32 score [B, T] of each token by the router of its own recursion (expert-choice, while decoding).
+
+    Args:
+        params: of all recursions, leaves [R, ...].
+        x_BTD: hidden states.
+        recursion_BT: int32 recursion of each token; beyond the last it counts as the last.
+        temperature: divides the input.
+    """
+    if _is_linear(params):
+        # each token's own router, as one element-wise sum
+        kernel_RD = params["kernel"][:, :, 0].astype(jnp.float32)
+        kernel_BTD = kernel_RD.at[recursion_BT].get(mode="clip")
+        return jnp.sum(x_BTD.astype(jnp.float32) / temperature * kernel_BTD, axis=-1)
+    raw_RBT = jax.vmap(lambda router: raw_scores(router, x_BTD, temperature)[:, :, 0])(params)
+    recursion_1BT = jnp.minimum(recursion_BT, raw_RBT.shape[0] - 1)[None]
+    return jnp.take_along_axis(raw_RBT, recursion_1BT, axis=0)[0]
+
+
+def _is_linear(params: RouterParams) -> bool:
+    return "kernel" in params
 
 
 def _matmul(x_BTX: jax.Array, kernel_XY: jax.Array) -> jax.Array:
@@ -76,91 +99,6 @@ def gated(config: ModelConfig, gate_BC: jax.Array, out_BCD: jax.Array, x_BCD: ja
     if config.routing.gating == "additive":
         return delta_BCD
     return gate_BC[:, :, None].astype(out_BCD.dtype) * delta_BCD
-
-
-def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted mean over all axes, 0 if nothing has weight."""
-    weights = weights.astype(jnp.float32)
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1.0)
-
-
-def _selection_loss(raw_RBT: jax.Array, active_RBT: jax.Array, selected_RBT: jax.Array) -> jax.Array:
-    """Binary cross-entropy of raw scores against "was selected": mean over active tokens, summed over recursions."""
-    target_RBT = selected_RBT.astype(jnp.float32)
-    loss_RBT = jax.nn.softplus(raw_RBT) - raw_RBT * target_RBT
-    return jnp.sum(jax.vmap(_mean)(loss_RBT, active_RBT))
-
-
-def expert_losses(
-    config: ModelConfig,
-    raw_RBT: jax.Array,
-    aux_RBT: jax.Array | None,
-    active_RBT: jax.Array,
-    selected_RBT: jax.Array,
-) -> RoutingLosses:
-    """Expert-choice losses: sampling (auxiliary loss or auxiliary router) and z-loss (table 13)."""
-    losses = RoutingLosses.zero()
-    if config.routing.sampling == "aux_loss":
-        losses = dataclasses.replace(losses, sampling=_selection_loss(raw_RBT, active_RBT, selected_RBT))
-    if aux_RBT is not None:
-        losses = dataclasses.replace(losses, aux_router=_selection_loss(aux_RBT, active_RBT, selected_RBT))
-    # the log-sum-exp of one score is the score itself
-    return dataclasses.replace(losses, router_z=jnp.sum(jax.vmap(_mean)(jnp.square(raw_RBT), active_RBT)))
-
-
-def token_losses(config: ModelConfig, raw_BTR: jax.Array, load_R: jax.Array, counted_BT: jax.Array) -> RoutingLosses:
-    """Token-choice losses: balancing (sum of mean score times N_r x share) and z-loss (table 14)."""
-    z = _mean(jnp.square(jax.nn.logsumexp(raw_BTR, axis=-1)), counted_BT)
-    losses = dataclasses.replace(RoutingLosses.zero(), router_z=z)
-    if config.routing.balancing != "loss":
-        return losses
-    mean_R = jax.vmap(_mean, in_axes=(-1, None))(score(config, raw_BTR), counted_BT)
-    recursions = config.recursion.num_recursions
-    return dataclasses.replace(losses, balancing=jnp.sum(mean_R * recursions * jax.lax.stop_gradient(load_R)))
-
-
-def depth_shares(depth_BT: jax.Array, counted_BT: jax.Array, recursions: int) -> jax.Array:
-    """Share of the counted tokens at depth 0, 1, ..., R: float32 [R + 1]."""
-    one_hot = depth_BT[:, :, None] == jnp.arange(recursions + 1)[None, None, :]
-    return jax.vmap(_mean, in_axes=(-1, None))(one_hot.astype(jnp.float32), counted_BT)
-
-
-def statistics(
-    config: ModelConfig,
-    *,
-    depth_BT: jax.Array,
-    chosen_BT: jax.Array,
-    decision_RBT: jax.Array | None,
-    active_RBT: jax.Array,
-    selected_RBT: jax.Array,
-    counted_BT: jax.Array,
-) -> RoutingStatistics:
-    """Summarise where tokens went.
-
-    Args:
-        config: the model.
-        depth_BT: passes completed.
-        chosen_BT: passes that the router asked for.
-        decision_RBT: whether the causal boundary would select a token; None for token-choice (it always agrees).
-        active_RBT: whether a recursion could choose the token.
-        selected_RBT: whether it did.
-        counted_BT: whether the token counts (not padding).
-    """
-    recursions = config.recursion.num_recursions
-    load_R = depth_shares(chosen_BT, counted_BT, recursions)[1:]
-    agreement_RBT = jnp.ones_like(selected_RBT) if decision_RBT is None else decision_RBT == selected_RBT
-    used_T = jnp.any(selected_RBT[-1], axis=0)
-    return jax.lax.stop_gradient(
-        RoutingStatistics(
-            threshold_accuracy_R=jax.vmap(_mean)(agreement_RBT.astype(jnp.float32), active_RBT),
-            tokens_per_depth=depth_shares(depth_BT, counted_BT, recursions),
-            load_R=load_R,
-            dead_token_ratio=1.0 - jnp.mean(used_T.astype(jnp.float32)),
-            max_vio=jnp.max(load_R) / jnp.maximum(jnp.mean(load_R), 1e-20) - 1.0,
-            entropy=-jnp.sum(jnp.where(load_R > 0, load_R * jnp.log(jnp.maximum(load_R, 1e-20)), 0.0)),
-            dropped=_mean((chosen_BT > depth_BT).astype(jnp.float32), counted_BT),
-        )
-    )
 
 
 def boundary_decision(config: ModelConfig, raw: jax.Array, recursion: int) -> jax.Array:

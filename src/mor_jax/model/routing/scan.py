@@ -10,13 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.config import ModelConfig
-from mor_jax.model.recurse import RoutingInputs, empty_kv, scan_context
-from mor_jax.model.routing import router as routing
+from mor_jax.array_types import KeyValue
+from mor_jax.config import Mode, ModelConfig
+from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.model.recurse import empty_kv, scan_context
+from mor_jax.model.relaxation import Unshared
 from mor_jax.model.routing.capacity import routed_tokens, warmup_table
-from mor_jax.model.routing.gather import choose_depth, expert_trace, token_trace
+from mor_jax.model.routing.decide import RoutingInputs, choose_depth, expert_scores
+from mor_jax.model.routing.router import gated, score
 from mor_jax.model.routing.select import top_mask
-from mor_jax.model.routing.trace import RoutingTrace
+from mor_jax.model.routing.trace import RoutingTrace, expert_trace, token_trace
 
 Routed = tuple[jax.Array, RoutingTrace, tuple[jax.Array, ...]]
 
@@ -25,7 +28,7 @@ def _counts(config: ModelConfig, length: int, step: int | jax.Array | None) -> j
     """int32 [R]: tokens to select, also for a traced step."""
     if step is None or isinstance(step, int):
         return jnp.array(routed_tokens(config, length, step), jnp.int32)
-    table = jnp.asarray(warmup_table(config, length))
+    table = jnp.asarray(np.array(warmup_table(config, length), np.int32))
     return table[jnp.minimum(step, len(table) - 1)]
 
 
@@ -39,15 +42,15 @@ def _run_block(
     config: ModelConfig,
     block: Any,
     x_BTD: jax.Array,
-    view: Any,
-    first: Any,
+    view: TokenView,
+    first: KeyValue | None,
     r: jax.Array,
     selected_BT: jax.Array,
-    norms: Any,
-) -> tuple[jax.Array, Any]:
+    unshared: Unshared | None,
+) -> tuple[jax.Array, KeyValue | None]:
     """One full-length pass; returns the block's output and recursion 1's keys and values to carry on."""
     context = scan_context(config, view, first, _fresh(config, r, selected_BT), selected_BT)
-    out_BTD, kv = block(x_BTD, context, first, norms)
+    out_BTD, kv = block(x_BTD, context, first, unshared)
     if first is None:
         return out_BTD, None
     return out_BTD, jax.tree.map(lambda fresh, kept: jnp.where(r == 0, fresh, kept), kv, first)
@@ -60,7 +63,7 @@ def _scan(config: ModelConfig, body: Any, block: nn.Module, carry: Any, inputs: 
 
 
 def expert_scan(
-    config: ModelConfig, block: nn.Module, x_BTD: jax.Array, inputs: RoutingInputs, *, mode: str, return_stages: bool
+    config: ModelConfig, block: nn.Module, x_BTD: jax.Array, inputs: RoutingInputs, *, mode: Mode, return_stages: bool
 ) -> Routed:
     """Expert-choice over whole rows, by top-k or by threshold."""
     length, recursions = x_BTD.shape[1], config.recursion.num_recursions
@@ -70,9 +73,8 @@ def expert_scan(
 
     def body(block: Any, carry: Any, xs: Any) -> Any:
         x_BTD, active_BT, first = carry
-        r, router_r, aux_r, norms_r, count, boundary, all_pass, noise_BT = xs
-        raw = routing.raw_scores(router_r, x_BTD, config.routing.temperature)[:, :, 0]
-        aux = raw if aux_r is None else routing.raw_scores(aux_r, jax.lax.stop_gradient(x_BTD))[:, :, 0]
+        r, router_r, aux_r, unshared_r, count, boundary, all_pass, noise_BT = xs
+        raw, aux = expert_scores(config, router_r, aux_r, x_BTD)
         if mode == "topk":
             ranking = jax.lax.stop_gradient(raw) if noise_BT is None else noise_BT
             # padding ranks below every token, tokens that have left below padding
@@ -80,9 +82,9 @@ def expert_scan(
             selected_BT = active_BT & top_mask(jnp.where(active_BT, ranking, -jnp.inf), count)
         else:
             selected_BT = active_BT & (all_pass | (aux >= boundary))
-        out, first = _run_block(config, block, x_BTD, inputs.view, first, r, selected_BT, norms_r)
-        gate = routing.score(config, raw)
-        x_BTD = jnp.where(selected_BT[:, :, None], x_BTD + routing.gated(config, gate, out, x_BTD), x_BTD)
+        out, first = _run_block(config, block, x_BTD, inputs.view, first, r, selected_BT, unshared_r)
+        gate = score(config, raw)
+        x_BTD = jnp.where(selected_BT[:, :, None], x_BTD + gated(config, gate, out, x_BTD), x_BTD)
         record = (raw, aux, active_BT, selected_BT, gate, x_BTD if return_stages else None)
         return (x_BTD, selected_BT, first), record
 
@@ -90,7 +92,7 @@ def expert_scan(
         jnp.arange(recursions),
         inputs.router,
         inputs.aux_router,
-        inputs.norms,
+        inputs.unshared,
         _counts(config, length, inputs.step),
         jnp.array(boundaries, jnp.float32),
         jnp.array(selects_all),
@@ -111,16 +113,16 @@ def token_scan(
 
     def body(block: Any, carry: Any, xs: Any) -> Any:
         state, delta, first = carry
-        r, norms_r, gate = xs
+        r, unshared_r, gate = xs
         selected_BT = chosen_BT > r
-        out, first = _run_block(config, block, state, inputs.view, first, r, selected_BT, norms_r)
+        out, first = _run_block(config, block, state, inputs.view, first, r, selected_BT, unshared_r)
         leaves_BT1 = (chosen_BT == r + 1)[:, :, None]
-        delta = jnp.where(leaves_BT1, routing.gated(config, gate, out, x_BTD), delta)
+        delta = jnp.where(leaves_BT1, gated(config, gate, out, x_BTD), delta)
         state = jnp.where(selected_BT[:, :, None], out, state)
         stage = jnp.where(selected_BT[:, :, None], out, jnp.zeros((), out.dtype)) if return_stages else None
         return (state, delta, first), (selected_BT, stage)
 
-    xs = (jnp.arange(config.recursion.num_recursions), inputs.norms, jnp.moveaxis(gates_BTR, -1, 0))
+    xs = (jnp.arange(config.recursion.num_recursions), inputs.unshared, jnp.moveaxis(gates_BTR, -1, 0))
     carry = (x_BTD, jnp.zeros_like(x_BTD), empty_kv(config, x_BTD) if shares else None)
     (_, delta, _), (selected, stages) = _scan(config, body, block, carry, xs)
     trace = token_trace(config, inputs, raw_BTR, gates_BTR, chosen_BT, selected)

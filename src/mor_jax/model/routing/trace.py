@@ -1,70 +1,37 @@
-"""The typed result of routing that travels beside the hidden states (paper section 2.2, tables 13 and 14)."""
+"""Where every token went: the typed result of routing that travels beside the hidden states (paper section 2.2).
+
+Letters: B rows, T positions, C_r tokens of recursion r, R recursions.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mor_jax.array_types import Array, Float, Int, RowIndex
-
-
-@struct.dataclass
-class RoutingLosses:
-    """Unweighted router losses, float32 scalars; zero where a loss does not apply."""
-
-    sampling: jax.Array
-    """Expert-choice: binary cross-entropy of the raw score against "was selected", summed over recursions."""
-    aux_router: jax.Array
-    """The same of a separate router on detached inputs; trained beside, never part of the total."""
-    balancing: jax.Array
-    """Token-choice: sum over depths of mean score times N_r x share."""
-    router_z: jax.Array
-    """Mean squared log-sum-exp of the raw scores."""
-
-    @classmethod
-    def zero(cls) -> "RoutingLosses":
-        """Losses of a model without a router."""
-        zero = jnp.zeros((), jnp.float32)
-        return cls(sampling=zero, aux_router=zero, balancing=zero, router_z=zero)
-
-
-@struct.dataclass
-class RoutingStatistics:
-    """What to watch while a router trains, float32; measured on this batch."""
-
-    threshold_accuracy_R: Float[Array, " R"]
-    """Expert-choice: share of active tokens that the causal boundary decides as top-k did, per recursion."""
-    tokens_per_depth: Float[Array, " R+1"]
-    """Share of tokens that completed 0, 1, ..., R passes."""
-    load_R: Float[Array, " R"]
-    """Share of tokens that the router sends to depths 1..R, drops not counted (what balancing balances)."""
-    dead_token_ratio: jax.Array
-    """Share of sequence positions that no row of the batch selected in the last recursion."""
-    max_vio: jax.Array
-    """Largest load over the mean load, minus 1, over the depths 1..R (MaxVio)."""
-    entropy: jax.Array
-    """Entropy in nats of the loads."""
-    dropped: jax.Array
-    """Token-choice under `gather`: share of tokens that found no seat and left before their chosen depth."""
+from mor_jax.config import ModelConfig
+from mor_jax.model.routing.decide import RoutingInputs
+from mor_jax.model.routing.losses import RoutingLosses, RoutingStatistics, expert_losses, statistics, token_losses
+from mor_jax.model.routing.router import boundary_decision
 
 
 @struct.dataclass
 class RoutingTrace:
     """Where every token went. Dense arrays are the same under every execution; zero where a token was not active."""
 
-    depth_BT: Int[Array, "B T"]
-    """Passes completed by each token, 0..R."""
+    depth_BT: jax.Array
+    """int32: passes completed by each token, 0..R."""
     active_RBT: jax.Array
     """bool: whether recursion r's router could still choose the token."""
     selected_RBT: jax.Array
     """bool: whether recursion r computed the token."""
-    scores_RBT: Float[Array, "R B T"]
+    scores_RBT: jax.Array
     """float32 raw router output; token-choice: one per depth."""
-    gates_RBT: Float[Array, "R B T"]
+    gates_RBT: jax.Array
     """float32 gate of the tokens that recursion r selected (expert) or that left after it (token)."""
     losses: RoutingLosses
     statistics: RoutingStatistics
-    selected: tuple[RowIndex, ...] | None = None
-    """`topk`: per recursion the positions computed, ascending, [B, C_r]; None under `threshold` and token-choice."""
+    selected: tuple[jax.Array, ...] | None = None
+    """`topk`: per recursion the positions computed, int32 [B, C_r], ascending; None under `threshold` and for
+    token-choice."""
 
     @property
     def scores(self) -> tuple[jax.Array, ...] | jax.Array:
@@ -83,27 +50,69 @@ class RoutingTrace:
         return tuple(jnp.take_along_axis(g, i, axis=1) for g, i in zip(self.gates_RBT, self.selected, strict=True))
 
 
-@struct.dataclass
-class Stages:
-    """Hidden states on the way, for parity checks and analysis: float [B, T, D] each."""
+@jax.named_scope("routing")
+def expert_trace(
+    config: ModelConfig,
+    inputs: RoutingInputs,
+    raw_RBT: jax.Array,
+    aux_RBT: jax.Array,
+    active_RBT: jax.Array,
+    selected_RBT: jax.Array,
+    gates_RBT: jax.Array,
+) -> RoutingTrace:
+    """Assemble the trace of expert-choice from dense arrays."""
+    active_RBT, selected_RBT = active_RBT.astype(bool), selected_RBT.astype(bool)
+    counted_RBT = active_RBT & inputs.counted_BT[None]
+    has_aux = inputs.aux_router is not None
+    boundary_scores = aux_RBT if has_aux else raw_RBT
+    decisions = [boundary_decision(config, s, r) for r, s in enumerate(boundary_scores)]
+    depth_BT = jnp.sum(selected_RBT, axis=0, dtype=jnp.int32)
+    return RoutingTrace(
+        depth_BT=depth_BT,
+        active_RBT=active_RBT,
+        selected_RBT=selected_RBT,
+        scores_RBT=jnp.where(active_RBT, raw_RBT, 0.0),
+        gates_RBT=jnp.where(selected_RBT, gates_RBT, 0.0),
+        losses=expert_losses(config, raw_RBT, aux_RBT if has_aux else None, counted_RBT, selected_RBT),
+        statistics=statistics(
+            config,
+            depth_BT=depth_BT,
+            chosen_BT=depth_BT,
+            decision_RBT=jnp.stack(decisions),
+            active_RBT=counted_RBT,
+            selected_RBT=selected_RBT,
+            counted_BT=inputs.counted_BT,
+        ),
+    )
 
-    first: jax.Array | None
-    """After the unique first layer (middle_* only)."""
-    recursions: tuple[jax.Array, ...]
-    """After each recursion (after each repeated layer group for sequence sharing)."""
-    last: jax.Array | None
-    """After the unique last layer (middle_* only)."""
-    norm: jax.Array
-    """After the final norm."""
 
-
-@struct.dataclass
-class TrunkOutput:
-    """Result of the trunk: everything before the output head."""
-
-    hidden_BTD: jax.Array
-    """After the final norm, in the compute dtype."""
-    trace: RoutingTrace | None
-    """None for models without a router."""
-    stages: Stages | None = None
-    """Present when asked for."""
+@jax.named_scope("routing")
+def token_trace(
+    config: ModelConfig,
+    inputs: RoutingInputs,
+    raw_BTR: jax.Array,
+    gates_BTR: jax.Array,
+    chosen_BT: jax.Array,
+    selected_RBT: jax.Array,
+) -> RoutingTrace:
+    """Assemble the trace of token-choice."""
+    depth_BT = jnp.sum(selected_RBT, axis=0, dtype=jnp.int32)
+    exits_RBT = depth_BT[None] == 1 + jnp.arange(len(config.capacities))[:, None, None]
+    measured = statistics(
+        config,
+        depth_BT=depth_BT,
+        chosen_BT=chosen_BT,
+        decision_RBT=None,
+        active_RBT=jnp.broadcast_to(inputs.counted_BT[None], selected_RBT.shape),
+        selected_RBT=selected_RBT,
+        counted_BT=inputs.counted_BT,
+    )
+    return RoutingTrace(
+        depth_BT=depth_BT,
+        active_RBT=jnp.concatenate([jnp.ones_like(selected_RBT[:1]), selected_RBT[:-1]]),
+        selected_RBT=selected_RBT,
+        scores_RBT=jnp.moveaxis(raw_BTR, -1, 0),
+        gates_RBT=jnp.where(exits_RBT, jnp.moveaxis(gates_BTR, -1, 0), 0.0),
+        losses=token_losses(config, raw_BTR, measured.load_R, inputs.counted_BT),
+        statistics=measured,
+    )

@@ -1,6 +1,6 @@
 """Time one case in this process: the train step that ``mor train`` runs, on random tokens (B rows, T positions).
 
-Run as ``python -m mor_jax.bench.step REQUEST.json RESULT.json`` by ``bench.run``, so that every case has the device,
+Run as ``python -m mor_jax.bench.measure REQUEST.json RESULT.json`` by ``bench.run``, so that every case has the device,
 its memory and its compile time to itself.
 """
 
@@ -22,12 +22,12 @@ from mor_jax.bench.profile import profile_step
 from mor_jax.config import Config, ModelConfig
 from mor_jax.config.io import from_dict, to_dict
 from mor_jax.errors import require
+from mor_jax.mesh.devices import peak_flops
 from mor_jax.mesh.mesh import make_mesh, shard_batch
 from mor_jax.model.flops import count_parameters, train_flops
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.perf import resolve_perf
 from mor_jax.runs.state import init_train_state
-from mor_jax.train.goodput import PEAK_FLOPS
 from mor_jax.train.step import compile_train_step
 
 _BATCHES = 4
@@ -88,7 +88,7 @@ def measure(request: Request) -> dict[str, Any]:
     train = dataclasses.replace(train, batch_size=train.batch_size * len(devices))
     config = dataclasses.replace(request.config, train=train)
     mesh = make_mesh(config.mesh, devices)
-    config = dataclasses.replace(config, perf=resolve_perf(config, mesh))
+    config = dataclasses.replace(config, perf=resolve_perf(config, mesh).asked)
     start = time.perf_counter()
     step = compile_train_step(config, mesh)
     compile_seconds = time.perf_counter() - start
@@ -145,7 +145,7 @@ def _rates(config: Config, seconds: list[float], devices: list[Any]) -> dict[str
     median = statistics.median(seconds)
     tokens = config.train.batch_size * config.model.context_length
     parts = {name: flops * config.train.batch_size for name, flops in train_flops(config.model).items()}
-    flops, peak = sum(parts.values()), PEAK_FLOPS.get(devices[0].device_kind)
+    flops, peak = sum(parts.values()), peak_flops(devices[0])
     return {
         "step_seconds": median,
         "step_seconds_min": min(seconds),
