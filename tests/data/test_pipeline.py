@@ -217,6 +217,27 @@ def test_mixtures_need_one_tokenizer(tmp_path, corpus):
         _open(f"{corpus},{made}")
 
 
+def test_a_vocabulary_may_be_larger_than_the_tokenizers(corpus):
+    assert _open(corpus, vocab_size=384).tokenizer.vocab_size == 257
+
+
+def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path, corpus):
+    text = str(corpus.parent / "text.jsonl")
+    kinds = Path(__file__).parent.parent / "fixtures" / "tokenizers"
+    made = [tmp_path / "begins", tmp_path / "bare"]
+    (tmp_path / "bare.json").write_bytes((kinds / "smollm2" / "tokenizer.json").read_bytes())
+    for out, spec in zip(made, (kinds / "llama2" / "tokenizer.json", tmp_path / "bare.json"), strict=True):
+        prepare([text], out, tokenizer=str(spec), context_length=CONTEXT)
+    (batch,) = _take(_open(made[0], vocab_size=512), 1)
+    begins = (np.diff(batch["segment_ids"], axis=1) > 0) & (batch["segment_ids"][:, 1:] > 0)
+    assert begins.any()
+    assert set(batch["tokens"][:, 1:][begins]) == {1} and set(batch["tokens"][:, :-1][begins]) == {2}  # </s>, <s>
+    assert _open(made[0], vocab_size=512).tokenizer.special.before == (1,)
+    prepare([text], tmp_path / "chat", tokenizer=str(kinds / "smollm2" / "tokenizer.json"), context_length=CONTEXT)
+    with pytest.raises(UserError, match="other special tokens around documents"):
+        _open(f"{made[1]},{tmp_path / 'chat'}", vocab_size=512)
+
+
 def test_embedded_is_prepared_once(tmp_path):
     config = DataConfig(source="embedded", tokenizer="bytes", cache=str(tmp_path / "cache"))
     options: Any = {"context_length": 64, "vocab_size": 257, "batch_size": 4}
