@@ -181,16 +181,16 @@ def work(options: Arguments) -> None:
     run_sweep(runs, sweep, train=_train_or_fall_back, measure=_measure(options))
 
 
-def _train_or_fall_back(config: Config) -> Path:
+def _train_or_fall_back(config: Config, **arguments: Any) -> Path:
     """Train; a kernel that fails is replaced by XLA's, once, and a run that fails again is reported as failed."""
     try:
-        return train(config)
+        return train(config, **arguments)
     except (UserError, DivergedError):
         raise
     except Exception:
         _log.exception("%s failed: again with %s", config.train.name, PLAIN_KERNELS)
     try:
-        return train(dataclasses.replace(config, perf=PLAIN_KERNELS))
+        return train(dataclasses.replace(config, perf=PLAIN_KERNELS), **arguments)
     except (UserError, DivergedError):
         raise
     except Exception as error:

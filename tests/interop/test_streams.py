@@ -17,9 +17,8 @@ from mor_jax.errors import UserError
 from mor_jax.interop import convert, llama, official
 from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.assemble import LazyLeaf
-from mor_jax.interop.sources import open_model
+from mor_jax.interop.sources import open_model, open_run
 from mor_jax.interop.tensor_files import TensorFiles, write_shards
-from mor_jax.runs.restore import restore_run
 
 EXPERT = dataclasses.replace(
     TINY, num_layers=8, recursion=RecursionConfig(3, "middle_cycle"), routing=RoutingConfig("expert")
@@ -121,13 +120,13 @@ def test_converted_weights_open_as_a_run_does(tmp_path):
     params = random_params(EXPERT)
     weights.save(tmp_path, EXPERT, params, None, origin="a test")
     with pytest.raises(UserError, match=r"tokenizer.json: not a readable tokenizer"):
-        restore_run(tmp_path)
+        open_run(tmp_path)
     Tokenizer.bytes_level().save(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match=r"vocab_size=257, more than model.vocab_size=37"):
-        restore_run(tmp_path)
+        open_run(tmp_path)
     larger = dataclasses.replace(EXPERT, vocab_size=257)
     weights.save(tmp_path, larger, random_params(larger), Tokenizer.bytes_level(), origin="a test")
-    run = restore_run(tmp_path)
+    run = open_run(tmp_path)
     assert (run.config.model, run.step, run.tokenizer.kind) == (larger, 0, "bytes")
     assert run.router_bias_R.shape == (3,)
     jax.tree.map(np.testing.assert_array_equal, run.params, random_params(larger))

@@ -23,7 +23,7 @@ class Trainer:
     def __init__(self, nll=3.0, stops_at=None, diverges=()):
         self.names, self.nll, self.stops_at, self.diverges = [], nll, stops_at, diverges
 
-    def __call__(self, config):
+    def __call__(self, config, *, initial_weights):
         name = config.train.name
         self.names.append(name)
         folder = claim_run_folder(config)

@@ -103,9 +103,9 @@ def _held_out(options: EvalArguments) -> None:
 def _restored(options: EvalArguments) -> "RestoredRun":
     """Restore the run, with calibrated boundaries if that was asked for."""
     from mor_jax.evaluate.inspect import calibrated
-    from mor_jax.runs.restore import restore_run
+    from mor_jax.interop.sources import open_run
 
-    restored = restore_run(to_path(options.run))
+    restored = open_run(to_path(options.run))
     return calibrated(restored, options.calibrate) if options.calibrate else restored
 
 

@@ -34,7 +34,7 @@ def analyse(run: RestoredRun, batches: Sequence[Mapping[str, Any]], metrics: Seq
     """Analyse the router of a run on a text, and write the results.
 
     Args:
-        run: of ``restore_run``.
+        run: of ``interop.sources.open_run``.
         batches: the text as packed rows, int32 [B, T+1] ``tokens``, ``segment_ids``, ``positions``.
         metrics: lines of metrics.jsonl.
         folder: for the files; created if missing.

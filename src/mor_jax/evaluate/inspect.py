@@ -15,9 +15,10 @@ from mor_jax.evaluate.calibrate import calibrate, with_boundaries
 from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.evaluate.pictures import run_title, write_pictures
 from mor_jax.evaluate.validation import first_rows, validation_losses
+from mor_jax.interop.sources import open_run
 from mor_jax.model.rows import Rows
 from mor_jax.runs.metrics import read_metrics
-from mor_jax.runs.restore import RestoredRun, restore_run
+from mor_jax.runs.restore import RestoredRun
 
 
 def inspect_run(
@@ -37,7 +38,7 @@ def inspect_run(
     Raises:
         UserError: no run or no good checkpoint there, an empty text, or a folder that cannot be written.
     """
-    run = restore_run(run_folder)
+    run = open_run(run_folder)
     config = run.config
     folder = output or (run_folder if text is None else run_folder / "inspect")
     if text is not None:
@@ -76,7 +77,7 @@ def evaluate_run(
     Raises:
         UserError: no run or no good checkpoint there, or no held-out text.
     """
-    run = restore_run(run_folder)
+    run = open_run(run_folder)
     if calibration_rows:
         run = calibrated(run, calibration_rows)
     wanted = run.config.train.eval_rows if rows is None else rows

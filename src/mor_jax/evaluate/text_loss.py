@@ -17,7 +17,7 @@ def text_losses(
     """Measure a run on text files.
 
     Args:
-        run: of ``restore_run``.
+        run: of ``interop.sources.open_run``.
         files: text, jsonl or parquet, plain or compressed; documents with a field ``source`` are reported by it, the
             others by the file's name.
         stride: tokens that the window moves by; None is half the context.

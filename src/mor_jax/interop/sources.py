@@ -9,14 +9,16 @@ import jax
 import numpy as np
 
 from mor_jax.array_types import Params
-from mor_jax.config import ModelConfig
+from mor_jax.config import Config, DataConfig, ModelConfig
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 from mor_jax.interop import llama, official
 from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.assemble import Progress
-from mor_jax.model.parameters import ROUTER_STATE
-from mor_jax.runs.restore import restore_run
+from mor_jax.mesh.devices import Device
+from mor_jax.model.parameters import ROUTER_STATE, split_router_state
+from mor_jax.runs.restore import RestoredRun, load_tokenizer, restore_run
+from mor_jax.runs.state import abstract_model_state
 
 Kind = Literal["run", "weights", "hf", "official"]
 
@@ -85,6 +87,32 @@ def open_model(folder: Path | str, *, lazy: bool = False, progress: Progress | N
     model, params = load(folder, lazy=lazy, progress=progress)
     words = {"weights": "mor_jax weights", "hf": "Hugging Face Llama folder"}[kind]
     return LoadedModel(model, params, _tokenizer(folder), kind, f"{words} {folder.name}")
+
+
+def open_run(folder: Path, *, device: Device | None = None) -> RestoredRun:
+    """Open what can be evaluated as a run is: the run itself (``restore_run``), or weights that ``mor convert`` wrote.
+
+    Args:
+        folder: local, or a run's in a bucket.
+        device: where the arrays go; None is the first local device.
+
+    Returns:
+        The run. Converted weights are at step 0, and their held-out text is the embedded one.
+
+    Raises:
+        UserError: what ``restore_run`` says, or converted weights that cannot be used.
+    """
+    if not weights.is_weights_folder(folder):
+        return restore_run(folder, device=device)
+    model = weights.read_config(folder)
+    tokenizer = load_tokenizer(folder, model)
+    placement = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
+    shapes = abstract_model_state(model, placement)
+    _, tree = weights.load(folder, shardings=jax.tree.map(lambda x: x.sharding, shapes.params))
+    params, bias_R = split_router_state(tree)
+    bias_R = np.zeros(shapes.router_bias_R.shape, np.float32) if bias_R is None else bias_R
+    config = Config(preset=folder.name, model=model, data=DataConfig(tokenizer=str(folder / "tokenizer.json")))
+    return RestoredRun(config, params, jax.device_put(bias_R, placement), tokenizer, step=0)
 
 
 def _open_run(folder: Path) -> LoadedModel:

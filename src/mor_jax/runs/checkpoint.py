@@ -1,7 +1,8 @@
 """Asynchronous checkpoints of a train state and its data position, verified leaf by leaf when they are restored.
 
 A thin wrapper over Orbax: one folder per step, complete or ignored. Beside the arrays lie the shape, dtype and
-fingerprint of every leaf, so that a damaged or foreign checkpoint is named instead of silently used.
+fingerprint of every leaf, so that a damaged or foreign checkpoint is named instead of silently used. The model's part
+of a checkpoint can be restored alone: a third of the bytes, and nothing else of it is read or verified.
 """
 
 import json
@@ -20,7 +21,7 @@ from mor_jax.errors import UserError
 from mor_jax.mesh.processes import barrier, gather_texts, is_primary
 from mor_jax.paths import is_remote
 from mor_jax.runs.fingerprint import fingerprints
-from mor_jax.runs.state import TrainState
+from mor_jax.runs.state import ModelState, TrainState
 
 _log = logging.getLogger(__name__)
 _LISTED = 8
@@ -41,6 +42,15 @@ class Restored:
 
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint that cannot be read or whose bits changed."""
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """Arrays of a checkpoint whose fingerprints agree, and its data position."""
+
+    tree: dict[str, Any]
+    data_step: int
+    data_hash: str
 
 
 def _storable(state: TrainState) -> dict[str, Any]:
@@ -126,7 +136,7 @@ class Checkpoints:
                 cleanup_tmp_directories=not read_only,
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             ),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()},
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "about": ocp.JsonCheckpointHandler()},
         )
 
     def steps(self) -> list[int]:
@@ -145,7 +155,7 @@ class Checkpoints:
         about = {"data_step": data_step, "data_hash": data_hash, "leaves": _describe(tree)}
         about["checksum"] = _checksum(about)
         _log.info("saving checkpoint %d", int(state.step))
-        items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about))
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(about))
         self._manager.save(int(state.step), args=items)
 
     def restore(self, abstract_state: TrainState) -> Restored | None:
@@ -164,21 +174,41 @@ class Checkpoints:
             UserError: the checkpoint belongs to another model, none of the checkpoints is good, or the processes do not
                 share the folder.
         """
+        found = self._newest_good(_abstract_storable(abstract_state))
+        return None if found is None else Restored(_from_storable(found.tree), found.data_step, found.data_hash)
+
+    def restore_model(self, abstract_state: ModelState) -> ModelState | None:
+        """Restore the model's part of the newest checkpoint in which that part is good, and read no other leaf.
+
+        Args:
+            abstract_state: of ``abstract_model_state``.
+
+        Returns:
+            None when the folder holds no checkpoint.
+
+        Raises:
+            UserError: as ``restore`` does.
+        """
+        found = self._newest_good(vars(abstract_state), partial=True)
+        return None if found is None else ModelState(**found.tree)
+
+    def _newest_good(self, wanted: dict[str, Any], *, partial: bool = False) -> _Verified | None:
+        """Restore ``wanted``, all that there is or (``partial``) some of the top-level entries, as ``restore`` says."""
         self._check_shared()
         damaged: list[int] = []
         found = self.steps()
         for step in reversed(found):
             try:
-                restored = self._restore_step(step, abstract_state)
+                verified = self._restore_step(step, wanted, partial)
             except DamagedCheckpointError as error:
                 _log.warning("checkpoint %d is damaged and skipped: %s", step, str(error))
                 damaged.append(step)
                 continue
             if not self._read_only:
                 self._set_aside(damaged)
-            return restored
+            return verified
         if self._read_only and self._moved_on(found):
-            return self.restore(abstract_state)
+            return self._newest_good(wanted, partial=partial)
         if damaged:
             raise UserError(f"{self.folder}: all checkpoints are damaged (steps {damaged}); nothing was changed")
         return None
@@ -188,9 +218,8 @@ class Checkpoints:
         self._manager.reload()
         return self.steps() != found
 
-    def _restore_step(self, step: int, abstract_state: TrainState) -> Restored:
+    def _restore_step(self, step: int, wanted: dict[str, Any], partial: bool) -> _Verified:
         _log.info("restoring checkpoint %d", step)
-        wanted = _abstract_storable(abstract_state)
 
         def describe() -> tuple[dict[str, Any], int, str, list[str]]:
             about = self._read(step, "about", ocp.args.JsonRestore())
@@ -198,6 +227,8 @@ class Checkpoints:
                 if about.pop("checksum") != _checksum(about):
                     raise DamagedCheckpointError("the bits of its description differ from what was saved")
                 saved = about["leaves"]
+                if partial:
+                    saved = {name: leaf for name, leaf in saved.items() if name.split("/")[0] in wanted}
                 differences = _tree_differences(saved, _leaves(wanted))
                 return saved, int(about["data_step"]), str(about["data_hash"]), differences
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -207,13 +238,16 @@ class Checkpoints:
         if lines:
             more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
             raise UserError(f"{self.folder / str(step)} is of another model: {'; '.join(lines[:_LISTED])}{more}")
-        tree = _agreed(lambda: self._read(step, "state", ocp.args.StandardRestore(wanted)))
+        arguments = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=partial
+        )
+        tree = _agreed(lambda: self._read(step, "state", arguments))
         changed = [
             name for name, leaf in _describe(tree).items() if leaf["fingerprint"] != saved[name].get("fingerprint")
         ]
         if changed:
             raise DamagedCheckpointError(f"the bits of {', '.join(changed[:_LISTED])} differ from what was saved")
-        return Restored(_from_storable(tree), data_step, data_hash)
+        return _Verified(tree, data_step, data_hash)
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         try:

@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mor_jax.array_types import Params
-from mor_jax.config import Config
+from mor_jax.config import Config, ModelConfig
 from mor_jax.data.special_tokens import SpecialTokens
 from mor_jax.mesh.mesh import check_mesh, state_shardings
 from mor_jax.model.transformer import init_params, logical_axes
@@ -32,6 +32,18 @@ class TrainState:
     """float32 [R]: token-choice's loss-free bias; zeros otherwise."""
     key: jax.Array
     """Typed random key; every step folds its number in."""
+
+
+@struct.dataclass
+class ModelState:
+    """What of a train state the model computes with; the fields are the train state's."""
+
+    step: jax.Array
+    """int32 scalar: optimiser steps behind the parameters."""
+    params: Params
+    """float32 weights."""
+    router_bias_R: jax.Array
+    """float32 [R]: token-choice's loss-free bias; zeros otherwise."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,17 @@ def abstract_train_state(config: Config, mesh: Mesh) -> TrainState:
     shapes = jax.eval_shape(lambda: _init(config))
     shardings = state_shardings(mesh, shapes, logical_axes(config.model))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def abstract_model_state(model: ModelConfig, sharding: jax.sharding.Sharding) -> ModelState:
+    """Return the model's part of a train state as ``jax.ShapeDtypeStruct``, every leaf on one sharding."""
+
+    def init() -> ModelState:
+        bias_R = jnp.zeros((model.recursion.num_recursions,), jnp.float32)
+        return ModelState(jnp.zeros((), jnp.int32), init_params(model, jax.random.key(0)), bias_R)
+
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def init_train_state(config: Config, mesh: Mesh) -> TrainState:

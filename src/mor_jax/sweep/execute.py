@@ -21,21 +21,20 @@ import jax
 from mor_jax.config import Config
 from mor_jax.config import io as config_io
 from mor_jax.errors import UserError, require
-from mor_jax.interop.uptrain import initial_weights
 from mor_jax.runs.metrics import read_metrics
 from mor_jax.sweep.results import RESULT, failed_result, finished_result, read_result, write_json
 from mor_jax.sweep.runs import SweepRun
-from mor_jax.sweep.start import prepare_start
-from mor_jax.train.loop import DivergedError, train
+from mor_jax.sweep.start import first_weights, prepare_branch
+from mor_jax.train.loop import DivergedError
+from mor_jax.train.loop import train as train_run
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0
 
-Train = Callable[[Config], Path]
+Train = Callable[..., Path]
+"""As ``train.loop.train`` is called: with a configuration, and ``initial_weights`` by name."""
 Measure = Callable[[Path], dict[str, Any]]
 """Further measurements of a finished run folder, added to its result."""
-_train: Train = functools.partial(train, initial_weights=initial_weights)
-"""As ``mor train`` does, from the weights that ``init`` names."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class SweepOptions:
 
 
 def run_sweep(
-    runs: Sequence[SweepRun], options: SweepOptions, *, train: Train = _train, measure: Measure | None = None
+    runs: Sequence[SweepRun], options: SweepOptions, *, train: Train = train_run, measure: Measure | None = None
 ) -> list[dict[str, Any]]:
     """Run what is not done yet.
 
@@ -136,11 +135,10 @@ def _execute(run: SweepRun, folder: Path, train: Train, measure: Measure | None)
     """Train one run and write its result; False if a signal stopped it."""
     _log.info("sweep: %s", run.name)
     target = folder / run.name
-    if run.start is not None:
-        prepare_start(run, folder)
+    prepare_branch(run, folder)
     started = time.monotonic()
     try:
-        train(run.config)
+        train(run.config, initial_weights=functools.partial(first_weights, run, folder))
     except DivergedError as error:
         write_json(target / RESULT, failed_result(run, "diverged", str(error)))
         return True

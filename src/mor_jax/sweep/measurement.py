@@ -9,7 +9,8 @@ from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.evaluate.inspect import calibrated, held_out
 from mor_jax.evaluate.text_loss import text_losses
 from mor_jax.evaluate.validation import threshold_refusal, validation_losses
-from mor_jax.runs.restore import RestoredRun, restore_run
+from mor_jax.interop.sources import open_run
+from mor_jax.runs.restore import RestoredRun
 from mor_jax.sweep.execute import Measure
 
 
@@ -31,7 +32,7 @@ def measurer(texts: Sequence[Path], *, depth_curve: bool, calibration_rows: int 
         return None
 
     def measure(folder: Path) -> dict[str, Any]:
-        run = restore_run(folder)
+        run = open_run(folder)
         found: dict[str, Any] = {}
         if texts:
             found["text"] = text_losses(run, texts, stride=run.config.model.context_length)
@@ -55,7 +56,7 @@ def depth_losses(run: RestoredRun, rows: int | None = None) -> list[dict[str, An
     """Measure the causal held-out loss with the depth capped at 1, 2, ..., N_r passes (test-time scaling).
 
     Args:
-        run: of ``restore_run``.
+        run: of ``open_run``.
         rows: rows of held-out text; None is the run's ``train.eval_rows``.
 
     Returns:

@@ -68,7 +68,7 @@ def train(
         config: of the run.
         make_dataset: opens a split of the data; a team's own may replace the default.
         devices: devices of the mesh; None takes all.
-        initial_weights: loads what ``config.init`` names; called only where the run starts.
+        initial_weights: loads the weights that the run starts from, or gives None; called only where it starts.
 
     Returns:
         The run folder: config.json, metrics.jsonl, checkpoints/ and, after the last step, the pictures.
@@ -158,17 +158,17 @@ class _Run:
         self.dataset.step = restored.data_step
 
     def _initial_weights(self) -> InitialWeights | None:
-        """Load the weights that the configuration names, before anything is written."""
+        """Load the weights that the run starts from, before anything is written."""
         source = self.config.init.source
-        if not source:
+        if self.initial_weights is None:
+            require(not source, f"init.from={source!r} needs train(..., initial_weights=...)")
             return None
-        require(self.initial_weights is not None, f"init.from={source!r} needs train(..., initial_weights=...)")
-        assert self.initial_weights is not None
         first = self.initial_weights(self.config)
         if first is None or first.tokenizer_hash is None:
             return first
         known = first.tokenizer_hash == self.dataset.tokenizer.hash
-        require(known, f"init.from={source!r} was trained with another tokenizer than the one of data.source")
+        what = f"init.from={source!r}" if source else first.origin
+        require(known, f"{what} was trained with another tokenizer than the one of data.source")
         if first.special is not None:
             self.dataset.tokenizer.describe(first.special)
         return first
