@@ -35,6 +35,18 @@ def test_documents_are_joined_as_in_training():
     assert len(STREAM.tokens) == 1 + 21 + 34 + 12
 
 
+def test_texts_begin_with_bos_where_the_tokenizer_adds_it(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat")
+    kinds = Path(__file__).parent.parent / "fixtures" / "tokenizers"
+    for kind, begin in (("llama2", [1]), ("gpt2", [355])):
+        tokenizer = Tokenizer.load(kinds / kind / "tokenizer.json")
+        streams, _ = read_streams([tmp_path / "a.txt"], tokenizer)
+        stream = streams["a.txt"]
+        inner = tokenizer.encode("the cat", around=False)
+        assert stream.tokens.tolist() == [*begin, *inner, tokenizer.eos_id]
+        assert stream.starts.tolist() == ([0] if tokenizer.special.before else [0, 1])
+
+
 @pytest.mark.parametrize(
     ("length", "stride", "table"),
     [  # (offset, first target that counts, last) with a context of 4
@@ -46,17 +58,6 @@ def test_documents_are_joined_as_in_training():
         (2, 1, [(0, 0, 1)]),
     ],
 )
-def test_texts_begin_with_bos_where_the_tokenizer_adds_it(tmp_path):
-    (tmp_path / "a.txt").write_text("the cat")
-    kinds = Path(__file__).parent.parent / "fixtures" / "tokenizers"
-    for kind, begin in (("llama2", [1]), ("gpt2", [355])):
-        tokenizer = Tokenizer.load(kinds / kind / "tokenizer.json")
-        stream = read_streams([tmp_path / "a.txt"], tokenizer)["a.txt"]
-        inner = tokenizer.encode("the cat", around=False)
-        assert stream.tokens.tolist() == [*begin, *inner, tokenizer.eos_id]
-        assert stream.starts.tolist() == ([0] if tokenizer.special.before else [0, 1])
-
-
 def test_windows_count_every_target_once(length, stride, table):
     stream = Row(np.arange(length), np.array([0]))
     found = list(windows(stream, 4, stride))
