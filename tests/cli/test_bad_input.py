@@ -145,7 +145,7 @@ def _train(mor: Mor, corpus: Path, runs: Path, *overrides: Any) -> Outcome:
     ("overrides", "words"),
     [
         (("--model.context-length", "64"), ("context_length=64", "32")),
-        (("--model.vocab-size", "300"), ("vocab_size=300", "257")),
+        (("--model.vocab-size", "200"), ("vocab_size=200", "257")),
         (("--data.source", "nowhere"), ("data.source='nowhere'",)),
         (("--train.batch-size", "12"), ("train.batch_size=12", "data x fsdp = 8")),
         (("--mesh.tensor", "3"), ("mesh.tensor=3", "8 devices")),

@@ -120,7 +120,7 @@ def _metrics(random: Random) -> bytes:
 def _evalset(random: Random) -> bytes:
     row = {"query": "one or two?", "choices": ["one", "two"], "gold": 1}
     lines = [json.dumps(row), damaged_json(random, row), json.dumps(row)]
-    return gzip.compress("\n".join(lines).encode()) if random.random() < 0.7 else damaged_bytes(random, _LINES)
+    return gzip.compress("\n".join(lines).encode(), mtime=0) if random.random() < 0.7 else damaged_bytes(random, _LINES)
 
 
 def _prompts(path: Path) -> None:

@@ -188,7 +188,7 @@ def test_damage_is_found(broken, damage, message):
     [
         ({"context_length": 64}, "context_length=64 is longer than the 32 tokens"),
         ({"context_length": 12}, "context_length=12 does not divide the 32 tokens"),
-        ({"vocab_size": 512}, "vocab_size=512 differs from the 257"),
+        ({"vocab_size": 200}, "vocab_size=200 is less than the 257"),
         ({"rows": [7, 8]}, r"rows=\[7, 8\] are outside batch_size=8"),
         ({"rows": []}, r"rows=\[\] are outside"),
         ({"batch_size": 0}, "batch_size=0"),
@@ -233,6 +233,27 @@ def test_mixtures_need_one_tokenizer(tmp_path, corpus):
     made = prepare([text], tmp_path / "out", tokenizer="bpe:300", context_length=CONTEXT)
     with pytest.raises(UserError, match="different tokenizers"):
         _open(f"{corpus},{made}")
+
+
+def test_a_vocabulary_may_be_larger_than_the_tokenizers(corpus):
+    assert _open(corpus, vocab_size=384).tokenizer.vocab_size == 257
+
+
+def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path, corpus):
+    text = str(corpus.parent / "text.jsonl")
+    kinds = Path(__file__).parent.parent / "fixtures" / "tokenizers"
+    made = [tmp_path / "begins", tmp_path / "bare"]
+    (tmp_path / "bare.json").write_bytes((kinds / "smollm2" / "tokenizer.json").read_bytes())
+    for out, spec in zip(made, (kinds / "llama2" / "tokenizer.json", tmp_path / "bare.json"), strict=True):
+        prepare([text], out, tokenizer=str(spec), context_length=CONTEXT)
+    (batch,) = _take(_open(made[0], vocab_size=512), 1)
+    begins = (np.diff(batch["segment_ids"], axis=1) > 0) & (batch["segment_ids"][:, 1:] > 0)
+    assert begins.any()
+    assert set(batch["tokens"][:, 1:][begins]) == {1} and set(batch["tokens"][:, :-1][begins]) == {2}  # </s>, <s>
+    assert _open(made[0], vocab_size=512).tokenizer.special.before == (1,)
+    prepare([text], tmp_path / "chat", tokenizer=str(kinds / "smollm2" / "tokenizer.json"), context_length=CONTEXT)
+    with pytest.raises(UserError, match="other special tokens around documents"):
+        _open(f"{made[1]},{tmp_path / 'chat'}", vocab_size=512)
 
 
 def test_embedded_is_prepared_once(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import warnings
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +121,16 @@ def test_generation_is_greedy_and_stops():
     assert model._generate("", {"max_gen_toks": 9, "until": ["aaa"]}) == ""
     with pytest.raises(UserError, match="do_sample"):
         model._generate("x", {"do_sample": True})
+
+
+def test_texts_begin_as_with_transformers():
+    llama2 = Path(__file__).parent.parent / "fixtures" / "tokenizers" / "llama2" / "tokenizer.json"
+    model = harness.MorLM(CodeScorer(), Tokenizer.load(llama2), batch_size=1)
+    assert (model.prefix_token_id, model.eot_token_id) == (1, 2)
+    tokens = model.tok_encode("the cat")
+    assert tokens[0] == 1 and model.tok_encode("the cat", add_special_tokens=False) == tokens[1:]
+    assert model.tok_encode("<s>the cat") == model.tok_encode("<s>the cat", add_special_tokens=False)
+    assert harness.MorLM(CodeScorer(), Tokenizer.bytes_level(), batch_size=1).prefix_token_id == 256
 
 
 def test_mistakes_are_named(evalsets, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from mor_jax.data.inputs import BUILTIN_PREFIX, TFDS_PREFIX, is_made_here, open_
 from mor_jax.data.manifest import TOKENIZER, Manifest, Split, check_shards, load_tokenizer, read_manifest
 from mor_jax.data.prepare import prepare
 from mor_jax.data.remote import local_copy
-from mor_jax.data.tokenizer import Tokenizer, spec_identity
+from mor_jax.data.tokenizer import Tokenizer, parse_spec, spec_identity
 from mor_jax.errors import require
 
+_log = logging.getLogger(__name__)
 _VALIDATION_SHARE = 0.12
 
 
@@ -103,13 +105,22 @@ def _check_tokenizers(corpora: Sequence[Corpus], spec: str, vocab_size: int) -> 
             corpus.tokenizer.hash == first.tokenizer.hash,
             f"data.source: {corpus.folder} and {first.folder} were prepared with different tokenizers",
         )
-    size = first.tokenizer.vocab_size
-    where = f"the tokenizer of {first.folder}"
-    fix = f"set model.vocab_size={size} or prepare anew"
-    require(size == vocab_size, f"model.vocab_size={vocab_size} differs from the {size} of {where}; {fix}")
+        same = corpus.tokenizer.encode_documents([""])[0].tolist() == first.tokenizer.encode_documents([""])[0].tolist()
+        require(same, f"data.source: {corpus.folder} and {first.folder} put other special tokens around documents")
+    size, where = first.tokenizer.vocab_size, f"the tokenizer of {first.folder}"
+    fix = f"set model.vocab_size={size} or more, or prepare anew"
+    require(size <= vocab_size, f"model.vocab_size={vocab_size} is less than the {size} of {where}; {fix}")
+    if size < vocab_size:
+        _log.info("model.vocab_size=%d pads the %d tokens of %s", vocab_size, size, where)
     if spec != "auto":
-        known = (first.manifest.settings.tokenizer, first.tokenizer.hash)
-        require(spec_identity(spec) in known, f"data.tokenizer={spec!r} is not {where}; leave it 'auto'")
+        require(_is_spec_of(spec, first), f"data.tokenizer={spec!r} is not {where}; leave it 'auto'")
+
+
+def _is_spec_of(spec: str, corpus: Corpus) -> bool:
+    _, value = parse_spec(spec)
+    if isinstance(value, Path):
+        return Tokenizer.load(value).hash == corpus.tokenizer.hash
+    return spec == corpus.manifest.settings.tokenizer
 
 
 def _check_context(corpus: Corpus, context_length: int) -> None:

@@ -123,7 +123,7 @@ def make_dataset(
         config: sources, weights, tokenizer, cache, seed, workers.
         split: ``train`` or ``validation``.
         context_length: tokens of a model input; rows have one more. Must divide the context length of the stored rows.
-        vocab_size: the model's; must be the tokenizer's.
+        vocab_size: the model's; at least the tokenizer's.
         batch_size: rows per step over all hosts.
         rows: which rows of every batch to read, such as ``parallel.local_rows``; None reads all.
         start_step: first batch to give.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mor_jax.data.files import replacing
 from mor_jax.data.manifest import MANIFEST, TOKENIZER, read_manifest
+from mor_jax.data.special_tokens import RECORD
 from mor_jax.errors import UserError, reason
 from mor_jax.paths import is_remote, to_path
 
@@ -61,7 +62,7 @@ def _copy(source: Path, part: Path, manifest: str) -> None:
 
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(copy, [*missing, TOKENIZER]))
+            list(pool.map(copy, [*missing, TOKENIZER, *([RECORD] if (source / RECORD).is_file() else [])]))
     except Exception as error:  # of the bucket's client, or of the disk
         raise UserError(f"data.source={str(source)!r} could not be copied to {part}: {reason(error)}") from error
 

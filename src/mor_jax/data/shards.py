@@ -114,15 +114,13 @@ def _record_path(path: Path) -> Path:
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    end = np.array([tokenizer.eos_id], dtype=np.int32)
     batch: list[str] = []
     size = 0
     for i, text in enumerate(texts):
         batch.append(text)
         size += len(text)
         if size >= _BATCH_CHARACTERS or i == len(texts) - 1:
-            for tokens in tokenizer.encode_batch(batch):
-                yield np.concatenate([tokens, end])
+            yield from tokenizer.encode_documents(batch)
             batch, size = [], 0
 
 

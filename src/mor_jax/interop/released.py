@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config import io as config_io
+from mor_jax.data.special_tokens import read_object
 from mor_jax.errors import UserError, reason, require
+from mor_jax.interop.description import refuse_unshared
 from mor_jax.interop.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,10 @@ _TOKEN_DEFAULTS: dict[str, Any] = {
 
 
 def read_yaml(folder: Path) -> dict[str, Any]:
-    """Read the one YAML file of a folder.
+    """Read the one YAML file of a folder; a section that is absent is one that is not enabled.
 
     Raises:
-        UserError: there is none or more than one, it cannot be read, or it lacks a section.
+        UserError: there is none or more than one, it cannot be read, or a section is no mapping.
     """
     paths = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     require(len(paths) == 1, f"{folder} holds {len(paths)} YAML files ({', '.join(p.name for p in paths)}), not one")
@@ -71,9 +72,12 @@ def read_yaml(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{paths[0]}: not readable YAML ({reason(error)})") from error
     require(isinstance(values, dict), f"{paths[0]}: not a mapping")
-    missing = [name for name in _SECTIONS if not isinstance(values.get(name), dict)]
-    require(not missing, f"{paths[0]}: the sections {', '.join(missing)} are missing")
-    return values
+    sections = {name: {"enable": False} if values.get(name) is None else values[name] for name in _SECTIONS}
+    wrong = [f"{name}={section!r}" for name, section in sections.items() if not isinstance(section, dict)]
+    require(not wrong, f"{paths[0]}: {', '.join(wrong)}: not a section with keys of its own")
+    absent = [name for name in _SECTIONS if name not in values]
+    require(len(absent) < len(_SECTIONS), f"{paths[0]}: has none of the sections {', '.join(_SECTIONS)}")
+    return {**values, **sections}
 
 
 def write_configuration(folder: Path, description: Mapping[str, Any]) -> None:
@@ -105,6 +109,8 @@ def describe_folder(folder: Path, files: TensorFiles) -> dict[str, Any]:
     values, sizes = read_yaml(folder), _read_sizes(folder)
     _refuse_extras(values)
     recursive, kv, mor = (_enabled(values[name]) for name in _SECTIONS)
+    if recursive is None:
+        refuse_unshared(kv, mor)
     kind = "vanilla" if recursive is None else "recursive" if mor is None else f"mor_{mor.get('type')}"
     tied = bool(sizes.get("tie_word_embeddings", True))
     names = set(files.names())
@@ -169,8 +175,7 @@ def _enabled(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _read_sizes(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    sizes = config_io.read_json(path)
-    require(isinstance(sizes, dict), f"{path}: not a JSON object")
+    sizes = read_object(path)
     missing = [name for name in _SIZES if name not in sizes]
     require(not missing, f"{path}: {', '.join(missing)} missing")
     return sizes

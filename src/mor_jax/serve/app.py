@@ -123,8 +123,8 @@ class Endpoints:
 
     def _read(self, body: bytes) -> tuple[CompletionRequest, list[engine.Request]]:
         wanted = parse_completion_request(body, self._name, self._options.max_prompts)
-        prompts, stop_token = map(self._tokens, wanted.prompts), self._tokenizer.eos_id
-        requests = [wanted.engine_request(index, tokens, stop_token) for index, tokens in enumerate(prompts)]
+        prompts, stops = map(self._tokens, wanted.prompts), self._tokenizer.special.stop_ids
+        requests = [wanted.engine_request(index, tokens, stops) for index, tokens in enumerate(prompts)]
         try:
             for each in requests:
                 self._service.check(each)
@@ -135,7 +135,7 @@ class Endpoints:
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """An empty text begins a new document, as in ``LanguageModel.stream``."""
         if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode(prompt)) or (self._tokenizer.eos_id,)
+            return tuple(self._tokenizer.encode(prompt)) or (self._tokenizer.special.start_id,)
         return prompt
 
 

@@ -120,7 +120,7 @@ class Service:
             raise ApiError(429, message, code="queue_full", retry_after=self._retry_after())
         job = Job(arrived)
         job.sequences = [
-            PromptSequence(job, index, request, GrowingText(self._tokenizer, stop))
+            PromptSequence(job, index, request, GrowingText(self._tokenizer, stop, request.prompt))
             for index, request in enumerate(requests)
         ]
         self._open += len(requests)

@@ -131,7 +131,8 @@ class _Run:
                 old = config_io.load(Config, folder / "config.json")
                 rising = describe_rising_rate(old, config, self.start)
             claim_run_folder(config)
-            self.dataset.tokenizer.save(folder / "tokenizer.json")
+            if starts_anew or not (folder / "tokenizer.json").is_file():
+                self.dataset.tokenizer.save(folder / "tokenizer.json")
         self.writers = make_writers(
             folder,
             restored_step=self.start,
@@ -180,6 +181,8 @@ class _Run:
         known = first.tokenizer_hash == self.dataset.tokenizer.hash
         what = f"init.from={source!r}" if source else first.origin
         require(known, f"{what} was trained with another tokenizer than the one of data.source")
+        if first.special is not None:
+            self.dataset.tokenizer.describe(first.special)
         return first
 
     def train_steps(self, vote: StopVote) -> bool:
