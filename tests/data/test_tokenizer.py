@@ -20,11 +20,12 @@ def tokenizer(request):
 
 @pytest.mark.parametrize("text", ["", "the cat\n\n sat\t", ALL_BYTES, f"a {END_OF_TEXT} b"])
 def test_round_trip(tokenizer, text):
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode_batch([text])[0].tolist()
     assert tokenizer.decode(ids) == text
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
     assert tokenizer.eos_id not in ids
     assert tokenizer.encode_batch([text, text])[1].tolist() == ids
+    assert tokenizer.encode_documents([text])[0].tolist() == [*ids, tokenizer.eos_id]
 
 
 def test_every_byte_has_a_token(tokenizer):
@@ -51,7 +52,7 @@ def test_sizes():
 
 def test_vocabulary_is_filled_up_where_the_text_is_small():
     bpe = train_bpe(["abc"], 400)
-    assert bpe.vocab_size == 400 and bpe.token_bytes(399) == b"" and bpe.decode(bpe.encode("<|reserved_300|>"))
+    assert bpe.vocab_size == 400 and bpe.token_bytes(399) == b"" and bpe.encode("<|reserved_300|>") == [300]
 
 
 def test_training_is_deterministic():
@@ -62,7 +63,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
     model = tokenizers.Tokenizer(models.BPE())
     model.train_from_iterator(TEXTS, trainers.BpeTrainer(special_tokens=["<pad>"], show_progress=False))
     model.save(str(tmp_path / "t.json"))
-    with pytest.raises(UserError, match=r"t\.json: no end-of-text token .*<pad>"):
+    with pytest.raises(UserError, match=r"t\.json: no end-of-text token .*<pad>.*eos_token"):
         Tokenizer.load(tmp_path / "t.json")
 
 

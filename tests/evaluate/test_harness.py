@@ -3,6 +3,7 @@
 import gzip
 import json
 import warnings
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -122,17 +123,27 @@ def test_generation_is_greedy_and_stops():
         model._generate("x", {"do_sample": True})
 
 
+def test_texts_begin_as_with_transformers():
+    llama2 = Path(__file__).parent.parent / "fixtures" / "tokenizers" / "llama2" / "tokenizer.json"
+    model = harness.MorLM(CodeScorer(), Tokenizer.load(llama2), batch_size=1)
+    assert (model.prefix_token_id, model.eot_token_id) == (1, 2)
+    tokens = model.tok_encode("the cat")
+    assert tokens[0] == 1 and model.tok_encode("the cat", add_special_tokens=False) == tokens[1:]
+    assert model.tok_encode("<s>the cat") == model.tok_encode("<s>the cat", add_special_tokens=False)
+    assert harness.MorLM(CodeScorer(), Tokenizer.bytes_level(), batch_size=1).prefix_token_id == 256
+
+
 def test_mistakes_are_named(evalsets, tmp_path):
     with pytest.raises(UserError, match="did you mean 'hellaswag'"):
         local_task("helaswag", evalsets)
     with pytest.raises(UserError, match=r"piqa_valid.jsonl.gz is missing: --evalsets"):
         local_task("piqa", tmp_path)
     (tmp_path / "copa.jsonl.gz").write_text("{}")
-    with pytest.raises(UserError, match="truncated or not gzipped"):
+    with pytest.raises(UserError, match=r"copa\.jsonl\.gz is truncated, damaged or not \.gz data"):
         local_task("copa", tmp_path)
     for lines, words in (
         ([{"query": "q", "choices": ["a", "b"]}], r"copa.jsonl.gz, document 1: gold missing"),
-        ([{"query": "q", "choices": ["a"], "gold": 0}, [1]], r"copa.jsonl.gz, document 2: not a JSON object"),
+        ([{"query": "q", "choices": ["a"], "gold": 0}, [1]], r"copa.jsonl.gz, line 2: not a JSON object"),
         ([], r"copa.jsonl.gz holds no documents"),
     ):
         _write_set(tmp_path / "copa.jsonl.gz", lines)
@@ -169,8 +180,8 @@ def _pick(**changes):
         ("copa", _pick(query=None), "query=None is not a text"),
         ("copa", _pick(query=["q"]), "is not a text"),
         ("copa", _pick(query="q\udc00"), "query holds half of a surrogate pair at character 1"),
-        ("copa", "[" * 100_000, "not JSON"),
-        ("copa", '{"query": ', "not JSON"),
+        ("copa", "[" * 100_000, "not a JSON object"),
+        ("copa", '{"query": ', "not a JSON object"),
         ("copa", "7", "not a JSON object"),
         ("mmlu", _pick(choices=list("abcdefghijk"), subject="s"), "11 choices are more than the 10 that have a letter"),
         ("mmlu", _pick(subject=None), "subject=None is not a text"),
@@ -188,7 +199,7 @@ def test_a_document_that_cannot_be_scored_is_named(tmp_path, task, row, words):
     path = tmp_path / TASKS[task].file
     good = SETS[TASKS[task].file][0]
     _write_set(path, [good, "", row])
-    with pytest.raises(UserError, match=rf"{path.name}, document 2: .*{words}") as caught:
+    with pytest.raises(UserError, match=rf"{path.name}, (document 2|line 3): .*{words}") as caught:
         local_task(task, tmp_path)
     assert len(str(caught.value)) < len(str(path)) + 200 and "\n" not in str(caught.value)
 
@@ -201,7 +212,7 @@ def test_damaged_files_and_sets_without_text_are_named(tmp_path):
     whole = gzip.compress(b'{"text": "a"}\n' * 500)
     for damaged in (whole[:30], whole[:20] + b"\xff\xff\xff\xff" + whole[24:], gzip.compress(b'{"text": "\xff"}')):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="truncated or not gzipped"):
+        with pytest.raises(UserError, match=r"gz(, line 1)? is (truncated, damaged or not \.gz data|not UTF-8 text)"):
             local_task("wikitext", tmp_path)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,25 @@ from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import init_params
 
 DOCUMENTS = [np.random.default_rng(i).integers(0, 256, length) for i, length in enumerate((20, 33, 11))]
-STREAM = text_stream(DOCUMENTS, eos_id=256)
+STREAM = text_stream([np.append(document, 256) for document in DOCUMENTS], [256])
 
 
 def test_documents_are_joined_as_in_training():
-    stream = text_stream([np.array([1, 2]), np.array([3])], eos_id=9)
+    stream = text_stream([np.array([1, 2, 9]), np.array([3, 9])], [9])
     assert stream.tokens.tolist() == [9, 1, 2, 9, 3, 9] and stream.starts.tolist() == [0, 1, 4]
     assert len(STREAM.tokens) == 1 + 21 + 34 + 12
+
+
+def test_texts_begin_with_bos_where_the_tokenizer_adds_it(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat")
+    kinds = Path(__file__).parent.parent / "fixtures" / "tokenizers"
+    for kind, begin in (("llama2", [1]), ("gpt2", [355])):
+        tokenizer = Tokenizer.load(kinds / kind / "tokenizer.json")
+        streams, _ = read_streams([tmp_path / "a.txt"], tokenizer)
+        stream = streams["a.txt"]
+        inner = tokenizer.encode("the cat", around=False)
+        assert stream.tokens.tolist() == [*begin, *inner, tokenizer.eos_id]
+        assert stream.starts.tolist() == ([0] if tokenizer.special.before else [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +76,7 @@ def test_without_overlap_it_is_the_trainers_validation(kind, sharing):
     rows = [expand_row(row, T + 1) for row in full]
     held_out = HeldOut({n: np.stack([r[n] for r in rows]) for n in rows[0]})
     losses = validation_losses(model, cfg.perf, held_out, len(rows))
-    whole = text_stream([], 256)._replace(tokens=STREAM.tokens[: len(full) * T + 1], starts=STREAM.starts)
+    whole = text_stream([], [256])._replace(tokens=STREAM.tokens[: len(full) * T + 1], starts=STREAM.starts)
     cut = sliding_losses(model, cfg.perf, {"a": whole}, Bytes(), stride=T, batch_rows=2)["sources"]["a"]
     assert cut["tokens"] == losses["validation_tokens"] and cut["bytes"] == losses["validation_bytes"]
     names = ("topk_nll", "threshold_nll", "topk_bits_per_byte") if kind == "expert" else ("nll",)

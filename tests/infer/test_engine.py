@@ -135,10 +135,14 @@ def test_a_stop_token_ends_a_request(engine):
     request = Request((3, 4), 20)
     (result,) = serve(engine, [request])
     third = result[2].token
-    (stopped,) = serve(engine, [dataclasses.replace(request, stop_token=third)])
+    (stopped,) = serve(engine, [dataclasses.replace(request, stop_tokens=(third,))])
     first = next(i for i, t in enumerate(result) if t.token == third)
     assert [t.token for t in stopped] == [t.token for t in result[: first + 1]]
     assert stopped[-1].finished
+    several = tuple({t.token for t in result[1:4]})
+    (stopped,) = serve(engine, [dataclasses.replace(request, stop_tokens=several)])
+    first = next(i for i, t in enumerate(result) if t.token in several)
+    assert [t.token for t in stopped] == [t.token for t in result[: first + 1]] and stopped[-1].finished
 
 
 @pytest.mark.parametrize(
@@ -149,6 +153,7 @@ def test_a_stop_token_ends_a_request(engine):
         (Request((1, 99), 1), "prompt token 99 is outside 0..30"),
         (Request((1,) * 20, 5), "exceed max_length=24"),
         (Request((1,), 1, max_depth=0), "max_depth=0 must be at least 1"),
+        (Request((1,), 1, stop_tokens=tuple(range(9))), "stop_tokens holds 9 tokens, more than 8"),
     ],
 )
 def test_what_can_never_be_served_is_refused(engine, request_, message):

@@ -36,6 +36,9 @@ class Letters:
     def decode(self, ids):
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
 
+    def may_change(self, ids):
+        return False
+
 
 def test_text_grows_by_whole_characters():
     text = GrowingText(Letters())
@@ -63,6 +66,9 @@ class Words:
     def decode(self, ids):
         self.most = max(self.most, len(ids))
         return "".join(self.pieces[i] for i in ids).removeprefix(" ")
+
+    def may_change(self, ids):
+        return False
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -209,3 +215,28 @@ def test_the_command_line_generates_on_several_devices(run, capsys, monkeypatch)
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
         mor_jax.load(tmp_path / "absent")
+
+
+def test_ids_that_pad_the_vocabulary_are_never_drawn():
+    padded = dataclasses.replace(MODEL, vocab_size=260, tie_embeddings=False)
+    params = jax.tree.map(np.array, make_params(padded))
+    params["head"]["kernel"][:, 258], params["head"]["kernel"][:, 259] = 9.0, -9.0  # one of them is always the largest
+    model = LanguageModel(padded, params, Tokenizer.bytes_level())
+    for arguments in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}):
+        (completion,) = model.generate("some text", max_tokens=9, **arguments)
+        assert completion.tokens and max(completion.tokens) < 257
+
+
+def test_any_end_token_ends_a_completion_and_what_the_tokenizer_adds_is_read(model):
+    tokenizer = Tokenizer.bytes_level()
+    (whole,) = model.generate("end", max_tokens=12, temperature=1.0, seed=2)
+    ends = (whole.tokens[5], 256, whole.tokens[3])
+    tokenizer.special = dataclasses.replace(tokenizer.special, stop_ids=ends)
+    other = LanguageModel(MODEL, make_params(MODEL), tokenizer)
+    (ended,) = other.generate("end", max_tokens=12, temperature=1.0, seed=2)
+    first = next(i for i, token in enumerate(whole.tokens) if token in ends)
+    assert ended.tokens == whole.tokens[: first + 1] and ended.finish == "stop"
+    tokenizer.special = dataclasses.replace(tokenizer.special, before=(1, 2), bos_id=1)
+    (begun,) = other.generate("end", max_tokens=3)
+    (spelled,) = model.generate("\x01\x02end", max_tokens=3)
+    assert begun.tokens == spelled.tokens

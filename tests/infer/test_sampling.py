@@ -82,3 +82,21 @@ def test_draws_follow_the_softmax_of_what_is_left():
         want[order[:left]] = share[order[:left]] / share[order[:left]].sum()
         assert found[want == 0].sum() == 0
         np.testing.assert_allclose(found, want, atol=5 * 0.5 / count**0.5)
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen():
+    logits_EV, position_E = _logits(300).at[:, 30:].add(20.0), jnp.arange(300)
+    for rows, cuts in (
+        (_rows(np.arange(300), temperature=0.0), True),
+        (_rows(np.arange(300)), True),
+        (_rows(np.arange(300)), False),
+        (_rows(np.arange(300), top_k=35), True),
+        (_rows(np.arange(300), top_p=0.9), True),
+    ):
+        token_E, log_probability_E = sample(logits_EV, rows, position_E, known_tokens=30, cuts=cuts)
+        assert int(token_E.max()) < 30
+        alone_E, _ = sample(logits_EV[:, :30], rows, position_E, cuts=cuts)
+        if not rows.draws_E.any():
+            np.testing.assert_array_equal(token_E, alone_E)
+        picked_E = jnp.take_along_axis(jax.nn.log_softmax(logits_EV), token_E[:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(log_probability_E, picked_E, atol=1e-5)  # the model's own, over all ids

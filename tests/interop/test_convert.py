@@ -105,12 +105,17 @@ def test_a_damaged_folder_names_every_tensor(tmp_path):
         open_model(tmp_path)
 
 
-def test_released_folders_need_one_yaml_with_all_sections(tmp_path):
+def test_released_folders_need_one_yaml_with_its_sections(tmp_path):
     (tmp_path / "model.safetensors").touch()
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
-    (tmp_path / "a.yaml").write_text("recursive: {enable: false}\n")
-    with pytest.raises(UserError, match="the sections kv_sharing, mor are missing"):
-        official.read(tmp_path)
+    for text, message in (
+        ("name: x\n", "has none of the sections recursive, kv_sharing, mor"),
+        ("recursive: 3\n", "recursive=3: not a section"),
+        ("recursive: {enable: false}\n", r"config\.json: not a readable"),
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            official.read(tmp_path)
     (tmp_path / "b.yaml").write_text("")
     with pytest.raises(UserError, match=r"holds 2 YAML files \(a.yaml, b.yaml\), not one"):
         official.read(tmp_path)

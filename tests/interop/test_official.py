@@ -7,12 +7,12 @@ import golden_files
 import jax
 import numpy as np
 import pytest
-from mor_jax.model.routing.router_state import split_router_state
 
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.errors import UserError
 from mor_jax.interop import official
 from mor_jax.interop.description import KEYS
+from mor_jax.model.parameters import split_router_state
 from mor_jax.model.transformer import init_params
 
 TINY = ModelConfig(
@@ -137,6 +137,7 @@ def test_bad_parameters_are_named_at_once_on_export():
             "kv_sharing.num_recursion=2",
         ),
         ("mor.expert.cap_warmup_step", None, "put the number there"),
+        ("recursive", None, "mor without recursive"),
     ],
 )
 def test_bad_descriptions_are_refused(path, value, message):
@@ -183,3 +184,10 @@ def test_update_cache_counts_only_where_the_release_obeys_it():
 def test_models_that_the_release_lacks_are_refused_before_anything_is_read(config, message):
     with pytest.raises(UserError, match=message):
         official.export(config, {})
+
+
+def test_keys_and_values_shared_without_parameters_are_refused_with_that_reason():
+    description, state = golden_files.model("kv_rec_cycle_nr2_L6")
+    for lacking in ({**description, "recursive": None}, {k: v for k, v in description.items() if k != "recursive"}):
+        with pytest.raises(UserError, match="kv_sharing without recursive"):
+            official.load(lacking, state)

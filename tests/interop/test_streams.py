@@ -163,3 +163,31 @@ def test_released_runs_that_cannot_be_imported_are_refused(old, new, message, tm
     _released(tmp_path, EXPERT, PUBLISHED.replace(old, new))
     with pytest.raises(UserError, match=message):
         official.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recursive", "kv_sharing", "mor", "message"),
+    [
+        (
+            "recursive: {enable: false}\n",
+            True,
+            False,
+            "kv_sharing without recursive: layers with parameters",
+        ),
+        ("", True, False, "kv_sharing without recursive"),
+        ("recursive: null\n", True, True, "kv_sharing without recursive"),
+        ("", False, True, "mor without recursive: a router needs recursions"),
+        ("", False, False, None),
+    ],
+)
+def test_sections_without_parameter_sharing(recursive, kv_sharing, mor, message, tmp_path):
+    lines = [line for line in PUBLISHED.splitlines(keepends=True) if not line.startswith("recursive:")]
+    text = recursive + "".join(lines)
+    text = text if kv_sharing else text.replace("kv_sharing: {enable: true", "kv_sharing: {enable: false")
+    text = text if mor else text.replace("mor:\n  enable: true", "mor:\n  enable: false")
+    _released(tmp_path, TINY, text)
+    if message is None:
+        jax.tree.map(np.testing.assert_array_equal, official.read(tmp_path)[1], random_params(TINY))
+        return
+    with pytest.raises(UserError, match=message):
+        official.read(tmp_path)

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from mor_jax.model.routing.router_state import ROUTER_STATE
 from test_llama import TINY, random_params, write
 
 from mor_jax.config import Config, InitConfig, LoraTarget, ModelConfig, RecursionConfig, RelaxationConfig, RoutingConfig
@@ -15,6 +14,7 @@ from mor_jax.errors import UserError
 from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.uptrain import initial_weights
 from mor_jax.mesh.mesh import make_mesh
+from mor_jax.model.parameters import ROUTER_STATE
 from mor_jax.model.relaxation import update_of
 from mor_jax.model.sharing import share_layers, unrolled_sources
 from mor_jax.model.transformer import init_params

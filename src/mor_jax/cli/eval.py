@@ -29,7 +29,7 @@ class EvalArguments:
     rows: int | None = None
     """Rows of held-out text; None is the run's train.eval_rows."""
     text: tuple[Path, ...] = ()
-    """Files to measure instead of the held-out text (txt, jsonl, parquet; .gz, .xz, .zst), by a sliding window."""
+    """Files to measure instead of the held-out text (text, JSON, parquet; compressed too), by a sliding window."""
     stride: int | None = None
     """With --text: tokens that the window moves by; None is half the context."""
     tasks: str | None = None

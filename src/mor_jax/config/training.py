@@ -13,6 +13,8 @@ from mor_jax.errors import UserError, require
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 InitStrategy = Literal["stepwise", "average", "lower", "upper", "random"]
+Packing = Literal["concat", "best_fit"]
+"""How documents fill the rows of a prepared corpus."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class DataConfig:
 
     source: str = "embedded"
     """`embedded` (Python's own reference prose), `docs` (adds the docstrings of numpy, scipy and jax), `tfds:NAME`, or
-    the folder of a prepared corpus (`gs://` too); several joined by commas form a mixture."""
+    the folder of a prepared corpus (`gs://` too); several joined by commas form a mixture. `builtin:docs` and
+    `./docs` say which of the two is meant where a folder has the name."""
     weights: tuple[float, ...] | None = None
     """Weights of a mixture, one per source; None weighs by rows."""
     tokenizer: str = "auto"
@@ -38,10 +41,10 @@ class DataConfig:
         require(bool(self.source), "data.source='' must name a source")
         require_not_negative(workers=self.workers)
         require_seed("data.seed", self.seed)
-        count = len(self.source.split(","))
+        count = len(self.source.split(","))  # at most: a comma may belong to a path, which the disk shows later
         require(
-            self.weights is None or len(self.weights) == count,
-            f"data.weights={self.weights} has not one entry for each of {count} sources",
+            len(self.weights or ()) <= count,
+            f"data.weights={self.weights} has more entries than the {count} sources",
         )
         for weight in self.weights or ():
             require(weight > 0 and math.isfinite(weight), f"data.weights={self.weights}: {weight} must be positive")
@@ -141,7 +144,8 @@ class TrainConfig:
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
         """Return JSON values of any age as today's: `tensorboard` was a flag, and is now one of `trackers`."""
-        if not isinstance(values.get("tensorboard"), bool):
+        old = isinstance(values.get("tensorboard"), bool) and isinstance(values.get("trackers", []), list)
+        if not old:  # today's, or what is refused by name
             return values
         others = [name for name in values.get("trackers", ()) if name != "tensorboard"]
         kept = {name: value for name, value in values.items() if name != "tensorboard"}

@@ -2,18 +2,20 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mor_jax.config import DataConfig
-from mor_jax.data.inputs import TFDS_PREFIX, open_sources, sources_hash
+from mor_jax.data.inputs import BUILTIN_PREFIX, TFDS_PREFIX, is_made_here, open_sources, source_names, sources_hash
 from mor_jax.data.manifest import TOKENIZER, Manifest, Split, check_shards, load_tokenizer, read_manifest
 from mor_jax.data.prepare import prepare
 from mor_jax.data.remote import local_copy
-from mor_jax.data.tokenizer import Tokenizer, spec_identity
+from mor_jax.data.tokenizer import Tokenizer, parse_spec, spec_identity
 from mor_jax.errors import require
 
+_log = logging.getLogger(__name__)
 _VALIDATION_SHARE = 0.12
 
 
@@ -62,9 +64,11 @@ def open_corpora(config: DataConfig, context_length: int, vocab_size: int) -> li
     Raises:
         UserError: a source that cannot be used, rows that do not fit the context length, or vocabularies that differ.
     """
-    names = [name.strip() for name in config.source.split(",")]
-    require(all(names), f"data.source={config.source!r} has an empty entry")
-    ready = {name: open_corpus(local_copy(name, Path(config.cache))) for name in names if not _is_made_here(name)}
+    names = source_names(config.source)
+    count = len(config.weights or names)
+    rule = f"has not one entry for each of {len(names)} sources"
+    require(count == len(names), f"data.weights={config.weights} {rule}")
+    ready = {name: open_corpus(local_copy(name, Path(config.cache))) for name in names if not is_made_here(name)}
     spec = config.tokenizer
     if spec == "auto":
         first = next(iter(ready.values()), None)
@@ -79,16 +83,14 @@ def open_corpora(config: DataConfig, context_length: int, vocab_size: int) -> li
     return corpora
 
 
-def _is_made_here(name: str) -> bool:
-    return name in ("embedded", "docs") or name.startswith(TFDS_PREFIX)
-
-
 def _prepare_in_cache(name: str, config: DataConfig, spec: str, context_length: int) -> Path:
-    identity = json.dumps([sources_hash(open_sources([name])), spec_identity(spec), context_length])
-    label = "".join(character if character.isalnum() else "-" for character in name)
+    bare = name.removeprefix(BUILTIN_PREFIX)
+    source = name if name.startswith(TFDS_PREFIX) else BUILTIN_PREFIX + bare  # a saved `docs` is never a folder
+    identity = json.dumps([sources_hash(open_sources([source])), spec_identity(spec), context_length])
+    label = "".join(character if character.isalnum() else "-" for character in bare)
     folder = Path(config.cache) / f"{label}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     return prepare(
-        [name],
+        [source],
         folder,
         tokenizer=spec,
         context_length=context_length,
@@ -103,13 +105,22 @@ def _check_tokenizers(corpora: Sequence[Corpus], spec: str, vocab_size: int) -> 
             corpus.tokenizer.hash == first.tokenizer.hash,
             f"data.source: {corpus.folder} and {first.folder} were prepared with different tokenizers",
         )
-    size = first.tokenizer.vocab_size
-    where = f"the tokenizer of {first.folder}"
-    fix = f"set model.vocab_size={size} or prepare anew"
-    require(size == vocab_size, f"model.vocab_size={vocab_size} differs from the {size} of {where}; {fix}")
+        same = corpus.tokenizer.encode_documents([""])[0].tolist() == first.tokenizer.encode_documents([""])[0].tolist()
+        require(same, f"data.source: {corpus.folder} and {first.folder} put other special tokens around documents")
+    size, where = first.tokenizer.vocab_size, f"the tokenizer of {first.folder}"
+    fix = f"set model.vocab_size={size} or more, or prepare anew"
+    require(size <= vocab_size, f"model.vocab_size={vocab_size} is less than the {size} of {where}; {fix}")
+    if size < vocab_size:
+        _log.info("model.vocab_size=%d pads the %d tokens of %s", vocab_size, size, where)
     if spec != "auto":
-        known = (first.manifest.settings.tokenizer, first.tokenizer.hash)
-        require(spec_identity(spec) in known, f"data.tokenizer={spec!r} is not {where}; leave it 'auto'")
+        require(_is_spec_of(spec, first), f"data.tokenizer={spec!r} is not {where}; leave it 'auto'")
+
+
+def _is_spec_of(spec: str, corpus: Corpus) -> bool:
+    _, value = parse_spec(spec)
+    if isinstance(value, Path):
+        return Tokenizer.load(value).hash == corpus.tokenizer.hash
+    return spec == corpus.manifest.settings.tokenizer
 
 
 def _check_context(corpus: Corpus, context_length: int) -> None:

@@ -1,12 +1,15 @@
 """One tokenizer type: bytes, a byte-level BPE trained on the spot, or any tokenizer.json.
 
-``Tokenizer`` never adds special tokens of its own, and text that spells a special token is encoded as plain text, so
-that a document cannot forge the end-of-text token.
+Documents and prompts are encoded differently. In a document, text that spells a special token is plain text, so that
+it cannot forge the end-of-text token. A prompt is encoded as `transformers` does it: special tokens are recognised, and
+BOS is put where the tokenizer puts it.
 """
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +18,16 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mor_jax.errors import UserError, require
+from mor_jax.data.byte_tokens import byte_level_bytes, byte_vocabulary, metaspace_bytes
+from mor_jax.data.published_tokens import added_around, build_backend, find_special_tokens, read_published
+from mor_jax.data.special_tokens import RECORD, SpecialTokens
+from mor_jax.errors import UserError, require, require_text
 
 END_OF_TEXT = "<|endoftext|>"
-_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _BYTES = {"kind": "bytes"}
+_BYTE_END = 256
 _SMALLEST_BPE = 257
+_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer:
@@ -29,45 +36,95 @@ class Tokenizer:
     Args:
         definition: the text of a tokenizer.json, or ``{"kind": "bytes"}``: ids 0 to 255 are bytes, 256 is end-of-text.
         where: name of the file, for messages.
+        files: what stands beside it, of ``read_published``.
+        special: its special tokens, if they are known; None finds them in definition and files.
 
     Attributes:
         kind: ``"bytes"`` or ``"json"``.
         vocab_size: one more than the largest id.
-        eos_id: id of the end-of-text token.
+        special: its special tokens.
         hash: SHA-256 of the definition in canonical JSON.
 
     Raises:
-        UserError: the definition is not that of a tokenizer, or has no recognisable end-of-text token.
+        UserError: the definition is not that of a tokenizer, or nothing says which token ends a text.
     """
 
-    def __init__(self, definition: str, where: str = "tokenizer") -> None:
+    def __init__(
+        self,
+        definition: str,
+        where: str = "tokenizer",
+        *,
+        files: Mapping[str, Any] | None = None,
+        special: SpecialTokens | None = None,
+    ) -> None:
+        self._files = special.files if special is not None else files or {}
         try:
             values = json.loads(definition)
             self.kind = "bytes" if values == _BYTES else "json"
-            self._model = None if self.kind == "bytes" else tokenizers.Tokenizer.from_str(definition)
+            self._model = None if self.kind == "bytes" else build_backend(definition, self._files)
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{where}: not a tokenizer definition ({error})") from error
         self._definition = definition
         self.hash = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         if self._model is None:
-            self.vocab_size, self.eos_id = 257, 256
+            self.vocab_size = _BYTE_END + 1
+            self.special = special or SpecialTokens(_BYTE_END, (_BYTE_END,))
             return
-        self._model.no_truncation()
-        self._model.no_padding()
-        self._model.encode_special_tokens = True
         self.vocab_size = max(self._model.get_vocab().values(), default=-1) + 1
-        self.eos_id = _find_end(values, where)
+        self.special = special or find_special_tokens(self._model, values, self._files, where)
+        self._model.encode_special_tokens = True
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without an end-of-text token."""
-        return self.encode_batch([text])[0].tolist()
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a document."""
+        return self.special.eos_id
+
+    @property
+    def identity(self) -> str:
+        """What decides the tokens of documents: the hash, and where special tokens are more than that file's end."""
+        special = self.special
+        if not (special.before or special.after or special.files):
+            return self.hash
+        around = [special.before, special.after, special.eos_id, dict(special.files)]
+        return hashlib.sha256(json.dumps([self.hash, around], sort_keys=True).encode()).hexdigest()
+
+    def describe(self, special: SpecialTokens) -> None:
+        """Take over what is known of the same tokenizer elsewhere, but for what stands around prepared documents."""
+        own = self.special
+        self.special = dataclasses.replace(special, eos_id=own.eos_id, before=own.before, after=own.after)
+
+    def encode(self, text: str, *, around: bool = True) -> list[int]:
+        """Return the ids that `transformers` gives for a text, such as a prompt: special tokens are recognised in it.
+
+        Args:
+            text: any.
+            around: whether to put what the tokenizer adds around a text.
+        """
+        if self._model is None:
+            ids = list(text.encode("utf-8"))
+        else:
+            ids = self._prompts.encode(text, add_special_tokens=False).ids
+        return [*self.special.before, *ids, *self.special.after] if around else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of several texts as int32 arrays."""
+        """Return the ids of several texts as they stand in documents, without any special token, as int32 arrays.
+
+        Raises:
+            UserError: a text holds a lone surrogate.
+        """
+        for text in texts:
+            require_text(text, "text to encode")
         if self._model is None:
             return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32) for text in texts]
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of whole documents: BOS where the tokenizer adds it, the text, end-of-text."""
+        special = self.special
+        end = special.after if special.eos_id in special.after else (*special.after, special.eos_id)
+        parts = [np.asarray(ids, np.int32) for ids in (special.before, end)]
+        return [np.concatenate([parts[0], tokens, parts[1]]) for tokens in self.encode_batch(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
@@ -75,6 +132,21 @@ class Tokenizer:
         if self._model is None:
             return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
         return self._model.decode(ids, skip_special_tokens=True)
+
+    def may_change(self, ids: Sequence[int]) -> bool:
+        """Whether what follows can change the text of these tokens beyond an unfinished character at its end.
+
+        With byte fallback a row of byte tokens becomes text only as a whole: one byte that does not fit turns all of
+        them into U+FFFD.
+        """
+        last = next((i for i in reversed(ids) if i not in self._special_ids), None)
+        return last in self._byte_pieces
+
+    def token_text(self, token_id: int) -> str:
+        """Return how a token, special or not, is spelled; empty where it has no spelling."""
+        if self._model is None:
+            return END_OF_TEXT if token_id == _BYTE_END else ""
+        return self._model.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token stands for (none for a special token).
@@ -88,36 +160,70 @@ class Tokenizer:
         return self._bytes_of.get(token_id, b"")
 
     def save(self, path: Path) -> None:
-        """Write the definition as a file that ``load`` (and, unless the kind is bytes, ``tokenizers``) reads."""
+        """Write the definition as a file that ``load`` (and, unless the kind is bytes, ``tokenizers``) reads.
+
+        The special tokens are written beside it.
+        """
         path.write_text(self._definition, encoding="utf-8")
+        self.special.save(path.with_name(RECORD))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a tokenizer.json, or what ``save`` wrote.
+        """Read a tokenizer.json, or what ``save`` wrote, with what stands beside it.
 
         Raises:
-            UserError: the file is missing or is not a tokenizer.
+            UserError: the file is missing or is not a tokenizer, or what stands beside it cannot be used.
         """
         try:
             definition = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not a readable tokenizer file ({error})") from error
-        return cls(definition, str(path))
+        record = path.with_name(RECORD)
+        if record.is_file():
+            return cls(definition, str(path), special=SpecialTokens.load(record))
+        if not _is_older_folder(path.parent):
+            return cls(definition, str(path), files=read_published(path.parent))
+        loaded = cls(definition, str(path))
+        loaded.special = dataclasses.replace(loaded.special, before=(), after=())  # its model never saw them
+        return loaded
 
     @classmethod
     def bytes_level(cls) -> "Tokenizer":
         """Return the tokenizer whose tokens are bytes (vocabulary of 257)."""
         return cls(json.dumps(_BYTES))
 
+    def exported(self) -> str:
+        """Return a tokenizer.json for other readers: bytes as a vocabulary, with what this object adds."""
+        if self._model is None:
+            return byte_vocabulary(END_OF_TEXT)
+        if added_around(self._model) == (self.special.before, self.special.after):
+            return self._definition
+        return json.dumps({**json.loads(self._definition), "post_processor": None}, ensure_ascii=False)
+
+    @cached_property
+    def _prompts(self) -> tokenizers.Tokenizer:
+        """Recognises special tokens; ``encode_special_tokens`` is a property of the object, which threads share."""
+        return build_backend(self._definition, self._files)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = {} if self._model is None else self._model.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+
+    @cached_property
+    def _byte_pieces(self) -> frozenset[int]:
+        if self._model is None or "ByteFallback" not in repr(self._model.decoder):
+            return frozenset()
+        return frozenset(i for token, i in self._model.get_vocab().items() if _BYTE_PIECE.fullmatch(token))
+
     @cached_property
     def _bytes_of(self) -> dict[int, bytes]:
         model = cast(Any, self._model)
-        special = {i for i, token in model.get_added_tokens_decoder().items() if token.special}
         byte_level = '"ByteLevel"' in self._definition
         return {
-            i: _byte_level_bytes(token) if byte_level else _metaspace_bytes(token)
+            i: byte_level_bytes(token) if byte_level else metaspace_bytes(token)
             for token, i in model.get_vocab().items()
-            if i not in special
+            if i not in self._special_ids
         }
 
 
@@ -172,39 +278,20 @@ def parse_spec(spec: str) -> tuple[str, int | Path | None]:
 
 
 def spec_identity(spec: str) -> str:
-    """Return a specification with the path of a tokenizer.json replaced by the tokenizer's hash.
+    """Return a specification with the path of a tokenizer.json replaced by the tokenizer's identity.
 
     Raises:
         UserError: as ``parse_spec`` and ``Tokenizer.load``.
     """
     _, value = parse_spec(spec)
-    return Tokenizer.load(value).hash if isinstance(value, Path) else spec
+    return Tokenizer.load(value).identity if isinstance(value, Path) else spec
 
 
-def _find_end(values: dict[str, Any], where: str) -> int:
-    special = {token["content"]: token["id"] for token in values.get("added_tokens", ()) if token.get("special")}
-    for name in _END_NAMES:
-        if name in special:
-            return special[name]
-    found = ", ".join(special) or "none"
-    raise UserError(f"{where}: no end-of-text token ({' or '.join(_END_NAMES)}) among its special tokens ({found})")
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    return bytes(_BYTE_OF[character] for character in token) if all(c in _BYTE_OF for c in token) else token.encode()
-
-
-def _metaspace_bytes(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode("utf-8")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of every character of the byte-level alphabet: printable bytes stand for themselves."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+def _is_older_folder(folder: Path) -> bool:
+    """Whether this project wrote it before there were records: a corpus, a run, or converted weights."""
+    if (folder / "manifest.json").is_file() or (folder / "checkpoints").is_dir():
+        return True
+    try:
+        return "format" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

@@ -44,13 +44,19 @@ class MorLM(TemplateLM):
         super().__init__()
         require(batch_size > 0, f"--batch-size {batch_size} must be positive")
         self._scorer, self._tokens = scorer, tokenizer
+        self._prefix = tokenizer.token_text(tokenizer.special.start_id)
         self._context = scorer.model.context_length
         self._rows = -(-batch_size // scorer.devices) * scorer.devices
 
     @property
     def eot_token_id(self) -> int:
-        """Token that ends a document; it stands before a text without context (``prefix_token_id``)."""
+        """Token that ends a document."""
         return self._tokens.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Token that stands before a text without context: BOS, or else the end-of-text token."""
+        return self._tokens.special.start_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -58,8 +64,13 @@ class MorLM(TemplateLM):
         return self._tokens.hash
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the tokens of a text; no special token is ever added."""
-        return self._tokens.encode(string)
+        """Return the tokens of a text as `transformers` gives them, with BOS where the tokenizer adds it.
+
+        As in lm-eval's own models, a text that already begins with the prefix token gets nothing added.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = not (self._prefix and string.startswith(self._prefix))
+        return self._tokens.encode(string, around=add_special_tokens)
 
     def bucket(self, length: int) -> int:
         """Return the row length for ``length`` inputs: a power of two, at most the context."""
@@ -135,7 +146,7 @@ class MorLM(TemplateLM):
         del disable_tqdm
         rows = []
         for index, request in enumerate(requests):
-            tokens = np.array([self.eot_token_id, *self.tok_encode(request.args[0])], np.int32)
+            tokens = np.array([self.prefix_token_id, *self.tok_encode(request.args[0])], np.int32)
             stream = Row(tokens, np.array([0]))
             rows += [(index, w.row.tokens, w.first) for w in windows(stream, self._context, self._context)]
         totals = [0.0] * len(requests)
@@ -152,7 +163,7 @@ class MorLM(TemplateLM):
         require(not options.get("do_sample"), "generate_until is greedy here: do_sample=True is not supported")
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
-        tokens = self.tok_encode(text) or [self.eot_token_id]
+        tokens = self.tok_encode(text) or [self.prefix_token_id]
         made: list[int] = []
         for _ in range(int(options.get("max_gen_toks", _DEFAULT_NEW_TOKENS))):
             recent = np.array([*tokens, *made][-self._context :], np.int32)
@@ -161,7 +172,7 @@ class MorLM(TemplateLM):
             made.append(int(scores.greedy_BT[len(recent) - 1]))
             written = self._tokens.decode(made)
             ends = [written.find(stop) for stop in stops if stop and stop in written]
-            if ends or made[-1] == self.eot_token_id:
+            if ends or made[-1] in self._tokens.special.stop_ids:
                 return written[: min(ends)] if ends else written
         return self._tokens.decode(made)
 

@@ -6,7 +6,7 @@ before it. Letters: T context, V vocabulary.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,17 @@ class Window:
     """Index of the first target that counts, 0..T-1."""
 
 
-def text_stream(documents: Iterable[np.ndarray], eos_id: int) -> Row:
-    """Join documents as training rows do: each ends with end-of-text, and one stands before the first."""
-    pieces = [np.append(np.asarray(tokens, np.int32), np.int32(eos_id)) for tokens in documents]
-    tokens = np.concatenate([np.array([eos_id], np.int32), *pieces])
-    starts = np.cumsum([0, 1, *(len(piece) for piece in pieces[:-1])]) if pieces else np.array([0])
-    return Row(tokens, starts)
+def text_stream(documents: Iterable[np.ndarray], before: Sequence[int] = ()) -> Row:
+    """Join documents as training rows do.
+
+    Args:
+        documents: tokens of each, with the special tokens at its ends.
+        before: tokens before the first, a document of their own: its first token then is a target, too.
+    """
+    pieces = [np.asarray(tokens, np.int32) for tokens in (before, *documents) if len(tokens)]
+    if not pieces:
+        return Row(np.zeros(0, np.int32), np.zeros(0, np.int64))
+    return Row(np.concatenate(pieces), np.cumsum([0, *(len(piece) for piece in pieces[:-1])]))
 
 
 def windows(stream: Row, context: int, stride: int) -> Iterator[Window]:

@@ -49,9 +49,8 @@ def read_streams(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[dict[str,
         for document in read_documents(file):
             texts.setdefault(document.source or file.name, []).append(document.text)
     sizes = {name: sum(len(text.encode("utf-8")) for text in documents) for name, documents in texts.items()}
-    streams = {
-        name: text_stream(tokenizer.encode_batch(documents), tokenizer.eos_id) for name, documents in texts.items()
-    }
+    before = () if tokenizer.special.before else (tokenizer.special.start_id,)
+    streams = {name: text_stream(tokenizer.encode_documents(documents), before) for name, documents in texts.items()}
     return streams, sizes
 
 

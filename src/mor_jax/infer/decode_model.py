@@ -64,6 +64,8 @@ class DecodeModel:
     """Token-choice, loss-free balancing: added to the scores for choosing only."""
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
     """Devices that share it over `tensor`; None is the default device."""
+    known_tokens: int | None = struct.field(pytree_node=False, default=None)
+    """Ids below it may be drawn: those from it on pad the vocabulary; None is all."""
 
     @property
     def shards(self) -> int:
@@ -100,6 +102,7 @@ def prepare_weights(
     router_bias_R: jax.Array | None = None,
     boundaries: Sequence[float] | None = None,
     mesh: Mesh | None = None,
+    known_tokens: int | None = None,
 ) -> DecodeModel:
     """Make a decoding model from a parameter tree.
 
@@ -110,6 +113,7 @@ def prepare_weights(
         boundaries: raw-score boundary of every recursion; None takes ``routing.boundaries``, or 0.
         mesh: devices that share the model over `tensor`, its other axes of size 1; None is the default device. Weights
             are placed as shards, and never lie whole on one of them.
+        known_tokens: the tokenizer's vocabulary; ids beyond it are never drawn.
 
     Returns:
         The model, in ``config.dtype`` but for norms and routers.
@@ -149,6 +153,7 @@ def prepare_weights(
         boundary_R=whole(_boundaries(config)) if routing.kind == "expert" else None,
         bias_R=whole(router_bias_R) if routing.is_loss_free and router_bias_R is not None else None,
         mesh=mesh,
+        known_tokens=None if known_tokens is None or known_tokens >= config.vocab_size else known_tokens,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mor_jax.data.special_tokens import MOST_STOP_IDS
 from mor_jax.errors import require
 from mor_jax.infer.cache import KvUsage, kv_layout, kv_usage
 from mor_jax.infer.decode_model import DecodeModel
@@ -114,6 +115,8 @@ class Engine:
         length, vocabulary = len(request.prompt) + request.max_tokens, self.model.config.vocab_size
         require(len(request.prompt) > 0, "the prompt holds no token")
         require(request.max_tokens > 0, f"max_tokens={request.max_tokens} must be positive")
+        stops = len(request.stop_tokens)
+        require(stops <= MOST_STOP_IDS, f"stop_tokens holds {stops} tokens, more than {MOST_STOP_IDS}")
         outside = next((t for t in request.prompt if not 0 <= t < vocabulary), None)
         require(outside is None, f"prompt token {outside} is outside 0..{vocabulary - 1}")
         require(
@@ -220,7 +223,7 @@ class Engine:
             (control.position, len(request.prompt) - 1),
             (rows.order, self._admissions),
             (rows.remaining, request.max_tokens),
-            (rows.stop_token, -1 if request.stop_token is None else request.stop_token),
+            (rows.stop_tokens, (request.stop_tokens + (-1,) * MOST_STOP_IDS)[:MOST_STOP_IDS]),
             (rows.max_depth, passes if request.max_depth is None else min(request.max_depth, passes)),
             (rows.sampling.temperature_E, sampling.temperature),
             (rows.sampling.top_k_E, sampling.top_k),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mor_jax.data.special_tokens import MOST_STOP_IDS
 from mor_jax.infer.cache import Cache, hold_cache, init_cache, release_all
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine_shape import EngineShape
@@ -29,14 +30,14 @@ between two passes of the block; behind its last pass; finished, its pages not y
 
 @struct.dataclass
 class Requests:
-    """What each place's request asks for, all [S]."""
+    """What each place's request asks for, [S] where nothing else is said."""
 
     order: AnyArray
     """int32: waiting requests start by it, ascending."""
     remaining: AnyArray
     """int32: tokens still to generate."""
-    stop_token: AnyArray
-    """int32: token that ends it; -1 is none."""
+    stop_tokens: AnyArray
+    """int32 [S, MOST_STOP_IDS]: tokens that end it; -1 is none."""
     max_depth: AnyArray
     """int32: budget of passes per token."""
     sampling: SamplingRows
@@ -156,7 +157,8 @@ def empty_requests(places: int) -> Requests:
     whole = lambda: np.zeros(places, np.int32)  # noqa: E731
     number = lambda: np.zeros(places, np.float32)  # noqa: E731
     rows = SamplingRows(number(), whole(), number(), np.zeros(places, np.uint32))
-    return Requests(order=whole(), remaining=whole(), stop_token=whole(), max_depth=whole(), sampling=rows)
+    stops = np.full((places, MOST_STOP_IDS), -1, np.int32)
+    return Requests(order=whole(), remaining=whole(), stop_tokens=stops, max_depth=whole(), sampling=rows)
 
 
 def empty_control(places: int) -> Control:
@@ -170,7 +172,8 @@ def apply_control(state: EngineState, control: Control) -> EngineState:
     """Give back what finished or was cancelled, and let new requests wait for their turn."""
     emptied_S = control.cancel | (state.phase_S == DONE)
     phase_S = jnp.where(emptied_S, FREE, state.phase_S)
-    take = lambda new, old: jnp.where(control.admit, new, old)  # noqa: E731
+    admit = lambda leaf: jnp.asarray(control.admit).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
+    take = lambda new, old: jnp.where(admit(old), new, old)  # noqa: E731
     return dataclasses.replace(
         state,
         cache=release_all(state.cache, jnp.asarray(emptied_S)),

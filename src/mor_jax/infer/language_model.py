@@ -35,7 +35,7 @@ class Completion:
     log_probabilities: list[float] = field(default_factory=list)
     """Per token, in nats, before temperature and cuts."""
     finish: Literal["stop", "length", ""] = ""
-    """Why it ended: end of text or a stop string, or max_tokens; empty while it goes on."""
+    """Why it ended: a token or a string that stops, or max_tokens; empty while it goes on."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,14 @@ class LanguageModel:
     ) -> None:
         self.tokenizer = tokenizer
         self._copies = tuple(
-            prepare_weights(config, params, router_bias_R=router_bias_R, boundaries=boundaries, mesh=devices)
+            prepare_weights(
+                config,
+                params,
+                router_bias_R=router_bias_R,
+                boundaries=boundaries,
+                mesh=devices,
+                known_tokens=tokenizer.vocab_size,
+            )
             for devices in copy_meshes(mesh)
         )
         self._engines: dict[EngineOptions, AnyEngine] = {}
@@ -151,7 +158,8 @@ class LanguageModel:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         require(len(prompts) > 0, "there is no prompt")
-        token_lists = [self.tokenizer.encode(prompt) or [self.tokenizer.eos_id] for prompt in prompts]
+        special = self.tokenizer.special
+        token_lists = [self.tokenizer.encode(prompt) or [special.start_id] for prompt in prompts]
         longest = max(map(len, token_lists)) + max_tokens
         limit = self.config.context_length if max_length is None else max_length
         require(
@@ -166,7 +174,7 @@ class LanguageModel:
                 tuple(map(int, tokens)),
                 max_tokens,
                 Sampling(temperature, top_k, top_p, (seed + index) % 2**32),
-                stop_token=self.tokenizer.eos_id,
+                stop_tokens=special.stop_ids,
                 max_depth=max_depth,
             )
             for index, tokens in enumerate(token_lists)
@@ -181,7 +189,7 @@ class LanguageModel:
         engine = self.engine(options)  # only now: another stream may have begun in between
         numbers = {engine.submit(request): index for index, request in enumerate(requests)}
         completions = [Completion(prompt) for prompt in prompts]
-        texts = [GrowingText(self.tokenizer, stop) for _ in prompts]
+        texts = [GrowingText(self.tokenizer, stop, request.prompt) for request in requests]
         try:
             for token in engine.run():
                 index = numbers[token.request]
@@ -189,7 +197,7 @@ class LanguageModel:
                 if completion.finish:
                     continue  # a stop string ended it before the engine knew
                 require(token.is_valid, f"prompt {index + 1}, token {len(completion.tokens) + 1}: {NOT_FINITE}")
-                ended = token.token == requests[index].stop_token
+                ended = token.token in requests[index].stop_tokens
                 completion.tokens.append(token.token)
                 completion.depths.append(token.depth)
                 completion.log_probabilities.append(token.log_probability)

@@ -16,8 +16,8 @@ class Request:
     max_tokens: int
     """Tokens to generate at most."""
     sampling: Sampling = field(default_factory=Sampling)
-    stop_token: int | None = None
-    """Token that ends the completion (and is its last token)."""
+    stop_tokens: tuple[int, ...] = ()
+    """Tokens each of which ends the completion (and is its last token)."""
     max_depth: int | None = None
     """Budget of passes per token; None is the model's."""
 

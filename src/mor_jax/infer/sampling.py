@@ -56,7 +56,12 @@ class SamplingRows:
 
 
 def sample(
-    logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array, *, cuts: bool = True
+    logits_EV: jax.Array,
+    rows: SamplingRows,
+    position_E: jax.Array,
+    *,
+    known_tokens: int | None = None,
+    cuts: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Choose a token per row.
 
@@ -64,12 +69,16 @@ def sample(
         logits_EV: float32.
         rows: how.
         position_E: int32 position of the token that the logits follow.
+        known_tokens: ids from here on are never chosen; None is no limit.
         cuts: whether rows may cut the vocabulary. If none may, there is no branch, for which a GPU would wait for the
             host: noise is always made.
 
     Returns:
         int32 tokens, and their float32 log-probability under the model (before temperature and cuts).
     """
+    all_EV = logits_EV
+    if known_tokens is not None:
+        logits_EV = jnp.where(jnp.arange(logits_EV.shape[1])[None, :] < known_tokens, logits_EV, -jnp.inf)
     greedy_E, draws_E = jnp.argmax(logits_EV, axis=-1).astype(jnp.int32), rows.draws_E
     if cuts:  # noise is made only if somebody draws, and the vocabulary is sorted only if somebody cuts it
         level = jnp.any(draws_E).astype(jnp.int32) + jnp.any(rows.cuts_E)
@@ -77,8 +86,8 @@ def sample(
     else:
         drawn_E = _draw(logits_EV, rows, position_E)
     token_E = jnp.where(draws_E, drawn_E, greedy_E)
-    picked_E1 = jnp.take_along_axis(logits_EV, token_E[:, None], axis=-1)
-    return token_E, picked_E1[:, 0] - jax.nn.logsumexp(logits_EV, axis=-1)
+    picked_E1 = jnp.take_along_axis(all_EV, token_E[:, None], axis=-1)
+    return token_E, picked_E1[:, 0] - jax.nn.logsumexp(all_EV, axis=-1)
 
 
 def _draw(logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array) -> jax.Array:

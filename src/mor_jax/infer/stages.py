@@ -236,9 +236,11 @@ def _leave(
     sampling = jax.tree.map(at, state.requests.sampling)
     # nobody reads what the others would draw, and a cut of theirs would sort the vocabulary
     sampling = dataclasses.replace(sampling, temperature_E=jnp.where(leaves_E, sampling.temperature_E, 0.0))
-    logits_EV = logits(model, x_E1D)[:, 0]
-    sampled_E, log_probability_E = sample(logits_EV, sampling, position_E, cuts=shape.cuts)
-    ends_E = (at(state.requests.remaining) <= 1) | (sampled_E == at(state.requests.stop_token))
+    sampled_E, log_probability_E = sample(
+        logits(model, x_E1D)[:, 0], sampling, position_E, known_tokens=model.known_tokens, cuts=shape.cuts
+    )
+    stops_E = jnp.any(sampled_E[:, None] == at(state.requests.stop_tokens), axis=1)
+    ends_E = (at(state.requests.remaining) <= 1) | stops_E
     emitted = Emitted(
         place=jnp.where(leaves_E, place_E, -1),
         token=sampled_E,

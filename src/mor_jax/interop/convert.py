@@ -16,6 +16,7 @@ from mor_jax.errors import UserError, require
 from mor_jax.interop import llama, official
 from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.assemble import Progress
+from mor_jax.interop.exported_tokens import token_ids, write_tokenizer
 from mor_jax.interop.formats import Target
 from mor_jax.interop.sources import LoadedModel, open_model
 from mor_jax.interop.tensor_files import write_shards
@@ -101,14 +102,12 @@ def _write_mor(loaded: LoadedModel, folder: Path, progress: Progress | None) -> 
 
 def _write_hf(loaded: LoadedModel, folder: Path, dtype: Dtype, progress: Progress | None) -> None:
     model = loaded.model
-    eos_id = None if loaded.tokenizer is None else loaded.tokenizer.eos_id
-    _write_json(folder / "config.json", llama.describe_config(model, eos_id=eos_id, dtype=dtype))
+    tokens = None if loaded.tokenizer is None else token_ids(loaded.tokenizer.special)
+    _write_json(folder / "config.json", llama.describe_config(model, tokens=tokens, dtype=dtype))
     tensors_ = llama.unrolled(model, loaded.params, progress)
     write_shards(folder, llama.written_shapes(model), tensors_, dtype=dtype)
-    if loaded.tokenizer is not None and loaded.tokenizer.kind == "json":
-        loaded.tokenizer.save(folder / "tokenizer.json")
-        special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.context_length}
-        _write_json(folder / "tokenizer_config.json", special)
+    if loaded.tokenizer is not None:
+        write_tokenizer(folder, loaded.tokenizer, model.context_length)
     (folder / "README.md").write_text(weights.model_card(model, loaded.origin), encoding="utf-8")
 
 

@@ -110,7 +110,23 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def refuse_unshared(kv_sharing: Any, mor: Any) -> None:
+    """Refuse what the release can switch on beside layers that share no parameters.
+
+    Raises:
+        UserError: naming the section and the reason.
+    """
+    require(
+        kv_sharing is None,
+        "kv_sharing without recursive: layers with parameters of their own read the keys and values of earlier ones; "
+        "mor_jax shares keys and values only between recursions of shared parameters",
+    )
+    require(mor is None, "mor without recursive: a router needs recursions of shared parameters to choose among")
+
+
 def _check_keys(description: Mapping[str, Any]) -> None:
+    if description.get("recursive") is None:
+        refuse_unshared(description.get("kv_sharing"), description.get("mor"))
     missing = [name for name in KEYS if name not in description]
     require(not missing, f"the description lacks {', '.join(missing)}")
     kind = description["model_kind"]

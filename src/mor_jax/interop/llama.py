@@ -5,7 +5,6 @@ the recursions unrolled into layers of their own, so that `transformers` runs it
 directions; the module names of the official release are Llama's, so `interop.tensors` serves here too.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,8 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Dtype, LoraTarget, ModelConfig
-from mor_jax.errors import UserError, require
+from mor_jax.data.special_tokens import read_object
+from mor_jax.errors import UserError, require, shown
 from mor_jax.interop.assemble import Progress, assemble, check_names, lazily, take_apart
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Tensor, tensors
@@ -29,10 +29,12 @@ _SIZES = {
     "rms_norm_eps": "norm_epsilon",
     "max_position_embeddings": "context_length",
 }
-_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "initializer_range")
+_NULLABLE = ("num_key_value_heads", "head_dim")
+"""Optional sizes, for which null is another word for leaving them out."""
 _REAL = ("rms_norm_eps", "rope_theta", "initializer_range")
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _THETA = 10_000.0
+_LARGEST = 1e38  # of float32
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -53,46 +55,82 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
     require(kind == "llama", f"{where}: model_type={kind!r} is not 'llama'")
     missing = [name for name in _SIZES if name not in values]
     require(not missing, f"{where}: {', '.join(missing)} missing")
-    _check_numbers(values, where)
+    for name in (*_SIZES, *(name for name in (*_NULLABLE, "initializer_range") if name in values)):
+        if name not in _NULLABLE or values[name] is not None:
+            _check_number(values[name], name, where)
     for name, value in _FIXED.items():
         found = values.get(name, value)
         require(found == value, f"{where}: {name}={found!r}: only {value!r} is supported")
-    theta, scaling = _rotary(values)
-    require(scaling in (None, "default"), f"{where}: rotary scaling {scaling!r} is not supported")
+    tied = values.get("tie_word_embeddings", False)
+    require(isinstance(tied, bool), f"{where}: tie_word_embeddings={tied!r} is neither true nor false")
     heads = values["num_attention_heads"]
-    return ModelConfig(
-        **{ours: values[theirs] for theirs, ours in _SIZES.items()},
-        num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-        rope_theta=theta,
-        init_std=float(values.get("initializer_range", ModelConfig().init_std)),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        dtype="float32",
-    )
+    try:
+        return ModelConfig(
+            **{ours: float(values[name]) if name in _REAL else values[name] for name, ours in _SIZES.items()},
+            num_kv_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            rope_theta=_rotary_base(values, where),
+            init_std=float(values.get("initializer_range", ModelConfig().init_std)),
+            tie_embeddings=tied,
+            dtype="float32",
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
-def _check_numbers(values: Mapping[str, Any], where: str) -> None:
-    for name in (*_SIZES, *(name for name in _OPTIONAL if values.get(name) is not None)):
-        value, whole = values[name], name not in _REAL
-        known = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value > 0
-        require(known, f"{where}: {name}={value!r} is not a positive {'integer' if whole else 'number'}")
+def _check_number(value: Any, name: str, where: str) -> None:
+    whole = name.rpartition(".")[2] not in _REAL
+    known = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    known = known and 0 < value < _LARGEST
+    require(known, f"{where}: {name}={shown(value)} is not a positive {'integer' if whole else 'number'}")
 
 
-def _rotary(values: Mapping[str, Any]) -> tuple[float, str | None]:
-    """Base and kind of scaling, from the keys of either generation of transformers."""
-    new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    theta = new.get("rope_theta", values.get("rope_theta", _THETA))
-    return float(theta), new.get("rope_type", old.get("rope_type", old.get("type")))
+def _rotary_base(values: Mapping[str, Any], where: str) -> float:
+    """The base of the rotary angles, from the keys of either generation of transformers; scaling is refused.
+
+    Raises:
+        UserError: names the keys that ask for scaling, that contradict each other, or that hold no such setting.
+    """
+    said = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
+    kinds: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        settings = values.get(name)
+        require(settings is None or isinstance(settings, dict), f"{where}: {name}={shown(settings)} is not an object")
+        found = {f"{name}.{key}": settings[key] for key in ("rope_type", "type") if key in settings} if settings else {}
+        kinds |= found
+        if settings and "rope_theta" in settings:
+            said[f"{name}.rope_theta"] = settings["rope_theta"]
+        others = sorted(set(settings or ()) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+        require(bool(found) or not others, f"{where}: {name}={shown(settings)} names no rope_type")
+        _check_partial(settings or {}, f"{where}: {name}.")
+    _check_partial(values, f"{where}: ")
+    wrong = [f"{name}={kind!r}" for name, kind in kinds.items() if kind != "default"]
+    plain = [f"{name}={kind!r}" for name, kind in kinds.items() if kind == "default"]
+    against = f", although {' and '.join(plain)}" if wrong and plain else ""
+    require(not wrong, f"{where}: {' and '.join(wrong)}{against}: rotary scaling is not supported")
+    for name, value in said.items():
+        _check_number(value, name, where)
+    bases = {float(value) for value in said.values()}
+    stated = " and ".join(f"{name}={value!r}" for name, value in said.items())
+    require(len(bases) <= 1, f"{where}: {stated} contradict each other")
+    return next(iter(bases), _THETA)
 
 
-def describe_config(model: ModelConfig, *, eos_id: int | None = None, dtype: Dtype = "float32") -> dict[str, Any]:
+def _check_partial(settings: Mapping[str, Any], where: str) -> None:
+    share = settings.get("partial_rotary_factor")
+    require(share in (None, 1), f"{where}partial_rotary_factor={share!r}: only whole heads can be rotated")
+
+
+def describe_config(
+    model: ModelConfig, *, tokens: Mapping[str, Any] | None = None, dtype: Dtype = "float32"
+) -> dict[str, Any]:
     """Write a vanilla or recursive model as a Hugging Face Llama configuration, recursions unrolled.
 
     Document masks are no part of it: whoever runs a Llama passes one document per row, where they change nothing.
 
     Args:
         model: the model.
-        eos_id: end-of-text token.
+        tokens: ids of special tokens, of ``exported_tokens.token_ids``.
         dtype: of the weights.
 
     Raises:
@@ -105,8 +143,9 @@ def describe_config(model: ModelConfig, *, eos_id: int | None = None, dtype: Dty
         **describe_sizes(model),
         "torch_dtype": dtype,
         "use_cache": True,
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **(tokens or {}),
     }
 
 
@@ -151,11 +190,7 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: no readable config.json there, or one that ``parse_config`` refuses.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable configuration ({error})") from error
-    require(isinstance(values, dict), f"{path}: not a JSON object")
+    values = read_object(path)
     return parse_config(values, str(path))
 
 

@@ -60,7 +60,7 @@ def read(folder: FilePath) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
         UserError: files that are missing or cannot be read, or what ``load`` refuses.
     """
-    files = TensorFiles(folder)
+    files = TensorFiles(folder, pt=True)
     description = describe_folder(folder, files)
     if description["recursive"] is not None and description["recursive"]["base_depth"] is None:
         description = _with_rounded_depth(description)

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax.errors import UserError, require
+from mor_jax.data.special_tokens import read_object
+from mor_jax.errors import UserError, reason, require
+from mor_jax.interop.description import refuse_unshared
 from mor_jax.interop.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
@@ -54,10 +56,10 @@ _TOKEN_DEFAULTS: dict[str, Any] = {
 
 
 def read_yaml(folder: Path) -> dict[str, Any]:
-    """Read the one YAML file of a folder.
+    """Read the one YAML file of a folder; a section that is absent is one that is not enabled.
 
     Raises:
-        UserError: there is none or more than one, it cannot be read, or it lacks a section.
+        UserError: there is none or more than one, it cannot be read, or a section is no mapping.
     """
     paths = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     require(len(paths) == 1, f"{folder} holds {len(paths)} YAML files ({', '.join(p.name for p in paths)}), not one")
@@ -67,12 +69,15 @@ def read_yaml(folder: Path) -> dict[str, Any]:
         raise UserError(f"{paths[0]}: reading YAML needs the extra: pip install 'mor-jax[hf]'") from error
     try:
         values = yaml.safe_load(paths[0].read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{paths[0]}: not readable YAML ({error})") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{paths[0]}: not readable YAML ({reason(error)})") from error
     require(isinstance(values, dict), f"{paths[0]}: not a mapping")
-    missing = [name for name in _SECTIONS if not isinstance(values.get(name), dict)]
-    require(not missing, f"{paths[0]}: the sections {', '.join(missing)} are missing")
-    return values
+    sections = {name: {"enable": False} if values.get(name) is None else values[name] for name in _SECTIONS}
+    wrong = [f"{name}={section!r}" for name, section in sections.items() if not isinstance(section, dict)]
+    require(not wrong, f"{paths[0]}: {', '.join(wrong)}: not a section with keys of its own")
+    absent = [name for name in _SECTIONS if name not in values]
+    require(len(absent) < len(_SECTIONS), f"{paths[0]}: has none of the sections {', '.join(_SECTIONS)}")
+    return {**values, **sections}
 
 
 def write_configuration(folder: Path, description: Mapping[str, Any]) -> None:
@@ -104,6 +109,8 @@ def describe_folder(folder: Path, files: TensorFiles) -> dict[str, Any]:
     values, sizes = read_yaml(folder), _read_sizes(folder)
     _refuse_extras(values)
     recursive, kv, mor = (_enabled(values[name]) for name in _SECTIONS)
+    if recursive is None:
+        refuse_unshared(kv, mor)
     kind = "vanilla" if recursive is None else "recursive" if mor is None else f"mor_{mor.get('type')}"
     tied = bool(sizes.get("tie_word_embeddings", True))
     names = set(files.names())
@@ -168,11 +175,8 @@ def _enabled(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _read_sizes(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        sizes = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in _SIZES if name not in sizes]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable Hugging Face configuration with the sizes ({error})") from error
+    sizes = read_object(path)
+    missing = [name for name in _SIZES if name not in sizes]
     require(not missing, f"{path}: {', '.join(missing)} missing")
     return sizes
 

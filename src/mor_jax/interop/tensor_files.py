@@ -1,11 +1,12 @@
 """Tensor files of a checkpoint folder, read one tensor at a time: safetensors (sharded or not) and PyTorch pickles.
 
-Pickles are read by ``torch.load(weights_only=True)``, which executes nothing; it needs torch, which is no dependency.
+Which files of a folder are the model's is decided as `transformers` does it.
 """
 
-import importlib
 import json
+import logging
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,8 +17,13 @@ import numpy as np
 
 from mor_jax.config import Dtype
 from mor_jax.errors import UserError, require
+from mor_jax.interop import torch_files
+from mor_jax.interop.shard_index import indexed_files
 
+_log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_BESIDE = ("adapter", "optimizer", "scheduler", "random_states")
 SHARD_BYTES = 2 << 30
 """Bytes of a written shard at most."""
 _READABLE: dict[str, Any] = {
@@ -37,13 +43,15 @@ class TensorFiles:
     """The tensors of a folder by name; nothing is read before it is asked for, and no shard is mapped or held.
 
     Args:
-        folder: holds `model.safetensors`, shards named by an index, or `pytorch_model.bin` / `.pt` files.
+        folder: holds `model.safetensors`, shards named by an index, or `pytorch_model.bin` files. What else lies there
+            (adapters, an optimiser's state) is passed over.
+        pt: whether the model may also lie in `.pt` files, as in a run of the official release.
 
     Raises:
         UserError: there are no tensor files, they cannot be opened, or a PyTorch file is there without torch.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, pt: bool = False) -> None:
         require(folder.is_dir(), f"{folder} is no folder")
         self._where: dict[str, _Place | dict[str, Any]] = {}
         self._about: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -51,11 +59,14 @@ class TensorFiles:
         for path in files:
             for name, (shape, dtype, offset) in _read_header(path).items():
                 self._where[name], self._about[name] = _Place(path, offset), (shape, dtype)
-        for path in [] if files else _torch_files(folder):
-            loaded = _load_torch(path)
+        pickles = [] if files else torch_files.find(folder, pt=pt)
+        for path in pickles:
+            loaded = torch_files.load(path)
             self._where |= dict.fromkeys(loaded, loaded)
-            self._about |= {name: (tuple(value.shape), _torch_dtype(value)) for name, value in loaded.items()}
-        require(bool(self._where), f"{folder} holds no *.safetensors, *.bin or *.pt file with tensors")
+            self._about |= {name: (tuple(value.shape), torch_files.dtype(value)) for name, value in loaded.items()}
+        expected = "*.safetensors, pytorch_model*.bin or *.pt" if pt else "*.safetensors or pytorch_model*.bin"
+        require(bool(self._where), f"{folder} holds no {expected} file with tensors")
+        _pass_over(folder, [*files, *pickles])
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -77,10 +88,7 @@ class TensorFiles:
             require(dtype in _READABLE, f"{holder.path}: {name} has dtype {dtype}, which cannot be read")
             array = np.fromfile(holder.path, _READABLE[dtype], math.prod(shape), offset=holder.offset)
             return array.reshape(shape)
-        tensor = holder[name]
-        if dtype == "BF16":
-            return tensor.view(_torch().int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+        return torch_files.array(holder[name], name)
 
 
 class _Place(NamedTuple):
@@ -160,16 +168,22 @@ def _header(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dty
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        weight_map: Mapping[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({folder / name for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / INDEX}: not an index of safetensors shards ({error!r})") from error
-    missing = [path.name for path in files if not path.is_file()]
-    require(not missing, f"{folder / INDEX} names shards that are not there: {', '.join(missing)}")
-    return files
+    """The model's own files, as `transformers` takes them; without a usual name, all that are there."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if (folder / INDEX).is_file():
+        return indexed_files(folder / INDEX)
+    everything = sorted(folder.glob("*.safetensors"))
+    shards = [path for path in everything if re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name)]
+    return shards or [path for path in everything if not path.name.startswith(_BESIDE)]
+
+
+def _pass_over(folder: Path, used: Iterable[Path]) -> None:
+    """Say which files with tensors beside the model's are not read."""
+    kinds = (".safetensors", ".bin", ".pt", ".pth")
+    left = sorted(path.name for path in folder.iterdir() if path.suffix in kinds and path not in set(used))
+    if left:
+        _log.warning("%s: passed over beside the model: %s", folder, ", ".join(left))
 
 
 def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
@@ -192,31 +206,3 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
         raise UserError(f"{path}: reading safetensors needs the extra: pip install 'mor-jax[hf]'") from error
     except Exception as error:  # safetensors raises a bare error for damaged files
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def _torch_files(folder: Path) -> list[Path]:
-    weights = [*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt")]
-    return sorted(weights)
-
-
-def _torch() -> Any:
-    return importlib.import_module("torch")  # no dependency: type checkers need not find it
-
-
-def _torch_dtype(tensor: Any) -> str:
-    words = str(tensor.dtype).removeprefix("torch.")
-    return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}.get(words, words)
-
-
-def _load_torch(path: Path) -> dict[str, Any]:
-    try:
-        loaded = _torch().load(path, map_location="cpu", weights_only=True, mmap=True)
-    except ImportError as error:
-        raise UserError(f"{path}: reading a PyTorch file needs torch, or convert it to safetensors first") from error
-    except Exception as error:  # torch raises many kinds, and refuses pickles that would execute something
-        first = str(error).strip().splitlines()[:1]
-        raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__}: {''.join(first)})") from error
-    nested = loaded.get("state_dict", loaded.get("model", loaded)) if isinstance(loaded, dict) else None
-    if not isinstance(nested, dict) or not all(hasattr(value, "shape") for value in nested.values()):
-        raise UserError(f"{path}: not a dictionary of tensors by name")
-    return nested

@@ -48,6 +48,7 @@ def initial_weights(config: Config) -> InitialWeights | None:
     return InitialWeights(
         params=built,
         tokenizer_hash=hash_,
+        special=None if loaded.tokenizer is None else loaded.tokenizer.special,
         origin=f"{loaded.origin} ({config.init.strategy})",
         router_bias_R=bias_R if config.model.routing.is_loss_free else None,
     )

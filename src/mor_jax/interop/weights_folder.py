@@ -1,8 +1,9 @@
 """A folder of weights without a run: our configuration, our parameter names, tokenizer and model card.
 
 Files: `config.json` (``ModelConfig``, with the format's name), `model.safetensors` or shards with an index,
-`tokenizer.json`, `README.md`. Names are the parameter tree's paths joined by dots; the leaves of the shared block,
-which are stacked by layer, are written one layer at a time (``block.3.ffn.down``): no reader or writer holds a stack.
+`tokenizer.json`, `special_tokens.json`, `README.md`. Names are the parameter tree's paths joined by dots; the leaves of
+the shared block, which are stacked by layer, are written one layer at a time (``block.3.ffn.down``): no reader or
+writer holds a stack.
 """
 
 import json
@@ -15,6 +16,7 @@ import numpy as np
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.config import io as config_io
+from mor_jax.data.special_tokens import read_object
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 from mor_jax.interop.assemble import Progress, assemble, check_names, lazily, leaf_shapes, take_apart
@@ -31,8 +33,8 @@ _STACKED = "block"
 def is_weights_folder(folder: Path) -> bool:
     """Whether a folder holds what ``save`` wrote."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+        return config_io.read_json(folder / "config.json").get("format") == FORMAT
+    except (UserError, AttributeError):
         return False
 
 
@@ -100,11 +102,8 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: it cannot be read or describes no model.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable configuration ({error})") from error
-    require(isinstance(values, dict) and values.get("format") == FORMAT, f"{path}: its format is not {FORMAT!r}")
+    values = read_object(path)
+    require(values.get("format") == FORMAT, f"{path}: its format is not {FORMAT!r}")
     try:
         return config_io.from_dict(ModelConfig, values.get("model"))
     except UserError as error:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mor_jax.errors import UserError
+from mor_jax.errors import UserError, reason
 
 _log = logging.getLogger(__name__)
 _BUCKET_SECONDS = 30.0
@@ -44,8 +44,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             values.append(json.loads(line))
             values[-1]["step"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}, line {number}: not a JSON object with a step ({error!r})") from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not a JSON object with a step ({reason(error)})") from error
     return values
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config, ModelConfig
+from mor_jax.data.special_tokens import SpecialTokens
 from mor_jax.mesh.mesh import check_mesh, state_shardings
 from mor_jax.model.transformer import init_params, logical_axes
 from mor_jax.runs.optimizer import make_optimizer
@@ -55,6 +56,8 @@ class InitialWeights:
     """Of the tokenizer that these weights belong to; None is unknown."""
     origin: str
     """What they are, for the log."""
+    special: SpecialTokens | None = None
+    """Special tokens of that tokenizer."""
     router_bias_R: Any = None
     """float32 [R], the bias of loss-free balancing that belongs to them; None leaves the run's own."""
 

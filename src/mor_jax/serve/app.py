@@ -72,13 +72,12 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         """``GET /v1/models`` and ``GET /v1/models/NAME``."""
-        options = self._service.engine_options
         model = {
             "id": self._name,
             "object": "model",
             "created": self._created,
             "owned_by": "mor_jax",
-            "max_length": options.max_length,
+            "max_length": self._service.shape.max_length,
         }
         wanted = request.path_params.get("name")
         if wanted not in (None, self._name):
@@ -124,8 +123,8 @@ class Endpoints:
 
     def _read(self, body: bytes) -> tuple[CompletionRequest, list[engine.Request]]:
         wanted = parse_completion_request(body, self._name, self._options.max_prompts)
-        prompts, stop_token = map(self._tokens, wanted.prompts), self._tokenizer.eos_id
-        requests = [wanted.engine_request(index, tokens, stop_token) for index, tokens in enumerate(prompts)]
+        prompts, stops = map(self._tokens, wanted.prompts), self._tokenizer.special.stop_ids
+        requests = [wanted.engine_request(index, tokens, stops) for index, tokens in enumerate(prompts)]
         try:
             for each in requests:
                 self._service.check(each)
@@ -136,7 +135,7 @@ class Endpoints:
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """An empty text begins a new document, as in ``LanguageModel.stream``."""
         if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode(prompt)) or (self._tokenizer.eos_id,)
+            return tuple(self._tokenizer.encode(prompt)) or (self._tokenizer.special.start_id,)
         return prompt
 
 

@@ -76,11 +76,11 @@ class CompletionRequest:
     show_depth: bool = False
     """Extension: tell id, text, depth and log-probability of every token."""
 
-    def engine_request(self, index: int, tokens: tuple[int, ...], stop_token: int) -> Request:
+    def engine_request(self, index: int, tokens: tuple[int, ...], stop_tokens: tuple[int, ...]) -> Request:
         """Build what the engine takes for one prompt."""
         options = self.sampling
         seeded = Sampling(options.temperature, options.top_k, options.top_p, (options.seed + index) % 2**32)
-        return Request(tokens, self.max_tokens, seeded, stop_token=stop_token, max_depth=self.max_depth)
+        return Request(tokens, self.max_tokens, seeded, stop_tokens=stop_tokens, max_depth=self.max_depth)
 
 
 def parse_completion_request(body: bytes, model: str, max_prompts: int) -> CompletionRequest:

@@ -138,6 +138,6 @@ def _piece(sequence: PromptSequence, token: Token) -> Piece:
 def _finish(sequence: PromptSequence, token: Token) -> Finish:
     if not token.is_valid:
         return "error"
-    if token.token == sequence.request.stop_token or sequence.growth.stopped:
+    if token.token in sequence.request.stop_tokens or sequence.growth.stopped:
         return "stop"
     return "length" if token.finished else ""

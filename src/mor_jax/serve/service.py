@@ -42,7 +42,7 @@ class Service:
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self.options, self.metrics = options, metrics
-        self.engine_options, self.check = engine.options, engine.check  # neither touches what the thread changes
+        self.shape, self.check = engine.shape, engine.check  # neither touches what the thread changes
         self.count_connections: Callable[[], int] = lambda: 0
         """Set by who knows."""
         self.draining = self.failed = self.stuck = self._hurried = self._was_stalled = False
@@ -120,7 +120,7 @@ class Service:
             raise ApiError(429, message, code="queue_full", retry_after=self._retry_after())
         job = Job(arrived)
         job.sequences = [
-            PromptSequence(job, index, request, GrowingText(self._tokenizer, stop))
+            PromptSequence(job, index, request, GrowingText(self._tokenizer, stop, request.prompt))
             for index, request in enumerate(requests)
         ]
         self._open += len(requests)

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.config import io as config_io
+from mor_jax.data.pipeline import NoHeldOutText
 from mor_jax.data.pipeline import make_dataset as make_prepared_dataset
 from mor_jax.errors import UserError, require
-from mor_jax.evaluate.pictures import write_run_pictures
+from mor_jax.evaluate.pictures import write_loss_picture, write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.kernels.attention.backend import resolve_backend
 from mor_jax.mesh.devices import Device
@@ -130,7 +131,8 @@ class _Run:
                 old = config_io.load(Config, folder / "config.json")
                 rising = describe_rising_rate(old, config, self.start)
             claim_run_folder(config)
-            self.dataset.tokenizer.save(folder / "tokenizer.json")
+            if starts_anew or not (folder / "tokenizer.json").is_file():
+                self.dataset.tokenizer.save(folder / "tokenizer.json")
         self.writers = make_writers(
             folder,
             restored_step=self.start,
@@ -179,6 +181,8 @@ class _Run:
         known = first.tokenizer_hash == self.dataset.tokenizer.hash
         what = f"init.from={source!r}" if source else first.origin
         require(known, f"{what} was trained with another tokenizer than the one of data.source")
+        if first.special is not None:
+            self.dataset.tokenizer.describe(first.special)
         return first
 
     def train_steps(self, vote: StopVote) -> bool:
@@ -228,6 +232,8 @@ class _Run:
 
     def _evaluates(self, done: int) -> bool:
         train = self.config.train
+        if self.held_out is None:
+            return False
         return bool(train.eval_every and done % train.eval_every == 0) or done == train.steps
 
     def _is_due(self, done: int) -> bool:
@@ -272,6 +278,9 @@ class _Run:
     def write_pictures(self) -> None:
         """Write loss.png, depth.png and routing.html."""
         self.watchdog.reached("the pictures")
+        if self.held_out is None:
+            write_loss_picture(self.folder, self.config)
+            return
         with self.ledger.measure("eval"):
             write_run_pictures(self.folder, self.config, self._weights(), self.held_out)
 
@@ -283,22 +292,25 @@ class _Run:
         self.watchdog.reached("the last save")
         self.reporter.close()
         self.writers.close()
-        for dataset in (self.dataset, self.held_out):
-            dataset.close()
+        self.dataset.close()
+        if self.held_out is not None:
+            self.held_out.close()
         with self.ledger.measure("checkpoint"):
             self.checkpoints.close()
         self.reporter.say(self.ledger.summary())
 
 
 def _open_data(config: Config, make_dataset: MakeDataset, mesh: Mesh) -> tuple[Any, Any]:
-    """Open the training rows, of which this process reads those on its devices, and the held-out rows."""
+    """Open the training rows, of which this process reads those on its devices, and the held-out rows, or None."""
     shared: dict[str, Any] = {"context_length": config.model.context_length, "vocab_size": config.model.vocab_size}
     mine = local_rows(mesh, config.train.batch_size)
     rows = min(config.train.eval_rows, config.train.batch_size // config.train.accumulation)
-    return (
-        make_dataset(config.data, split="train", batch_size=config.train.batch_size, rows=mine, **shared),
-        make_dataset(config.data, split="validation", batch_size=rows, **shared),
-    )
+    dataset = make_dataset(config.data, split="train", batch_size=config.train.batch_size, rows=mine, **shared)
+    try:
+        return dataset, make_dataset(config.data, split="validation", batch_size=rows, **shared)
+    except NoHeldOutText as error:
+        _log.info("no validation, and no pictures of held-out text: %s", error)
+        return dataset, None
 
 
 def _to_json(metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -5,15 +5,13 @@ result names its file and number of rows. Fields: ``query``, ``choices`` and ``g
 ``continuation`` (LAMBADA), ``context_options``, ``continuation`` and ``gold`` (WinoGrande), ``text`` (perplexity).
 """
 
-import gzip
 import importlib
-import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mor_jax.data.readers import json_lines
 from mor_jax.errors import UserError, require, suggest
 
 Doc = Mapping[str, Any]
@@ -156,31 +154,13 @@ def read_set(path: Path, fields: Sequence[str], most_choices: int | None = None)
         UserError: the file is missing, damaged or empty, or a document cannot be scored (names its number).
     """
     require(path.is_file(), f"{path} is missing: --evalsets names the folder with the evaluation sets")
-    documents: list[dict[str, Any]] = []
-    try:
-        with gzip.open(path, "rt", encoding="utf-8-sig") as file:
-            for line in file:
-                if line.strip():
-                    documents.append(_read_document(line, f"{path}, document {len(documents) + 1}"))
-    except UserError:
-        raise
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} is truncated or not gzipped JSON lines ({error})") from error
+    documents = [document for _, document in json_lines(path, str(path))]
     require(len(documents) > 0, f"{path} holds no documents")
     for number, document in enumerate(documents, start=1):
         _check_document(document, fields, most_choices, f"{path}, document {number}")
     some_text = fields != ("text",) or any(document["text"].strip() for document in documents)
     require(some_text, f"{path} holds no text")
     return documents
-
-
-def _read_document(line: str, where: str) -> dict[str, Any]:
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({str(error) or 'nested too deeply'})") from error
-    require(isinstance(document, dict), f"{where}: not a JSON object")
-    return document
 
 
 def _check_document(document: Doc, fields: Sequence[str], most_choices: int | None, where: str) -> None:
