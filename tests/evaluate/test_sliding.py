@@ -35,17 +35,6 @@ def test_documents_are_joined_as_in_training():
     assert len(STREAM.tokens) == 1 + 21 + 34 + 12
 
 
-@pytest.mark.parametrize(
-    ("length", "stride", "table"),
-    [  # (offset, first target that counts, last) with a context of 4
-        (9, 4, [(0, 0, 4), (4, 0, 4)]),
-        (9, 2, [(0, 0, 4), (2, 2, 4), (4, 2, 4)]),
-        (8, 4, [(0, 0, 4), (3, 1, 4)]),  # the last one is moved back to be full
-        (8, 3, [(0, 0, 4), (3, 1, 4)]),
-        (4, 4, [(0, 0, 3)]),
-        (2, 1, [(0, 0, 1)]),
-    ],
-)
 def test_texts_begin_with_bos_where_the_tokenizer_adds_it(tmp_path):
     (tmp_path / "a.txt").write_text("the cat")
     kinds = Path(__file__).parent.parent / "fixtures" / "tokenizers"
@@ -57,6 +46,17 @@ def test_texts_begin_with_bos_where_the_tokenizer_adds_it(tmp_path):
         assert stream.starts.tolist() == ([0] if tokenizer.special.before else [0, 1])
 
 
+@pytest.mark.parametrize(
+    ("length", "stride", "table"),
+    [  # (offset, first target that counts, last) with a context of 4
+        (9, 4, [(0, 0, 4), (4, 0, 4)]),
+        (9, 2, [(0, 0, 4), (2, 2, 4), (4, 2, 4)]),
+        (8, 4, [(0, 0, 4), (3, 1, 4)]),  # the last one is moved back to be full
+        (8, 3, [(0, 0, 4), (3, 1, 4)]),
+        (4, 4, [(0, 0, 3)]),
+        (2, 1, [(0, 0, 1)]),
+    ],
+)
 def test_windows_count_every_target_once(length, stride, table):
     stream = Row(np.arange(length), np.array([0]))
     found = list(windows(stream, 4, stride))

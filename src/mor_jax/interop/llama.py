@@ -98,7 +98,7 @@ def _rotary_base(values: Mapping[str, Any], where: str) -> float:
         if settings and "rope_theta" in settings:
             said[f"{name}.rope_theta"] = settings["rope_theta"]
         others = sorted(set(settings or ()) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-        require(found or not others, f"{where}: {name}={settings!r} names no rope_type")
+        require(bool(found) or not others, f"{where}: {name}={settings!r} names no rope_type")
         _check_partial(settings or {}, f"{where}: {name}.")
     _check_partial(values, f"{where}: ")
     wrong = [f"{name}={kind!r}" for name, kind in kinds.items() if kind != "default"]
