@@ -17,7 +17,8 @@ from mor_jax.evaluate.plots import plot_loss
 from mor_jax.paths import is_remote, to_path
 from mor_jax.runs import metrics
 from mor_jax.runs.folder import check_run_folder, claim_run_folder
-from mor_jax.runs.metrics import BucketJsonlWriter, make_writers, read_metrics
+from mor_jax.runs.metrics import BucketJsonlWriter, read_metrics
+from mor_jax.runs.trackers import make_writers
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_a_run_folder_in_a_bucket_is_claimed_and_defended(bucket):
 
 
 def test_metrics_in_a_bucket_are_there_after_a_flush_and_resume_from_a_step(bucket, monkeypatch):
-    writers = make_writers(bucket, restored_step=0, tensorboard=True)
+    writers = make_writers(bucket, restored_step=0, trackers=("tensorboard",))
     for step in (1, 2, 3):
         writers.write(step, {"loss": 1.0 / step})
     assert read_metrics(bucket / "metrics.jsonl") == []

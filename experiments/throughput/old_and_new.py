@@ -49,7 +49,8 @@ def start(tree: Path, target: str, arguments: Sequence[str], cache: Path, out: P
     command = [sys.executable, "-m", "mor_jax.cli", "bench", target, *arguments, "--out", str(out)]
     if target == "train":
         command += ["--cache", str(cache)]
-    environment = os.environ | cached | {"PYTHONPATH": path}
+    # two of them share the device while they compile
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} | os.environ | cached | {"PYTHONPATH": path}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

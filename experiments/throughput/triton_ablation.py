@@ -139,7 +139,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     bench = BenchSettings(rows=settings.rows, packed=settings.packed)
     config = measured_config(parse_case(settings.case).config, bench)
     mesh = make_mesh(config.mesh, [device])
-    config = dataclasses.replace(config, perf=resolve_perf(config, mesh))
+    config = dataclasses.replace(config, perf=resolve_perf(config, mesh).asked)
     record: dict[str, Any] = {
         "command": ["python", *sys.argv],
         "settings": dataclasses.asdict(settings) | {"out": str(settings.out)},

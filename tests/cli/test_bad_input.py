@@ -1,12 +1,19 @@
 """Bad input ends in one message, exit code 2, no traceback, and nothing lost or written."""
 
+import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import TINY, Mor, Outcome, Trained
+from conftest import CONTEXT, TINY, Mor, Outcome, Trained
+from mor_jax.cli import generate
+from mor_jax.cli.generate import GenerateArguments
+from mor_jax.data.prepare import prepare
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.errors import UserError
 
 
 def _refused(outcome: Outcome, *words: str) -> None:
@@ -18,6 +25,12 @@ def _refused(outcome: Outcome, *words: str) -> None:
         assert word in text
     messages = [line for line in outcome.err.splitlines() if line.startswith("mor ")]
     assert len(messages) + text.count("For full helptext") == 1, outcome.err
+
+
+def _refused_after(outcome: Outcome, *words: str) -> None:
+    """As ``_refused``, but lines of the log may have come before."""
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert all(word in outcome.err.splitlines()[-1] for word in words), outcome.err
 
 
 @pytest.mark.parametrize(
@@ -84,12 +97,44 @@ def test_arguments(mor: Mor, arguments, words, tmp_path, monkeypatch):
         ("cut.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00", "truncated"),
         ("table.csv", b"a,b\n", "unknown kind of file"),
         ("cut.parquet", b"PAR1\x00", "parquet"),
+        ("deep.jsonl", b'{"text": "whole"}\n' + b'{"a":' * 50_000 + b"\n", "line 2"),
     ],
 )
 def test_prepare(mor: Mor, name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     _refused(mor("prepare", tmp_path / name, "--out", tmp_path / "out", "--tokenizer", "bytes"), name, words)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_a_folder_with_the_name_of_a_built_in_source(mor: Mor, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    arguments = {"prepare": ("docs", "--out", "out"), "train": ("debug", "--data.source", "docs")}[command]
+    _refused(mor(command, *arguments), "'./docs' for the folder", "'builtin:docs' for the built-in one")
+    if command == "train":
+        _refused(mor("train", "debug", "--data.source=a, docs"), "'builtin:docs' for the built-in one")
+    assert [path.name for path in tmp_path.iterdir()] == ["docs"]
+
+
+def test_prompts_that_are_no_text(mor: Mor, tmp_path, monkeypatch):
+    surrogate = "prompt 2: character 3 is a lone surrogate (U+DCFF, half of a pair, or the byte 0xff"
+    _refused(mor("generate", "nowhere", "--prompt", "fine", "hi\udcff"), surrogate)
+    _refused(mor("generate", "nowhere", "--prompt", "\ud83d"), "prompt 1: character 1 is a lone surrogate (U+D83D")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\xff"), "utf-8"))
+    _refused(mor("generate", "nowhere"), "standard input is not utf-8 text")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\xff"), "utf-8", "surrogateescape"))
+    _refused(mor("generate", "nowhere"), "standard input: character 3 is a lone surrogate")
+    (tmp_path / "prompts").write_bytes(b"hi\xff\n")
+    _refused(mor("generate", "nowhere", "--file", tmp_path / "prompts"), "not a readable UTF-8 text")
+    with pytest.raises(UserError, match="text to encode: character 1 is a lone surrogate"):
+        Tokenizer.bytes_level().encode("\ud83d")
+
+
+def test_prompts_of_a_file_end_with_its_lines_only(tmp_path):
+    (tmp_path / "prompts").write_bytes("\ufeffone\u2028still\x0cone\r\n\ntwo\n".encode())
+    options = GenerateArguments(Path("nowhere"), file=tmp_path / "prompts")
+    assert generate._prompts(options) == ["one\u2028still\x0cone", "", "two"]
 
 
 def _train(mor: Mor, corpus: Path, runs: Path, *overrides: Any) -> Outcome:
@@ -144,6 +189,32 @@ def test_a_run_folder_of_another_configuration_names_the_fields(trained: Trained
     outcome = mor("train", *trained.arguments, "--model.d-ff", "48", "--optimizer.beta1", "0.8")
     _refused(outcome, "model.d_ff: 32 -> 48", "optimizer.beta1: 0.9 -> 0.8", "choose another --train.name")
     assert sorted(path.name for path in trained.folder.iterdir()) == before
+
+
+def test_a_corpus_that_has_moved_is_the_same(trained: Trained, corpus: Path, mor: Mor, tmp_path):
+    again = _copy(trained, tmp_path)
+    moved = shutil.copytree(corpus, tmp_path / "moved, and renamed")
+    outcome = mor("train", *again, "--data.source", moved)
+    assert outcome.code == 0 and "continued from step 4" in outcome.out, outcome.err
+    assert json.loads((tmp_path / "tiny" / "config.json").read_text())["data"]["source"] == str(moved)
+    other = prepare([str(corpus.parent / "text.jsonl")], tmp_path / "other", tokenizer="bytes", context_length=CONTEXT)
+    _refused_after(mor("train", *again, "--data.source", other), "was trained on other data", str(other))
+
+
+def test_a_corpus_without_validation_trains(mor: Mor, tmp_path):
+    (tmp_path / "one.txt").write_text("a single document " * 40)
+    flags = ("--out", tmp_path / "corpus", "--tokenizer", "bytes", "--context-length", CONTEXT)
+    _refused(mor("prepare", tmp_path / "one.txt", *flags), "or set validation_share=0")
+    assert mor("prepare", tmp_path / "one.txt", *flags, "--validation-share", "0").code == 0
+    outcome = _train(mor, tmp_path / "corpus", tmp_path / "runs", "--train.eval-every", "2")
+    assert outcome.code == 0 and outcome.err.count("no validation, and no pictures") == 1, outcome.err
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "debug" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert not any(name.startswith("validation") for line in lines for name in line)
+    assert {path.name for path in (tmp_path / "runs" / "debug").glob("*.*") if path.suffix in (".png", ".html")} == {
+        "loss.png"
+    }
+    _refused(mor("eval", tmp_path / "runs" / "debug"), "has no validation split")
 
 
 def test_a_folder_that_cannot_be_written(mor: Mor, corpus, tmp_path, monkeypatch):

@@ -4,14 +4,14 @@ import json
 import subprocess
 import sys
 
-HEAVY = ("jax", "flax", "optax", "orbax", "grain", "matplotlib", "tensorboardX")
+HEAVY = ("jax", "flax", "optax", "orbax", "grain", "numpy", "tokenizers", "matplotlib", "tensorboardX")
 TEXT = [
     ["--help"], ["trian"],
     ["train"], ["train", "--help"], ["train", "mor-360m-expert-r3", "--help"], ["train", "dbug"],
     ["train", "debug", "--train.stepz", "3"], ["train", "debug", "--train.steps", "many"],
     ["train", "debug", "--model.num-heads", "9"],
     ["presets", "--help"], ["presets"], ["presets", "360n"],
-    ["prepare", "--help"], ["prepare", "--out", "x"],
+    ["prepare", "--help"], ["prepare", "a.txt", "--out", "x", "--packing", "tight"],
     ["plan", "--help"], ["plan", "debug", "--help"], ["plan", "debug", "--search", "--decode"],
     ["eval", "--help"], ["eval", "nowhere", "--stride", "4"],
     ["convert", "--help"], ["convert", "nowhere", "--to", "gguf"], ["convert", "nowhere"],

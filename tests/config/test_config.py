@@ -132,7 +132,7 @@ def test_model(fields, message):
         (TrainConfig, {"watchdog_seconds": float("inf")}, "watchdog_seconds=inf is not a finite number"),
         (DataConfig, {"source": ""}, "data.source='' must name a source"),
         (DataConfig, {"workers": -1}, "workers=-1 must not be negative"),
-        (DataConfig, {"source": "a,b", "weights": (1.0,)}, "has not one entry for each of 2 sources"),
+        (DataConfig, {"source": "a,b", "weights": (1.0, 1.0, 1.0)}, "has more entries than the 2 sources"),
         (DataConfig, {"source": "a,b", "weights": (1.0, 0.0)}, "0.0 must be positive"),
         (DataConfig, {"source": "a", "weights": (float("inf"),)}, "inf must be positive"),
         (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),

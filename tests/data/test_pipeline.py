@@ -1,5 +1,6 @@
 """Batches are a pure function of configuration and step, whatever the hosts, workers and restarts."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from mor_jax.config import DataConfig
 from mor_jax.data.manifest import MANIFEST, read_manifest
-from mor_jax.data.pipeline import make_dataset
+from mor_jax.data.pipeline import NoHeldOutText, make_dataset
 from mor_jax.data.prepare import prepare
 from mor_jax.errors import UserError
 
@@ -145,6 +146,11 @@ def _overwrite(folder: Path) -> None:
     shard.write_bytes(b"\1" * shard.stat().st_size)
 
 
+def _rename(folder: Path) -> None:
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"file": "', '"file": "../', 1))
+
+
 def _swap(folder: Path) -> None:
     one, other = sorted(folder.glob("train-*"))[:2]
     one.write_bytes(other.read_bytes())
@@ -163,6 +169,7 @@ def _edit(folder: Path) -> None:
         (_truncate, "bytes, but manifest.json says"),
         (_overwrite, "truncated or not an ArrayRecord file"),
         (_swap, "but manifest.json says"),
+        (_rename, "no plain file name"),
         (_edit, "totals or hash disagree"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "not a readable configuration"),
         (lambda folder: (folder / MANIFEST).unlink(), "not a prepared corpus"),
@@ -206,8 +213,19 @@ def test_unknown_sources(tmp_path, corpus):
 def test_a_corpus_without_validation(tmp_path, corpus):
     text = str(corpus.parent / "text.jsonl")
     made = prepare([text], tmp_path / "out", tokenizer="bytes", context_length=CONTEXT, validation_share=0.0)
-    with pytest.raises(UserError, match="has no validation split"):
+    with pytest.raises(NoHeldOutText, match="has no validation split"):
         _open(made, split="validation")
+    _assert_same(list(_open(f"{made},{corpus}", split="validation")), list(_open(corpus, split="validation")))
+
+
+def test_commas_in_paths(tmp_path, corpus, other_corpus):
+    odd = shutil.copytree(corpus, tmp_path / "a,b" / "corpus,c")
+    assert _open(odd).hash == _open(corpus).hash
+    mixture = _open(f"{odd}, {other_corpus},{odd}", weights=(1.0, 2.0, 3.0))
+    assert mixture.hash == _open(f"{corpus},{other_corpus},{corpus}").hash
+    for source in (odd, f"{odd},{other_corpus}"):
+        with pytest.raises(UserError, match=r"data\.weights=\(1.0, .*has not one entry for each of [12] sources"):
+            _open(source, weights=(1.0, 2.0, 3.0) if source != odd else (1.0, 2.0))
 
 
 def test_mixtures_need_one_tokenizer(tmp_path, corpus):
@@ -238,13 +256,15 @@ def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path, corpus):
         _open(f"{made[1]},{tmp_path / 'chat'}", vocab_size=512)
 
 
-def test_embedded_is_prepared_once(tmp_path):
+def test_embedded_is_prepared_once(tmp_path, monkeypatch):
+    (tmp_path / "embedded").mkdir()  # a saved `embedded` means the built-in one even so
+    monkeypatch.chdir(tmp_path)
     config = DataConfig(source="embedded", tokenizer="bytes", cache=str(tmp_path / "cache"))
     options: Any = {"context_length": 64, "vocab_size": 257, "batch_size": 4}
     first = make_dataset(config, **options)
     [folder] = (tmp_path / "cache").iterdir()
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again = make_dataset(config, split="validation", **options)
+    again = make_dataset(dataclasses.replace(config, source="builtin:embedded"), split="validation", **options)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before and folder.name.startswith(
         "embedded-"
     )

@@ -1,6 +1,6 @@
 """What ``prepare`` writes, what it refuses, and what survives a kill."""
 
-import dataclasses
+import errno
 import json
 import os
 import signal
@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from mor_jax.data import shards
+from mor_jax.data import shards, spill
 from mor_jax.data.corpus import open_corpus
+from mor_jax.data.inputs import FileSource
 from mor_jax.data.manifest import check_shards, read_manifest
 from mor_jax.data.packed_rows import RowSource
-from mor_jax.data.prepare import PrepareArguments, prepare, run
+from mor_jax.data.prepare import prepare
+from mor_jax.data.readers import read_documents
 from mor_jax.errors import UserError
 
 CONTEXT = 32  # of the corpus fixtures
@@ -130,8 +132,10 @@ def _source_path() -> str:
 
 
 def test_a_trained_bpe_and_best_fit(text, tmp_path):
-    arguments = PrepareArguments((text,), str(tmp_path / "out"), tokenizer="bpe:300", context_length=CONTEXT)
-    opened = open_corpus(run(dataclasses.replace(arguments, packing="best_fit", validation_share=0.0)))
+    made = prepare(
+        [text], tmp_path / "out", tokenizer="bpe:300", context_length=CONTEXT, packing="best_fit", validation_share=0.0
+    )
+    opened = open_corpus(made)
     assert opened.tokenizer.vocab_size == 300 and opened.manifest.totals("validation") is None
     totals = opened.manifest.splits[0]
     assert totals.bytes_per_token > 1.5 and totals.documents == 60
@@ -177,6 +181,21 @@ def test_unwritable_place(text, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"prepare: .*out"):
         prepare([text], tmp_path / "file" / "out", **SETTINGS)
+
+
+def test_damage_of_an_input_is_not_the_outputs(text, tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSource, "documents", lambda self: read_documents(tmp_path / "gone.jsonl"))
+        with pytest.raises(UserError, match=r"input .*gone\.jsonl: no such file"):
+            prepare([text], tmp_path / "out", **SETTINGS)
+    assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr(spill._Appender, "_flush", lambda *_: fail(None))  # the disk of the output
+    with pytest.raises(UserError, match=r"prepare: .*out: .*Input/output error; what is finished is kept"):
+        prepare([text], tmp_path / "out", **SETTINGS)
+    assert (tmp_path / "out.partial").is_dir()
 
 
 def test_truncated_input_leaves_nothing_that_looks_complete(text, tmp_path):

@@ -40,7 +40,8 @@ def test_texts_begin_with_bos_where_the_tokenizer_adds_it(tmp_path):
     kinds = Path(__file__).parent.parent / "fixtures" / "tokenizers"
     for kind, begin in (("llama2", [1]), ("gpt2", [355])):
         tokenizer = Tokenizer.load(kinds / kind / "tokenizer.json")
-        stream = read_streams([tmp_path / "a.txt"], tokenizer)["a.txt"]
+        streams, _ = read_streams([tmp_path / "a.txt"], tokenizer)
+        stream = streams["a.txt"]
         inner = tokenizer.encode("the cat", around=False)
         assert stream.tokens.tolist() == [*begin, *inner, tokenizer.eos_id]
         assert stream.starts.tolist() == ([0] if tokenizer.special.before else [0, 1])
@@ -107,7 +108,8 @@ def test_texts_are_read_by_source(tmp_path):
     with gzip.open(path, "wt") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "b.txt").write_text("plain")
-    streams = read_streams([path, tmp_path / "b.txt"], Tokenizer.bytes_level())
+    streams, sizes = read_streams([path, tmp_path / "b.txt"], Tokenizer.bytes_level())
+    assert sizes == {"x": 8, "y": 3, "b.txt": 5}
     assert {name: len(stream.tokens) for name, stream in streams.items()} == {"x": 1 + 4 + 6, "y": 5, "b.txt": 7}
 
 

@@ -11,7 +11,7 @@ from evaluation_examples import Bytes, HeldOut, T, batch, config, params, weight
 
 from mor_jax.config import PLAIN, MeshConfig, Mode
 from mor_jax.errors import UserError
-from mor_jax.evaluate.passes import batch_totals, spread, token_lengths
+from mor_jax.evaluate.passes import batch_totals, spread
 from mor_jax.evaluate.validation import modes_of, summary, threshold_refusal, validation_losses
 from mor_jax.mesh.mesh import make_mesh, params_shardings
 from mor_jax.model.parameters import Weights, head_matrix
@@ -149,8 +149,3 @@ def test_no_text_is_the_users_mistake():
     for dataset, rows in ((HeldOut(), 2), (HeldOut(batch(0, padding=17)), 2), (HeldOut(batch(0)), 0)):
         with pytest.raises(UserError):
             validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, dataset, rows)
-
-
-def test_token_lengths_give_special_and_unused_entries_no_bytes():
-    lengths = token_lengths(Bytes(), 260)
-    assert lengths[:256].tolist() == [1] * 256 and lengths[256:].tolist() == [0] * 4

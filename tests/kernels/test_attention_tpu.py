@@ -11,9 +11,9 @@ from jax.sharding import AxisType
 
 from mor_jax.errors import UserError
 from mor_jax.kernels.attention import backend as attention_backend
-from mor_jax.kernels.attention.backend import attend, resolve_backend
+from mor_jax.kernels.attention.backend import attend, resolve_backend, resolve_tpu_backend
 from mor_jax.kernels.attention.mask import Mask, TokenView
-from mor_jax.kernels.attention.tpu import block_size, resolve_tpu_backend, splash_attention, visible_blocks
+from mor_jax.kernels.attention.tpu import block_size, splash_attention, visible_blocks
 from mor_jax.mesh.mesh import MESH_AXES
 
 BATCH, HEADS, KV_HEADS, WIDTH, KEYS, QUERIES = 2, 4, 2, 16, 300, 140

@@ -18,7 +18,7 @@ def test_gradient(tokens):
     np.testing.assert_allclose(pull_fused(grad)[0], pull_plain(grad)[0], atol=2e-5)
 
 
-@pytest.mark.parametrize(("fusion", "kernels"), [("xla", 0), ("auto", 0), ("triton", 1)])
+@pytest.mark.parametrize(("fusion", "kernels"), [("xla", 0), ("triton", 1)])
 def test_perf_fusion_chooses_the_gradient(fusion, kernels):
     arguments = jnp.ones((1, 8, 16)), jnp.ones((16, 2, 32)), jnp.ones((32, 16))
     loss = lambda *arguments: jnp.sum(feed_forward(*arguments, fusion))  # noqa: E731

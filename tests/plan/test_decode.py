@@ -134,7 +134,7 @@ def test_out_of_memory_names_what_fits(monkeypatch):
     ],
 )
 def test_what_has_no_meaning_is_refused(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr("mor_jax.cli.plan.describe_topology", lambda *_: _topology())
+    monkeypatch.setattr("mor_jax.plan.topology.describe_topology", lambda *_: _topology())
     assert main(["plan", "debug", *flags]) == 2
     assert message in capsys.readouterr().err
 

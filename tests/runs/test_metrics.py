@@ -1,18 +1,19 @@
 """Metric writers, the ledger, throughput against a known peak, and what is shown while training."""
 
+import dataclasses
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
-from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config  # pyright: ignore[reportMissingImports]
 
 from mor_jax.errors import UserError
-from mor_jax.runs.metrics import JsonlWriter, make_writers, read_metrics
+from mor_jax.runs.metrics import JsonlWriter, read_metrics
 from mor_jax.train import goodput
 from mor_jax.train.goodput import ACTIVITIES, Ledger, Throughput, describe_peak
-from mor_jax.train.progress import Reporter
+from mor_jax.train.progress import Reporter, SafeStream, describe_rising_rate
 
 
 class _Device:
@@ -44,24 +45,12 @@ def test_a_foreign_metrics_file_is_named_with_its_line(tmp_path):
             read_metrics(path)
 
 
-def test_tensorboard_gets_scalars_and_the_entries_of_lists(tmp_path):
-    writers = make_writers(tmp_path, restored_step=0, tensorboard=True)
-    writers.write(1, {"loss": 2.5, "load_R": [0.25, 0.75]})
-    writers.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    data, tags = path.read_bytes(), {}
-    while data:  # a record is an 8-byte length, a 4-byte checksum, the event, a 4-byte checksum
-        length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
-        tags |= {value.tag: value.simple_value for value in event.summary.value}
-        data = data[16 + length :]
-    assert tags == {"loss": 2.5, "load_R/0": 0.25, "load_R/1": 0.75}
-    assert (tmp_path / "metrics.jsonl").exists()
-
-
-def test_other_processes_write_nothing(tmp_path):
-    make_writers(tmp_path, restored_step=0, tensorboard=True, primary=False).write(1, {"loss": 1.0})
-    assert list(tmp_path.iterdir()) == []
+def test_json_lines_hold_no_nan(tmp_path, caplog):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl", 0)
+    writer.write(1, {"loss": 1.0, "a": math.nan, "load_R": [0.5, math.inf], "b": 2})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0, "b": 2}\n'
+    assert caplog.messages == ["step 1: a, load_R not finite, and left out of metrics.jsonl"]
 
 
 def test_the_ledger_charges_each_activity(monkeypatch):
@@ -105,3 +94,59 @@ def test_logs_get_one_plain_line_and_a_terminal_a_bar():
             assert "2/10" in text.getvalue() and "loss 1.2346" in text.getvalue()
         else:
             assert text.getvalue() == "step 2/10  loss 1.2346  1,234 tok/s\n"
+
+
+class _Closed(io.StringIO):
+    """A terminal that is closed after so many writes."""
+
+    def __init__(self, writes, error):
+        super().__init__()
+        self.left, self.error = writes, error
+
+    def write(self, text):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe"), ValueError()])
+def test_a_reader_who_leaves_does_not_stop_a_run(error, caplog):
+    text = _Closed(2, error)
+    stream = SafeStream(text)
+    for _ in range(5):
+        assert stream.write("line") == 4
+        stream.flush()
+    assert text.getvalue() == "lineline" and len(caplog.messages) == 1 and not stream.isatty()
+
+
+def _rising(old_steps, new_steps, start, **optimizer):
+    config = tiny_config(steps=old_steps)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **optimizer))
+    new = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=new_steps))
+    return describe_rising_rate(config, new, start)
+
+
+def test_a_longer_run_says_that_its_rate_rises_again():
+    """The peak is 0.01; of 10 steps the last two fall, to 0.01 and 0.005 in steps 9 and 10; of 20 the last four."""
+    assert _rising(10, 20, 10) == (
+        "the learning rate rises again: step 10 had 5.00e-03, step 11 has 1.00e-02, as train.steps=10 had decayed it "
+        "and train.steps=20 does not yet"
+    )
+    assert "rises again: step 10 had" in (_rising(10, 20, 10, schedule="cosine") or "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "start", "optimizer"),
+    [
+        (10, 10, 10, {}),  # nothing is left to do
+        (10, 20, 0, {}),  # a start
+        (10, 20, 8, {}),  # the decay had not begun
+        (10, 20, 9, {}),  # and nor had a step of it been taken
+        (10, 20, 1, {}),  # in warm-up it rises in any case
+        (10, 11, 10, {"decay_share": 0.9}),  # it goes on falling
+        (10, 20, 10, {"decay_share": 0.0}),
+    ],
+)
+def test_otherwise_it_says_nothing(old, new, start, optimizer):
+    assert _rising(old, new, start, **optimizer) is None

@@ -63,8 +63,9 @@ def test_it_answers_and_ends_on_sigterm(run, monkeypatch):
             address = messages.queue.get(timeout=60).removeprefix("serving on ")
             body = json.dumps({"prompt": "once", "max_tokens": 6, "temperature": 0, "model": "small"}).encode()
             request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=60) as response:
-                answers.append(json.load(response))
+            for asked in (request, f"{address}/v1/models/small"):
+                with urllib.request.urlopen(asked, timeout=60) as response:
+                    answers.append(json.load(response))
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -78,8 +79,9 @@ def test_it_answers_and_ends_on_sigterm(run, monkeypatch):
         logger.setLevel(logging.NOTSET)
         asking.join()
     assert code == 0 and signal.getsignal(signal.SIGTERM) is before
-    (answer,) = answers
+    answer, model = answers
     assert answer["model"] == "small" and answer["usage"]["prompt_tokens"] == 4
+    assert model["id"] == "small" and model["max_length"] == MODEL.context_length
 
 
 _HANGS = """
@@ -158,4 +160,4 @@ def test_flags_become_sizes_of_the_engine(run):
     _, name, options = serve._load(parse(serve.ServeArguments, [str(run), *flags], "serve", ""))
     assert name == "small" and not options.cuts
     assert (options.block_slots, options.exit_slots, options.exit_at) == (5, 3, 1)
-    assert options.max_length == MODEL.context_length
+    assert options.max_length is None  # the model's context

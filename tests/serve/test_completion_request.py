@@ -32,8 +32,55 @@ def test_every_field():
     )
 
 
-def test_without_a_seed_every_request_draws_anew():
-    assert len({_parse({"prompt": "a"}).sampling.seed for _ in range(5)}) == 5
+@pytest.mark.parametrize("body", [{}, {"seed": None}, {"seed": -1}])
+def test_without_a_seed_every_request_draws_anew(body):
+    assert len({_parse({"prompt": "a", **body}).sampling.seed for _ in range(5)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("seed", "folded"),
+    [
+        (0, 0),
+        (2**32 - 1, 2**32 - 1),
+        (2**32, 1),
+        (2**40, 2**8),
+        (2**40 + 5, 2**8 + 5),
+        (2**63 - 1, 2**31),
+        (-2, 1),
+        (-(2**63), 2**31),
+    ],
+)
+def test_any_signed_64_bit_seed_is_folded(seed, folded):
+    assert _parse({"prompt": "a", "seed": seed}).sampling.seed == folded
+
+
+def test_top_p_0_is_the_most_likely_token():
+    for zero in (0, 0.0, 1e-400):
+        assert _parse({"prompt": "a", "top_p": zero, "seed": 3}).sampling == Sampling(0.0, seed=3)
+
+
+def test_what_cannot_change_a_completion_is_accepted():
+    plain = _parse({"prompt": "a", "seed": 1})
+    ignored = {
+        "user": "u", "metadata": {"a": "b"}, "service_tier": "auto", "store": True, "safety_identifier": "s",
+        "prompt_cache_key": "k", "prompt_cache_retention": "24h", "request_id": "r", "priority": 3,
+    }  # fmt: skip
+    neutral = {
+        "top_k": -1, "repetition_penalty": 1.0, "length_penalty": 1, "min_p": 0.0, "typical_p": 1.0,
+        "use_beam_search": False, "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [], "best_of": None,
+        "include_stop_str_in_output": False, "skip_special_tokens": True, "prompt_logprobs": None, "stop": [],
+    }  # fmt: skip
+    for name, value in {**ignored, **neutral}.items():
+        assert _parse({"prompt": "a", "seed": 1, name: value}) == plain, name
+    assert _parse({"prompt": "a", "seed": 1, **ignored, **neutral}) == plain
+
+
+@pytest.mark.parametrize("usage", [True, False, None])
+@pytest.mark.parametrize("obfuscation", [True, False, None])
+def test_stream_options_of_the_official_client(usage, obfuscation):
+    options = {"include_usage": usage, "include_obfuscation": obfuscation, "continuous_usage_stats": False}
+    wanted = _parse({"prompt": "a", "stream": True, "stream_options": options})
+    assert wanted.stream and wanted.include_usage == bool(usage)
 
 
 def test_prompts_of_one_request_draw_apart():
@@ -66,15 +113,25 @@ def test_prompts_of_one_request_draw_apart():
         ({"prompt": "a", "max_tokens": 3.5}, "max_tokens", "max_tokens=3.5 must be an integer"),
         ({"prompt": "a", "temperature": "hot"}, "temperature", "must be a number"),
         ({"prompt": "a", "temperature": -1}, "temperature", "temperature=-1 is outside [0, 100]"),
-        ({"prompt": "a", "top_p": 0}, "top_p", "top_p=0 is outside (0, 1]"),
-        ({"prompt": "a", "top_k": -1}, "top_k", "top_k=-1 must be a count"),
-        ({"prompt": "a", "seed": -1}, "seed", "seed=-1 is outside"),
+        ({"prompt": "a", "top_p": -0.1}, "top_p", "top_p=-0.1 is outside [0, 1]"),
+        ({"prompt": "a", "top_p": 1.1}, "top_p", "top_p=1.1 is outside [0, 1]"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature", "temperature=inf is outside"),
+        ({"prompt": "a", "top_k": -2}, "top_k", "top_k=-2 must be a count"),
+        ({"prompt": "a", "seed": 2**63}, "seed", "seed=9223372036854775808 is outside [-2^63, 2^63)"),
+        ({"prompt": "a", "seed": -(2**63) - 1}, "seed", "seed=-9223372036854775809 is outside"),
+        ({"prompt": "a", "seed": 1.5}, "seed", "seed=1.5 must be an integer"),
         ({"prompt": "a", "stop": 3}, "stop", "stop=3 must be a text or a list of texts"),
         ({"prompt": "a", "stop": ["x"] * 5}, "stop", "at most 4 texts"),
         ({"prompt": "a", "stop": ""}, "stop", "1 to 256 characters"),
         ({"prompt": "a", "stream": 1}, "stream", "stream=1 must be true or false"),
         ({"prompt": "a", "stream_options": {}}, "stream_options", "stream_options needs stream=true"),
-        ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options", "include_usage alone"),
+        ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options", "may hold only include_usage,"),
+        ({"prompt": "a", "stream": True, "stream_options": {"include_obfuscation": 1}}, "include_obfuscation", "true"),
+        (
+            {"prompt": "a", "stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options",
+            "stream_options.continuous_usage_stats=true is not served",
+        ),
         ({"prompt": "a", "n": 2}, "n", "n=2 is not served, only 1: every prompt gets one completion"),
         ({"prompt": "a", "n": True}, "n", "n=true is not served"),
         ({"prompt": "a", "echo": True}, "echo", "the prompt is not repeated"),
@@ -82,6 +139,11 @@ def test_prompts_of_one_request_draw_apart():
         ({"prompt": "a", "logprobs": 0}, "logprobs", "show_depth=true tells"),
         ({"prompt": "a", "presence_penalty": 0.1}, "presence_penalty", "presence_penalty=0.1 is not served, only 0"),
         ({"prompt": "a", "logit_bias": {"1": 2}}, "logit_bias", "only null"),
+        ({"prompt": "a", "repetition_penalty": 1.1}, "repetition_penalty", "only 1: the model's probabilities"),
+        ({"prompt": "a", "min_p": 0.1}, "min_p", "min_p=0.1 is not served, only 0"),
+        ({"prompt": "a", "ignore_eos": True}, "ignore_eos", "only false: a completion ends at"),
+        ({"prompt": "a", "stop_token_ids": [3]}, "stop_token_ids", "only null"),
+        ({"prompt": "a", "skip_special_tokens": False}, "skip_special_tokens", "only true"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -58,7 +58,10 @@ def test_several_processes_equal_one(alone, tmp_path, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "number"), [(2, signal.SIGTERM), (4, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("count", "number"),
+    [(2, signal.SIGTERM), (4, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGUSR1), (2, signal.SIGHUP)],
+)
 def test_a_signal_to_one_stops_all_at_one_step_and_one_process_goes_on(alone, tmp_path, count, number):
     hosts = _start(tmp_path, count, pause=0.2, train={"save_every": 0})
     hosts.wait_for_lines(2)

@@ -81,11 +81,27 @@ def test_two_interruptions_change_nothing(straight, tmp_path):
     assert batches[0] >= batches[1] and len(batches[0]) <= len(batches[1]) + ahead
 
 
-def test_a_finished_run_is_extended(tmp_path):
-    config = tiny_config(tmp_path, steps=2)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_what_slurm_and_a_closed_terminal_send_saves(tmp_path, capsys, number):
+    """Twice, as a closed terminal does."""
+    config = tiny_config(tmp_path, save_every=0, pictures=False)
+    act = lambda: [os.kill(os.getpid(), number) for _ in range(2)]  # noqa: E731
+    folder = run(config, make_dataset=stopping_dataset(config, 1, act))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
+    assert f"{number.name}: saved at step 2; the same command continues" in capsys.readouterr().out
+    assert [line["step"] for line in read_lines(run(config))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_extended_and_says_that_its_rate_rises(tmp_path, capsys):
+    config = tiny_config(tmp_path, steps=10, pictures=False)  # the tenth step has half of the peak
     run(config)
-    folder = run(with_train(config, steps=4))
-    assert [line["step"] for line in read_lines(folder)] == [1, 2, 3, 4]
+    longer = with_train(config, steps=12)
+    run(longer, make_dataset=stopping_dataset(longer, 10, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert capsys.readouterr().out.count("rises again: step 10 had 5.00e-03, step 11 has 1.00e-02") == 1
+    lines = read_lines(run(longer))
+    assert "rises again" not in capsys.readouterr().out  # said once
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["learning_rate"] for line in lines[9:]] == pytest.approx([5e-3, 1e-2, 5e-3])
 
 
 def test_another_configuration_is_refused_by_field_and_touches_nothing(straight):

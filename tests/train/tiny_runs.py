@@ -55,7 +55,7 @@ _TRAIN = {
     "eval_rows": 4,
     "save_every": 3,
     "name": "tiny",
-    "tensorboard": False,
+    "trackers": (),
 }
 
 
@@ -82,8 +82,8 @@ class NumberTokenizer:
     vocab_size, eos_id = 64, 0
 
     def encode(self, text: str) -> list[int]:
-        """Read the numbers of a text."""
-        return [int(word) for word in text.split()]
+        """Read the numbers of a text; what is none has no token."""
+        return [int(word) for word in text.split() if word.isdecimal()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Join the numbers."""

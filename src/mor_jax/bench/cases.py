@@ -46,7 +46,7 @@ def parse_case(text: str, shared: tuple[str, ...] = ()) -> Case:
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None if text == "None" else text
 
 

@@ -67,7 +67,7 @@ def bench_model(
     engine.warm_up(prompts=settings.prompt_length > 1)
     compile_seconds, compiled = time.perf_counter() - begin, compilations()
     requests = make_requests(model.config, settings)
-    measured = _run(engine, requests)
+    measured = run_requests(engine, requests)
     taken = parameter_bytes(model) + options.max_running * settings.reserve * bytes_per_position(model.config)
     return {
         "match": scenario.match,
@@ -95,7 +95,8 @@ def _profile(engine: AnyEngine, requests: Sequence[Request]) -> dict[str, Any]:
     return profile_dispatch(engine)
 
 
-def _run(engine: AnyEngine, requests: Sequence[Request]) -> dict[str, Any]:
+def run_requests(engine: AnyEngine, requests: Sequence[Request]) -> dict[str, Any]:
+    """Answer a queue of requests, and say how fast, how long they waited and what the slots held."""
     begin = time.perf_counter()
     for request in requests:
         engine.submit(request)

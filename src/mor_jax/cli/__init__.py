@@ -1,13 +1,17 @@
 """The console command ``mor``: one module per subcommand, imported when it is asked for.
 
-A mistake of the user ends in one line on stderr and exit code 2, a diverged run in exit code 1.
+A mistake of the user ends in one line on stderr and exit code 2, a diverged run in exit code 1. A reader of stdout that
+goes away (``mor ... | head``) ends the command quietly, with 141 as of a program that SIGPIPE ends: `pipefail` sees it.
 """
 
 import importlib
+import io
 import logging
 import os
+import select
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from mor_jax.errors import UNUSABLE_PATH, UserError, suggest
 
@@ -26,7 +30,7 @@ COMMANDS = {
 }
 """Subcommand and what it does; the module ``mor_jax.cli.<name>`` has ``run(arguments) -> exit code``."""
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+USER_ERROR, FAILURE, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
 
 
 def usage() -> str:
@@ -44,7 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _replace_what_stdout_cannot_show()
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        except SystemExit as stop:
+            if isinstance(stop.__context__, BrokenPipeError):  # rich makes an exit of it
+                return CLOSED_PIPE
+            raise
+        finally:
+            if sys.stdout is not None and not isinstance(sys.exception(), Exception):  # None: it was closed before
+                sys.stdout.flush()  # here, and not when the interpreter ends: the reader may have gone
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if stream and _reader_is_gone(stream)]
+        if not gone:
+            raise
+        for stream in gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is still held back
+        return CLOSED_PIPE
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else USER_ERROR
@@ -66,6 +90,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mor {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _replace_what_stdout_cannot_show() -> None:
+    """Let a terminal without, say, emoji show `?` for them; stderr shows escapes anyway."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more: other pipes break, too, and those are faults."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # it has no descriptor, or is closed
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _log_to_stderr() -> None:

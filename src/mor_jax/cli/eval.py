@@ -1,6 +1,7 @@
 """``mor eval RUN``: held-out loss of a run's newest checkpoint, loss on any text, and tasks of lm-eval."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class EvalArguments:
     rows: int | None = None
     """Rows of held-out text; None is the run's train.eval_rows."""
     text: tuple[Path, ...] = ()
-    """Files to measure instead of the held-out text (txt, jsonl, parquet; .gz, .xz, .zst), by a sliding window."""
+    """Files to measure instead of the held-out text (text, JSON, parquet; compressed too), by a sliding window."""
     stride: int | None = None
     """With --text: tokens that the window moves by; None is half the context."""
     tasks: str | None = None
@@ -92,7 +93,7 @@ def _held_out(options: EvalArguments) -> None:
     )
     boundaries = restored.config.model.routing.boundaries
     if options.json:
-        print(json.dumps({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses}, indent=2))
+        _print_json({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses})
         return
     if options.calibrate:
         print(f"calibrated boundaries: {', '.join(f'{boundary:.4f}' for boundary in boundaries or ())}")
@@ -116,7 +117,7 @@ def _text(options: EvalArguments) -> None:
     losses = text_losses(restored, options.text, stride=options.stride, max_depth=options.max_depth)
     if options.json:
         boundaries = restored.config.model.routing.boundaries
-        print(json.dumps({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses}, indent=2))
+        _print_json({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses})
         return
     print(f"step {restored.step}, window {losses['context']} tokens, stride {losses['stride']}")
     print(text_summary(losses))
@@ -140,11 +141,27 @@ def _tasks(options: EvalArguments) -> None:
         limit=options.limit,
         num_fewshot=options.num_fewshot,
     )
+    scored = {name: figures for name, figures in results.items() if "error" not in figures}
     if options.json:
         report: dict[str, Any] = {"run": options.run, "step": restored.step, "mode": scorer.mode}
         report |= {"boundaries": scorer.model.routing.boundaries, "tasks": results}
-        print(json.dumps(report, indent=2))
-        return
-    print(f"step {restored.step}, selection {scorer.mode}")
-    for name, figures in results.items():
-        print(f"{name:16s} " + "  ".join(f"{figure} {value:.4g}" for figure, value in figures.items()))
+        _print_json(report)
+    else:
+        print(f"step {restored.step}, selection {scorer.mode}")
+        for name, figures in scored.items():
+            print(f"{name:16s} " + "  ".join(f"{figure} {value:.4g}" for figure, value in figures.items()))
+    failed = [figures["error"] for figures in results.values() if "error" in figures]
+    require(not failed, "; ".join(failed))  # last: the other tasks' results are there
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    """Print JSON, which knows no NaN and no infinity: a figure that is neither a number nor finite is null."""
+    print(json.dumps(_finite(report), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ import tyro
 
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
-from mor_jax.errors import UserError, require
+from mor_jax.errors import UserError, reason, require, require_text
 from mor_jax.infer.engine_options import EngineMesh
 
 if TYPE_CHECKING:
@@ -82,20 +82,25 @@ def run(arguments: Sequence[str]) -> int:
 def _prompts(options: GenerateArguments) -> list[str]:
     require(not options.prompt or options.file is None, "--prompt and --file exclude each other")
     if options.prompt:
-        return list(options.prompt)
+        return [require_text(text, f"prompt {number}") for number, text in enumerate(options.prompt, start=1)]
     if options.file is None:
-        return [sys.stdin.read()]
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not {error.encoding} text ({reason(error)})") from error
+        return [require_text(text.removeprefix("\ufeff"), "standard input")]
     try:
-        lines = options.file.read_text(encoding="utf-8").splitlines()
+        text = options.file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file {options.file}: not a readable UTF-8 text ({error})") from error
-    require(bool(lines), f"--file {options.file} holds no line")
+        raise UserError(f"--file {options.file}: not a readable UTF-8 text ({reason(error)})") from error
+    lines = text.removesuffix("\n").split("\n")  # splitlines would cut at form feeds and U+2028 as well
+    require(bool(text), f"--file {options.file} holds no line")
     return lines
 
 
 def _print(model: "LanguageModel", completion: "Completion", options: GenerateArguments, live: bool) -> None:
     if options.json:
-        print(json.dumps(dataclasses.asdict(completion)))
+        print(json.dumps(dataclasses.asdict(completion), allow_nan=False))
         return
     print("" if live else completion.prompt + completion.text)
     if options.show_depth:

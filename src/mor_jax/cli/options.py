@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import tyro
@@ -12,6 +13,11 @@ from mor_jax.config import Config
 from mor_jax.errors import UserError
 
 T = TypeVar("T")
+_OLD_FLAGS = {
+    "--train.tensorboard": ("--train.trackers", "tensorboard"),
+    "--train.no-tensorboard": ("--train.trackers",),
+}
+"""Flags of older scripts and what they mean now."""
 
 
 def parse(kind: type[T], arguments: Sequence[str], command: str, description: str) -> T:
@@ -85,7 +91,9 @@ def _parse(
         print(f"usage: mor {command} PRESET [--field value ...]\n\n{description}", file=stream)
         print(f"\n`mor presets` describes the presets; `mor {command} PRESET --help` lists the fields.", file=stream)
         raise SystemExit(0 if arguments else 2)
-    name, *flags = arguments
+    name, *given = arguments
+    flags = [flag for old in given for flag in _OLD_FLAGS.get(old.replace("_", "-"), (old,))]
+    _check_typed_source(flags)
     config = presets.get(name).config
     fields = [f for f in dataclasses.fields(Config) if f.name != "preset"]  # its name is no flag
     flag_groups: list[Any] = [(f.name, f.type, dataclasses.field(default=getattr(config, f.name))) for f in fields]
@@ -93,3 +101,14 @@ def _parse(
     overrides = dataclasses.make_dataclass("Overrides", flag_groups, bases=own, frozen=True)
     parsed: Any = tyro.cli(overrides, args=flags, prog=f"mor {command} {name}", description=description)
     return Config(preset=name, **{f.name: getattr(parsed, f.name) for f in fields}), parsed
+
+
+def _check_typed_source(flags: Sequence[str]) -> None:
+    """Refuse a typed name that a folder and a built-in source share; in a saved configuration it is the source's."""
+    from mor_jax.data.inputs import refuse_ambiguous
+
+    for flag, following in zip_longest(flags, flags[1:], fillvalue=""):
+        name, equals, value = flag.partition("=")
+        if name == "--data.source":
+            for source in (value if equals else following).split(","):
+                refuse_ambiguous(source.strip(), "data.source")

@@ -45,6 +45,7 @@ from mor_jax.config.training import (
     InitConfig,
     InitStrategy,
     OptimizerConfig,
+    Packing,
     TrainConfig,
 )
 
@@ -70,6 +71,7 @@ __all__ = [
     "Mode",
     "ModelConfig",
     "OptimizerConfig",
+    "Packing",
     "PerfConfig",
     "RecursionConfig",
     "RelaxationConfig",

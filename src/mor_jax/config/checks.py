@@ -15,14 +15,14 @@ def require_choice(name: str, value: object, choices: object) -> None:
 def require_positive(**values: float) -> None:
     """Refuse values of 0 and below, NaN and infinity."""
     for name, value in values.items():
-        require(math.isfinite(value), f"{name}={value} is not a finite number")
+        require(-math.inf < value < math.inf, f"{name}={value} is not a finite number")
         require(value > 0, f"{name}={value} must be positive")
 
 
 def require_not_negative(**values: float) -> None:
     """Refuse values below 0, NaN and infinity."""
     for name, value in values.items():
-        require(math.isfinite(value), f"{name}={value} is not a finite number")
+        require(-math.inf < value < math.inf, f"{name}={value} is not a finite number")
         require(value >= 0, f"{name}={value} must not be negative")
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar
 
-from mor_jax.errors import UserError, suggest
+from mor_jax.errors import UserError, reason, shown, suggest
 
 T = TypeVar("T")
+_LARGEST = 2**63
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -26,21 +27,23 @@ def from_dict(kind: type[T], values: object, where: str = "") -> T:
         where: dotted path of the object, for messages.
 
     Returns:
-        The dataclass; fields that are absent take their defaults.
+        The dataclass; fields that are absent take their defaults, and those of older releases are translated by its
+        ``upgrade``, if it has one.
 
     Raises:
         UserError: an unknown field (with the nearest known name), a missing one that has no default, a value of the
             wrong type, or a broken rule.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where or kind.__name__}={values!r} is not an object")
+        raise UserError(f"{where or kind.__name__}={shown(values)} is not an object")
+    fields: dict[str, Any] = getattr(kind, "upgrade", dict)(values)
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
     built = {}
-    for name, value in values.items():
+    for name, value in fields.items():
         path = f"{where}.{name}" if where else name
         if name not in known:
-            raise UserError(f"unknown field {path!r}{suggest(name, known)}")
+            raise UserError(f"unknown field {shown(path)}{suggest(name, known)}")
         built[name] = _convert(hints[name], value, path)
     missing = [f.name for f in dataclasses.fields(typing.cast(Any, kind)) if f.name not in built and _is_needed(f)]
     if missing:
@@ -62,16 +65,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert(next(a for a in arguments if a is not NoneType), value, path)
     if origin is typing.Literal:
         if value not in arguments:
-            raise UserError(f"{path}={value!r} is not one of {', '.join(map(repr, arguments))}")
+            raise UserError(f"{path}={shown(value)} is not one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{path}={value!r} is not a list")
+            raise UserError(f"{path}={shown(value)} is not a list")
         return tuple(_convert(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+        raise UserError(f"{path}={shown(value)} is outside the 64-bit integers")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise UserError(f"{path}={value!r} is not of type {hint.__name__}")
+        raise UserError(f"{path}={shown(value)} is not of type {hint.__name__}")
     return value
 
 
@@ -86,12 +91,29 @@ def load(kind: type[T], path: Path) -> T:
     Raises:
         UserError: the file is missing, is not JSON, or does not describe ``kind``.
     """
+    values = read_json(path)
     try:
-        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable configuration file ({error})") from error
+        return from_dict(kind, values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def read_json(path: Path, what: str = "configuration file") -> Any:
+    """Read a file of JSON; a byte-order mark of UTF-8 is passed over.
+
+    Args:
+        path: the file.
+        what: it should be, for messages.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except RecursionError as error:
+        raise UserError(f"{path}: not a readable {what} (nested too deeply)") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable {what} ({reason(error)})") from error
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -60,6 +60,9 @@ class ModelConfig:
             norm_epsilon=self.norm_epsilon,
             init_std=self.init_std,
         )
+        for name in ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "context_length"):
+            require(getattr(self, name) < 2**31, f"{name}={getattr(self, name)} is above 2^31 - 1")  # indices are int32
+        require(self.num_layers < 2**16, f"num_layers={self.num_layers} is above 65535")  # they are listed by name
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}",

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -11,7 +11,10 @@ from mor_jax.config.execution import MeshConfig, PerfConfig
 from mor_jax.config.model import ModelConfig
 from mor_jax.errors import UserError, require
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 InitStrategy = Literal["stepwise", "average", "lower", "upper", "random"]
+Packing = Literal["concat", "best_fit"]
+"""How documents fill the rows of a prepared corpus."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class DataConfig:
 
     source: str = "embedded"
     """`embedded` (Python's own reference prose), `docs` (adds the docstrings of numpy, scipy and jax), `tfds:NAME`, or
-    the folder of a prepared corpus (`gs://` too); several joined by commas form a mixture."""
+    the folder of a prepared corpus (`gs://` too); several joined by commas form a mixture. `builtin:docs` and
+    `./docs` say which of the two is meant where a folder has the name."""
     weights: tuple[float, ...] | None = None
     """Weights of a mixture, one per source; None weighs by rows."""
     tokenizer: str = "auto"
@@ -37,10 +41,10 @@ class DataConfig:
         require(bool(self.source), "data.source='' must name a source")
         require_not_negative(workers=self.workers)
         require_seed("data.seed", self.seed)
-        count = len(self.source.split(","))
+        count = len(self.source.split(","))  # at most: a comma may belong to a path, which the disk shows later
         require(
-            self.weights is None or len(self.weights) == count,
-            f"data.weights={self.weights} has not one entry for each of {count} sources",
+            len(self.weights or ()) <= count,
+            f"data.weights={self.weights} has more entries than the {count} sources",
         )
         for weight in self.weights or ():
             require(weight > 0 and math.isfinite(weight), f"data.weights={self.weights}: {weight} must be positive")
@@ -110,8 +114,8 @@ class TrainConfig:
     """Folder of run folders, local or `gs://`; with several hosts one that all share."""
     name: str = ""
     """Run folder's name; empty is the preset's."""
-    tensorboard: bool = True
-    """Write TensorBoard event files."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: any of `tensorboard`, `wandb`, `trackio`; empty is nowhere."""
     watchdog_seconds: float = 1800.0
     """Seconds that a step, a compilation or a save may take before all stacks are dumped to stderr; 0 is off."""
     pictures: bool = True
@@ -129,10 +133,23 @@ class TrainConfig:
         require_not_negative(eval_every=self.eval_every, save_every=self.save_every, logit_z_loss=self.logit_z_loss)
         require_not_negative(watchdog_seconds=self.watchdog_seconds)
         require_seed("train.seed", self.seed)
+        for tracker in self.trackers:
+            require_choice("train.trackers", tracker, Tracker)
+        require(len(set(self.trackers)) == len(self.trackers), f"train.trackers={self.trackers} names one twice")
         require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size={self.batch_size} is not divisible by train.accumulation={self.accumulation}",
         )
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Return JSON values of any age as today's: `tensorboard` was a flag, and is now one of `trackers`."""
+        old = isinstance(values.get("tensorboard"), bool) and isinstance(values.get("trackers", []), list)
+        if not old:  # today's, or what is refused by name
+            return values
+        others = [name for name in values.get("trackers", ()) if name != "tensorboard"]
+        kept = {name: value for name, value in values.items() if name != "tensorboard"}
+        return {**kept, "trackers": ["tensorboard", *others] if values["tensorboard"] else others}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mor_jax.config import DataConfig
-from mor_jax.data.inputs import TFDS_PREFIX, open_sources, sources_hash
+from mor_jax.data.inputs import BUILTIN_PREFIX, TFDS_PREFIX, is_made_here, open_sources, source_names, sources_hash
 from mor_jax.data.manifest import TOKENIZER, Manifest, Split, check_shards, load_tokenizer, read_manifest
 from mor_jax.data.prepare import prepare
 from mor_jax.data.remote import local_copy
@@ -64,9 +64,11 @@ def open_corpora(config: DataConfig, context_length: int, vocab_size: int) -> li
     Raises:
         UserError: a source that cannot be used, rows that do not fit the context length, or vocabularies that differ.
     """
-    names = [name.strip() for name in config.source.split(",")]
-    require(all(names), f"data.source={config.source!r} has an empty entry")
-    ready = {name: open_corpus(local_copy(name, Path(config.cache))) for name in names if not _is_made_here(name)}
+    names = source_names(config.source)
+    count = len(config.weights or names)
+    rule = f"has not one entry for each of {len(names)} sources"
+    require(count == len(names), f"data.weights={config.weights} {rule}")
+    ready = {name: open_corpus(local_copy(name, Path(config.cache))) for name in names if not is_made_here(name)}
     spec = config.tokenizer
     if spec == "auto":
         first = next(iter(ready.values()), None)
@@ -81,16 +83,14 @@ def open_corpora(config: DataConfig, context_length: int, vocab_size: int) -> li
     return corpora
 
 
-def _is_made_here(name: str) -> bool:
-    return name in ("embedded", "docs") or name.startswith(TFDS_PREFIX)
-
-
 def _prepare_in_cache(name: str, config: DataConfig, spec: str, context_length: int) -> Path:
-    identity = json.dumps([sources_hash(open_sources([name])), spec_identity(spec), context_length])
-    label = "".join(character if character.isalnum() else "-" for character in name)
+    bare = name.removeprefix(BUILTIN_PREFIX)
+    source = name if name.startswith(TFDS_PREFIX) else BUILTIN_PREFIX + bare  # a saved `docs` is never a folder
+    identity = json.dumps([sources_hash(open_sources([source])), spec_identity(spec), context_length])
+    label = "".join(character if character.isalnum() else "-" for character in bare)
     folder = Path(config.cache) / f"{label}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     return prepare(
-        [name],
+        [source],
         folder,
         tokenizer=spec,
         context_length=context_length,

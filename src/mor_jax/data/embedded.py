@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from mor_jax.data.readers import Document
+from mor_jax.data.readers import Document, reading
 from mor_jax.errors import UserError, require
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -48,16 +48,21 @@ class EmbeddedSource:
         """SHA-256 over the names and contents of the source files: it depends on the Python version."""
         digest = hashlib.sha256()
         for module, path in self._files:
-            digest.update(f"{module} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+            with reading(path, self._file(path)):
+                digest.update(f"{module} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
         """Yield one document per help topic and per module with docstrings, sorted by module."""
         for module, path in self._files:
-            if module == "pydoc_data.topics":
-                yield from _topics(path)
-            elif text := module_docstrings(path):
-                yield Document(text, group=module)
+            with reading(path, self._file(path)):
+                if module == "pydoc_data.topics":
+                    yield from _topics(path)
+                elif text := module_docstrings(path):
+                    yield Document(text, group=module)
+
+    def _file(self, path: Path) -> str:
+        return f"source {self.name!r}: {path}"
 
 
 def docs_source() -> EmbeddedSource:

@@ -1,16 +1,24 @@
-"""What a corpus is made from: files, the embedded prose, or a TFDS text set, behind one small protocol."""
+"""What a corpus is made from: files, the embedded prose, or a TFDS text set, behind one small protocol.
+
+``builtin:embedded`` and ``builtin:docs`` always mean the built-in sources. Without the prefix they do as well, but
+where someone typed the name and a folder is called so, it is refused (``refuse_ambiguous``).
+"""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from mor_jax.data.embedded import EmbeddedSource, docs_source
 from mor_jax.data.files import file_hash
-from mor_jax.data.readers import TEXT_FIELD, Document, is_corpus_file, read_documents, text_size
-from mor_jax.errors import UserError, require
+from mor_jax.data.folder_files import folder_files
+from mor_jax.data.readers import TEXT_FIELD, Document, check_file, read_documents, reading, text_size
+from mor_jax.errors import UserError, reason, require, suggest
+from mor_jax.paths import is_remote, to_path
 
 TFDS_PREFIX = "tfds:"
+BUILTIN_PREFIX = "builtin:"
+_BUILTIN: Mapping[str, Callable[[], EmbeddedSource]] = {"embedded": EmbeddedSource, "docs": docs_source}
 
 
 class Source(Protocol):
@@ -37,18 +45,20 @@ class Source(Protocol):
 
 
 class FileSource:
-    """One text, jsonl or parquet file."""
+    """One file of text, JSON or parquet."""
 
     def __init__(self, path: Path) -> None:
-        require(path.is_file(), f"input {path}: no such file")
+        check_file(path)
         self.path = path
         self.name = path.name
-        self.size = text_size(path)
+        with reading(path):
+            self.size = text_size(path)
 
     @property
     def hash(self) -> str:
         """SHA-256 of the file."""
-        return file_hash(self.path)
+        with reading(self.path):
+            return file_hash(self.path)
 
     def documents(self) -> Iterator[Document]:
         """Yield the file's documents (see ``readers.read_documents``)."""
@@ -76,8 +86,8 @@ class TfdsSource:
             builder: Any = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name)
             self._rows: Any = builder.as_data_source(split="train")
         except Exception as error:  # TFDS raises a different kind for every way a set can be missing
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"data.source={self.name!r} is not a set prepared as array_record ({reason})") from error
+            rule = f"is not a set prepared as array_record ({reason(error)})"
+            raise UserError(f"data.source={self.name!r} {rule}") from error
         self._field = self._text_field(builder.info.features)
         self.size = builder.info.splits["train"].num_bytes
         self._identity = f"{builder.info.full_name} {builder.info.splits['train'].to_proto()}"
@@ -98,42 +108,89 @@ class TfdsSource:
 
     def documents(self) -> Iterator[Document]:
         """Yield the text of every example."""
-        for row in self._rows:
-            value = row[self._field]
-            text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
-            if text.strip():
-                yield Document(text)
+        number = 0
+        try:
+            for row in self._rows:
+                number += 1
+                value = row[self._field]
+                text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+                if text.strip():
+                    yield Document(text)
+        except Exception as error:  # of TFDS, array_record and protobuf
+            raise UserError(f"data.source={self.name!r}, example {number}: {reason(error)}") from error
+
+
+def is_made_here(name: str) -> bool:
+    """Return whether a source is prepared on first use: a built-in one or a TFDS set."""
+    return name.startswith((TFDS_PREFIX, BUILTIN_PREFIX)) or name in _BUILTIN
+
+
+def refuse_ambiguous(name: str, field: str) -> None:
+    """Refuse a typed name of a built-in source where a folder has it, too.
+
+    Raises:
+        UserError: with the two spellings that are clear.
+    """
+    ambiguous = name in _BUILTIN and Path(name).is_dir()
+    clear = f"write './{name}' for the folder or '{BUILTIN_PREFIX}{name}' for the built-in one"
+    require(not ambiguous, f"{field} {name!r} is a built-in source, but a folder {name}/ is here, too: {clear}")
+
+
+def source_names(source: str) -> list[str]:
+    """Split ``data.source`` at its commas; one stays in a path where the parts are no sources, but the whole is.
+
+    Raises:
+        UserError: an entry is empty.
+    """
+    parts = source.split(",")
+    names = _joined(parts) or [part.strip() for part in parts]
+    require(all(names), f"data.source={source!r} has an empty entry")
+    return names
+
+
+def _joined(parts: Sequence[str]) -> list[str] | None:
+    """Join parts until every name is a source, as few as possible; None if there is no way to."""
+    for count in range(1, len(parts) + 1):
+        name = ",".join(parts[:count]).strip()
+        if _is_source(name):
+            others = _joined(parts[count:]) if count < len(parts) else []
+            if others is not None:
+                return [name, *others]
+    return None
+
+
+def _is_source(name: str) -> bool:
+    if is_made_here(name):
+        return "," not in name or Path(name.removeprefix(TFDS_PREFIX)).is_dir()
+    return bool(name) and (is_remote(to_path(name)) or Path(name).is_dir())
 
 
 def open_sources(inputs: Sequence[str]) -> list[Source]:
     """Return the sources that the inputs name.
 
     Args:
-        inputs: ``embedded``, ``docs``, ``tfds:NAME``, files, or folders (searched for files of a known kind).
+        inputs: ``embedded``, ``docs`` (or, always the built-in ones, ``builtin:embedded``, ``builtin:docs``),
+            ``tfds:NAME``, files, or folders (see ``folder_files``).
 
     Raises:
-        UserError: nothing is given, or an input does not exist or holds nothing that can be read.
+        UserError: nothing is given, or an input does not exist, holds nothing that can be read, or may be two things.
     """
     require(len(inputs) > 0, "prepare: no input given (a file, a folder, 'embedded', 'docs' or 'tfds:NAME')")
     sources: list[Source] = []
     for name in inputs:
-        if name == "embedded":
-            sources.append(EmbeddedSource())
-        elif name == "docs":
-            sources.append(docs_source())
+        refuse_ambiguous(name, "input")
+        bare = name.removeprefix(BUILTIN_PREFIX)
+        known = bare in _BUILTIN or bare == name
+        require(known, f"input {name!r} is not one of {', '.join(map(repr, _BUILTIN))}{suggest(bare, _BUILTIN)}")
+        if bare in _BUILTIN:
+            sources.append(_BUILTIN[bare]())
         elif name.startswith(TFDS_PREFIX):
             sources.append(TfdsSource(name.removeprefix(TFDS_PREFIX)))
+        elif Path(name).is_dir():
+            sources += [FileSource(file) for file in folder_files(Path(name))]
         else:
-            sources += _file_sources(Path(name))
+            sources.append(FileSource(Path(name)))
     return sources
-
-
-def _file_sources(path: Path) -> list[FileSource]:
-    if not path.is_dir():
-        return [FileSource(path)]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and is_corpus_file(file))
-    require(len(files) > 0, f"input {path} is a folder without text, jsonl or parquet files")
-    return [FileSource(file) for file in files]
 
 
 def sources_hash(sources: Sequence[Source]) -> str:

@@ -8,11 +8,12 @@ from typing import Literal, get_args
 
 from array_record.python.array_record_module import ArrayRecordReader
 
+from mor_jax.config import Packing
 from mor_jax.config import io as config_io
 from mor_jax.data.files import file_hash
-from mor_jax.data.packing import RECORD_FORMAT, Packing
+from mor_jax.data.packing import RECORD_FORMAT
 from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.errors import UserError, require
+from mor_jax.errors import UserError, reason, require, shown
 
 Split = Literal["train", "validation"]
 MANIFEST = "manifest.json"
@@ -124,6 +125,8 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = config_io.load(Manifest, folder / MANIFEST)
     where = folder / MANIFEST
     require(manifest.format == _FORMAT, f"{where}: format={manifest.format} is not {_FORMAT}: prepare the corpus again")
+    for shard in manifest.shards:  # it may come from a bucket, whose files are copied to these names
+        require(Path(shard.file).name == shard.file, f"{where}: shard {shown(shard.file)} is no plain file name")
     agrees = manifest.splits == _totals(manifest.shards)
     agrees = agrees and manifest.hash == _content_hash(manifest.tokenizer_hash, manifest.shards)
     require(agrees, f"{where}: its totals or hash disagree with its list of shards; it was changed after `mor prepare`")
@@ -164,8 +167,8 @@ def count_rows(path: Path) -> int:
         finally:
             reader.close()
     except Exception as error:  # the extension maps every status to a kind of its own
-        reason = str(error).partition(";")[0]
-        raise UserError(f"{path} is truncated or not an ArrayRecord file ({reason})") from error
+        words = reason(error).partition(";")[0]
+        raise UserError(f"{path} is truncated or not an ArrayRecord file ({words})") from error
 
 
 def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:

@@ -5,11 +5,12 @@ one little-endian int32 array ``[number of starts, starts..., tokens...]``; padd
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-Packing = Literal["concat", "best_fit"]
+from mor_jax.config import Packing
+
 RECORD_FORMAT = "int32 little-endian: number of document starts, the starts, the tokens (fewer than a row: padding)"
 _BEST_FIT_BINS = 64
 

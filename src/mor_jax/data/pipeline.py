@@ -1,5 +1,6 @@
 """Batches of packed rows: a pure Grain MapDataset whose whole state is one integer, the next step."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -13,10 +14,15 @@ from mor_jax.data.packed_rows import PaddedSource, RowsOfBatches, RowSource
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 
+_log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
 _READ_THREADS = 4
 _READ_AHEAD = 16
 _ENDLESS = 1 << 48  # rows; Grain's own endless repeat overflows in len() of small batches
+
+
+class NoHeldOutText(UserError):
+    """None of the corpora holds out a part for validation."""
 
 
 class Dataset:
@@ -126,6 +132,7 @@ def make_dataset(
         The batches, with the tokenizer and the corpora's facts.
 
     Raises:
+        NoHeldOutText: ``validation`` of corpora that have none.
         UserError: a source that cannot be used, shards that disagree with their manifest, rows that do not fit the
             context length, vocabularies that differ, or ``rows`` outside the batch.
     """
@@ -137,6 +144,8 @@ def make_dataset(
     inside = bool(mine) and min(mine) >= 0 and max(mine) < batch_size
     require(inside, f"rows={mine} are outside batch_size={batch_size}, or none")
     corpora = open_corpora(config, context_length, vocab_size)
+    if split == "validation":
+        corpora = _with_validation(corpora, config.source)
     sources = [_rows(corpus, split, context_length) for corpus in corpora]
     total = sum(len(source) for source in sources)
     weights = list(config.weights or [len(source) for source in sources])
@@ -156,6 +165,16 @@ def make_dataset(
         rows=total,
         bytes_per_token=_bytes_per_token(corpora, split, weights),
     )
+
+
+def _with_validation(corpora: list[Corpus], source: str) -> list[Corpus]:
+    found = [corpus for corpus in corpora if corpus.manifest.of("validation")]
+    if not found:
+        raise NoHeldOutText(f"data.source={source!r} has no validation split: it was prepared with validation_share=0")
+    for corpus in corpora:
+        if corpus not in found:
+            _log.info("%s has no validation split: the others are measured", corpus.folder)
+    return found
 
 
 def _rows(corpus: Corpus, split: Split, context_length: int) -> RowSource:

@@ -9,21 +9,18 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mor_jax.config import Packing
 from mor_jax.config import io as config_io
 from mor_jax.data import manifest as manifests
 from mor_jax.data import shards, spill
 from mor_jax.data.files import replacing
 from mor_jax.data.inputs import Source, open_sources, sources_hash
 from mor_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, Settings, Split
-from mor_jax.data.packing import Packing
 from mor_jax.data.readers import Document
 from mor_jax.data.tokenizer import Tokenizer, parse_spec, spec_identity, train_bpe
 from mor_jax.errors import UserError, require
@@ -34,34 +31,6 @@ _BPE_BYTES = 64 << 20
 _SETTINGS = "settings.json"
 _BUCKETS = "buckets"
 _LOCK = "lock"
-
-
-@dataclass(frozen=True)
-class PrepareArguments:
-    """Tokenise, shuffle and pack text into a folder that `--data.source` reads."""
-
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Text, jsonl (.gz, .xz, .zst) or parquet files, folders of them, `embedded`, `docs` or `tfds:NAME`."""
-    out: str
-    """Folder of the prepared corpus."""
-    tokenizer: str = "bpe:8192"
-    """`bytes`, `bpe:SIZE` (trained on the train split) or a tokenizer.json."""
-    context_length: int = 2048
-    """Rows have one token more."""
-    packing: Packing = "concat"
-    """`concat`: documents joined with end-of-text and cut; `best_fit`: whole documents, padded where nothing fits."""
-    seed: int = 0
-    """Seed of the document shuffle and of the split."""
-    validation_share: float = 0.05
-    """Share of the documents that is held out."""
-    workers: int = 0
-    """Processes that tokenise and pack; 0 stays in this one. The result does not depend on it."""
-
-
-def run(arguments: PrepareArguments) -> Path:
-    """Run the command and return the prepared folder."""
-    values = {name: getattr(arguments, name) for name in PrepareArguments.__dataclass_fields__}
-    return prepare(values.pop("inputs"), Path(values.pop("out")), **values)
 
 
 def prepare(
@@ -79,7 +48,7 @@ def prepare(
     """Prepare a corpus, or return at once when ``out`` already holds exactly this one.
 
     Args:
-        inputs: files, folders, ``embedded``, ``docs`` or ``tfds:NAME``.
+        inputs: files, folders, ``embedded``, ``docs`` or ``tfds:NAME`` (see ``open_sources``).
         out: folder to make.
         tokenizer: ``bytes``, ``bpe:SIZE`` or the path of a tokenizer.json.
         context_length: tokens of a row, less one.
@@ -112,7 +81,7 @@ def prepare(
     )
     try:
         return _prepare(sources, out, settings, tokenizer, workers)
-    except OSError as error:
+    except OSError as error:  # of the output: those of inputs are UserErrors already
         raise UserError(f"prepare: {out}: {error}; what is finished is kept for the same command") from error
 
 
@@ -129,7 +98,7 @@ def _prepare(sources: Sequence[Source], out: Path, settings: Settings, tokenizer
         try:
             _deal(sources, partial, settings, progress)
         except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # an input is bad: there is nothing to go on with
             raise
         _make_tokenizer(partial, tokenizer)
         jobs = _jobs(partial, settings)

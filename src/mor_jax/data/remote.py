@@ -10,7 +10,7 @@ from pathlib import Path
 from mor_jax.data.files import replacing
 from mor_jax.data.manifest import MANIFEST, TOKENIZER, read_manifest
 from mor_jax.data.special_tokens import RECORD
-from mor_jax.errors import UserError
+from mor_jax.errors import UserError, reason
 from mor_jax.paths import is_remote, to_path
 
 _log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ def local_copy(name: str, cache: Path) -> Path:
         return source
     try:
         manifest = (source / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"data.source={name!r} has no readable {MANIFEST} ({error})") from error
+    except Exception as error:  # the client of the bucket raises kinds of its own
+        raise UserError(f"data.source={name!r} has no readable {MANIFEST} ({reason(error)})") from error
     identity = hashlib.sha256(manifest.encode()).hexdigest()[:12]
     target = cache / f"{source.name}-{identity}"
     if target.is_dir():
@@ -63,8 +63,8 @@ def _copy(source: Path, part: Path, manifest: str) -> None:
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(copy, [*missing, TOKENIZER, *([RECORD] if (source / RECORD).is_file() else [])]))
-    except OSError as error:
-        raise UserError(f"data.source={str(source)!r} could not be copied to {part}: {error}") from error
+    except Exception as error:  # of the bucket's client, or of the disk
+        raise UserError(f"data.source={str(source)!r} could not be copied to {part}: {reason(error)}") from error
 
 
 def _has(path: Path, size: int) -> bool:

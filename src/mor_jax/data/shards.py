@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mor_jax.config import Packing
 from mor_jax.config import io as config_io
 from mor_jax.data.files import file_hash, replacing
 from mor_jax.data.manifest import TOKENIZER, Shard, Split, count_rows
-from mor_jax.data.packing import Packing, Row, encode_row, pack
+from mor_jax.data.packing import Row, encode_row, pack
 from mor_jax.data.spill import read_bucket
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError

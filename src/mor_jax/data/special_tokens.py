@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mor_jax.errors import UserError, require
+from mor_jax.config import io as config_io
+from mor_jax.errors import require
 
 RECORD = "special_tokens.json"
 """Stands beside the tokenizer.json of a run, of converted weights and of a prepared corpus."""
@@ -92,11 +93,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, or is none.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error) or "nested too deeply"
-        raise UserError(f"{path}: not a readable JSON file ({reason})") from error
+    values = config_io.read_json(path, "JSON file")
     require(isinstance(values, dict), f"{path}: not a JSON object")
     return values
 

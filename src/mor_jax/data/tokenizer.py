@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mor_jax.data.byte_tokens import byte_level_bytes, byte_vocabulary, metaspace_bytes
 from mor_jax.data.published_tokens import added_around, build_backend, find_special_tokens, read_published
 from mor_jax.data.special_tokens import RECORD, SpecialTokens
-from mor_jax.errors import UserError, require
+from mor_jax.errors import UserError, require, require_text
 
 END_OF_TEXT = "<|endoftext|>"
 _BYTES = {"kind": "bytes"}
@@ -105,7 +105,13 @@ class Tokenizer:
         return [*self.special.before, *ids, *self.special.after] if around else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of several texts as they stand in documents, without any special token, as int32 arrays."""
+        """Return the ids of several texts as they stand in documents, without any special token, as int32 arrays.
+
+        Raises:
+            UserError: a text holds a lone surrogate.
+        """
+        for text in texts:
+            require_text(text, "text to encode")
         if self._model is None:
             return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32) for text in texts]
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)

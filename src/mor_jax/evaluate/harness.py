@@ -15,7 +15,7 @@ import numpy as np
 
 from mor_jax.data.packing import Row, expand_row
 from mor_jax.data.tokenizer import Tokenizer
-from mor_jax.errors import UserError, require
+from mor_jax.errors import UserError, require, suggest
 from mor_jax.evaluate.scoring import RowScorer, TokenScores
 from mor_jax.evaluate.sliding import windows
 from mor_jax.evaluate.tasks.local import local_task
@@ -76,11 +76,41 @@ class MorLM(TemplateLM):
         """Return the row length for ``length`` inputs: a power of two, at most the context."""
         return min(self._context, max(_SHORTEST, 1 << (length - 1).bit_length()))
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score continuations after contexts: (log-likelihood, whether it is the greedy one) each.
+
+        Raises:
+            UserError: an answer has no token of its own (names the task's document).
+        """
+        del disable_tqdm
+        return self._loglikelihood_tokens([(request.args, *self._pair(request)) for request in requests])
+
+    def _pair(self, request: Any) -> tuple[list[int], list[int]]:
+        """Tokenise a context and its continuation as lm-eval does, and where it has no answer, as it should.
+
+        lm-eval encodes both joined and cuts after as many tokens as the context alone has. Where a token spans the
+        join, nothing may be left: then the continuation is encoded alone, and scored after the context's own tokens
+        (as in lm-eval's pull request 4055).
+        """
+        context, continuation = request.args
+        if context:
+            before, after = self._encode_pair(context, continuation)
+        else:
+            before, after = [], self.tok_encode(continuation, add_special_tokens=False)
+        spaces = context[len(context.rstrip()) :]  # belong to the continuation, as in lm-eval
+        after = after or self.tok_encode(spaces + continuation, add_special_tokens=False)
+        where = f"document {(request.doc_id or 0) + 1}"
+        require(len(after) > 0, f"{where}: the answer {continuation!r:.80} has no tokens, and cannot be scored")
+        if before:
+            return before, after
+        if after[0] == self.prefix_token_id and len(after) > 1:  # the text begins with it
+            return after[:1], after[1:]
+        return [self.prefix_token_id], after
+
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Score (texts, context tokens, continuation tokens): (log-likelihood, whether it is the greedy one) each."""
+        """Score (texts, context tokens, continuation tokens); all have at least one of either."""
         rows = []
         for index, (_, context, continuation) in enumerate(requests):
-            require(len(continuation) > 0, "a continuation without tokens cannot be scored")
             before = [*context, *continuation][-self._context - 1 :][: -len(continuation)] or [*context][-1:]
             stream = Row(np.array([*before, *continuation], np.int32), np.array([0]))
             first = len(before) - 1
@@ -165,31 +195,41 @@ def run_tasks(
         num_fewshot: examples before every document, for lm-eval's own tasks; local ones have none.
 
     Returns:
-        Per task lm-eval's figures, its number of documents (``samples``), and for local sets the file.
+        Per task lm-eval's figures and its number of documents (``samples``); of a task that cannot be scored only why
+        (``error``, with the document), the others' results being kept.
 
     Raises:
-        UserError: an unknown task, or a missing evaluation set.
+        UserError: an unknown task, or an evaluation set that is missing or cannot be scored; before anything is scored.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that our tasks take
     if evalsets is None:
-        found: list[Any] = list(tasks)
-        manager = TaskManager()
+        manager, found = TaskManager(), {name: name for name in tasks}
+        for name in tasks:
+            known = name in manager.all_tasks or Path(name).exists()  # the path of a task's definition
+            require(known, f"lm-eval knows no task {name!r}{suggest(name, manager.all_tasks)}")
     else:
         require(not num_fewshot, f"--num-fewshot {num_fewshot}: local tasks are zero-shot")
-        found, manager = [local_task(name, evalsets) for name in tasks], TaskManager(include_defaults=False)
-    shots = None if evalsets is not None else num_fewshot
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that our tasks take
-    try:
-        output: Any = lm_eval.simple_evaluate(
-            model=model,
-            tasks=found,
-            limit=limit,
-            num_fewshot=shots,
-            log_samples=False,
-            bootstrap_iters=0,
-            task_manager=manager,
-        )
-    except KeyError as error:
-        raise UserError(f"lm-eval knows no task {error}") from error
+        manager, found = TaskManager(include_defaults=False), {name: local_task(name, evalsets) for name in tasks}
+    shots, results = None if evalsets is not None else num_fewshot, {}
+    for name, task in found.items():
+        try:
+            results |= _run_task(model, task, manager, limit, shots)
+        except UserError as error:
+            results[name] = {"error": f"{name}, {error}"}
+    return results
+
+
+def _run_task(model: MorLM, task: Any, manager: Any, limit: int | None, shots: int | None) -> dict[str, Any]:
+    """Evaluate one task, or group of tasks."""
+    output: Any = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[task],
+        limit=limit,
+        num_fewshot=shots,
+        log_samples=False,
+        bootstrap_iters=0,
+        task_manager=manager,
+    )
     counts = output.get("n-samples", {})
     return {
         name: {**_figures(values), "samples": counts.get(name, {}).get("effective")}

@@ -10,12 +10,12 @@ from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from mor_jax.array_types import Params
 from mor_jax.config import PLAIN, Mode, PerfConfig, ResolvedPerf
+from mor_jax.evaluate.text_bytes import target_bytes
 from mor_jax.mesh.mesh import batch_sharding, batch_shards
 from mor_jax.model.loss import target_mask, token_nll
 from mor_jax.model.parameters import Weights, head_matrix
@@ -76,14 +76,6 @@ class BatchTotals:
     """None without a router."""
 
 
-def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """Bytes of every token, int32 [V]; entries of the embedding beyond the tokenizer's vocabulary count 0."""
-    lengths_V = np.zeros(vocab_size, np.int32)
-    known = min(tokenizer.vocab_size, vocab_size)
-    lengths_V[:known] = [0 if i == tokenizer.eos_id else len(tokenizer.token_bytes(i)) for i in range(known)]
-    return lengths_V
-
-
 def evaluation_perf(asked: PerfConfig) -> ResolvedPerf:
     """How evaluation executes a model: as asked, and plainly where that leaves something open.
 
@@ -130,7 +122,7 @@ def batch_totals(
     perf: ResolvedPerf,
     mode: Mode,
     batch: Mapping[str, jax.Array],
-    lengths_V: jax.Array,
+    lengths_2V: jax.Array,
     key: jax.Array,
 ) -> BatchTotals:
     """Measure a packed batch.
@@ -140,7 +132,7 @@ def batch_totals(
         perf: of ``evaluation_perf``.
         mode: selection mode.
         batch: int32 [B, T+1] arrays ``tokens``, ``segment_ids`` and ``positions``.
-        lengths_V: int32 bytes of every token.
+        lengths_2V: of ``token_lengths``.
         key: of a random router.
     """
     targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
@@ -148,11 +140,12 @@ def batch_totals(
     head_VD = head_matrix(weights.config, weights.params)
     nll_BT = token_nll(output.hidden_BTD, head_VD, targets_BT, chunk=perf.loss_chunk)
     mask_BT = target_mask(weights.config, segment_ids)
+    bytes_BT = target_bytes(lengths_2V, batch["tokens"], batch["positions"])
     trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
     return BatchTotals(
         nll_sum=jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)),
         tokens=jnp.sum(mask_BT, dtype=jnp.int32),
-        bytes=jnp.sum(jnp.where(mask_BT, lengths_V[targets_BT], 0), dtype=jnp.int32),
+        bytes=jnp.sum(jnp.where(mask_BT, bytes_BT, 0), dtype=jnp.int32),
         routing=None if trace is None else _routing_totals(trace, counted_BT),
     )
 

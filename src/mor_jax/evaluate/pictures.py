@@ -114,3 +114,13 @@ def _section(model: ModelConfig, mode: Mode, rows: Sequence[RoutedRow]) -> Secti
     note = MODE_NOTES[mode] if model.routing.kind == "expert" else _TOKEN_CHOICE_NOTE
     shown = f"; the first {count} of {len(rows)} rows" if len(rows) > count else ""
     return Section(title=mode, note=note + shown, rows=rows[:count])
+
+
+def write_loss_picture(run_folder: Path, config: Config) -> None:
+    """Write loss.png alone, all that a run without held-out text has to show; the first process writes."""
+    metrics = read_metrics(run_folder / "metrics.jsonl")
+    if is_primary() and any("loss" in line for line in metrics):
+        from mor_jax.evaluate.plots import plot_loss
+
+        with writing_to(run_folder):
+            plot_loss(run_folder / "loss.png", metrics, run_title(run_folder, config))

@@ -16,8 +16,8 @@ from mor_jax.config import Mode, ModelConfig, PerfConfig
 from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.errors import require
 from mor_jax.evaluate.depth_cap import cap_depth
-from mor_jax.evaluate.passes import token_lengths
 from mor_jax.evaluate.scoring import Scorer
+from mor_jax.evaluate.text_bytes import target_bytes, token_lengths
 from mor_jax.evaluate.validation import modes_of
 from mor_jax.model.loss import target_mask
 from mor_jax.model.parameters import Weights
@@ -78,6 +78,7 @@ def sliding_losses(
     stride: int | None = None,
     max_depth: int | None = None,
     modes: tuple[Mode, ...] | None = None,
+    text_bytes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Measure a model on long texts.
 
@@ -90,6 +91,7 @@ def sliding_losses(
         stride: see ``windows``; None is half the context.
         max_depth: cap on the passes of a token; None is none.
         modes: None takes all that the model can be evaluated in.
+        text_bytes: UTF-8 bytes of the texts of every source, where they are known: exact whatever the tokenizer loses.
 
     Returns:
         ``{"stride", "context", "max_depth", "sources": {name: {"tokens", "bytes", "MODE_nll", "MODE_bits_per_byte"}}}``
@@ -102,7 +104,7 @@ def sliding_losses(
     stride = max(1, model.context_length // 2) if stride is None else stride
     if modes is None:
         modes = modes_of(model) if model.routing.kind == "expert" else ("topk",)
-    lengths_V = token_lengths(tokenizer, model.vocab_size)
+    lengths_2V = token_lengths(tokenizer, model.vocab_size)
     sources: dict[str, dict[str, float]] = {name: {} for name in streams}
     for mode in modes:
         scorer = Scorer(weights, perf, mode=mode)
@@ -110,7 +112,11 @@ def sliding_losses(
         prefix = f"{mode}_" if model.routing.kind == "expert" else ""
         for name, stream in streams.items():
             found = windows(stream, model.context_length, stride)
-            sources[name] |= _measure(model, scorer, found, lengths_V, rows, prefix)
+            sources[name] |= _measure(model, scorer, found, lengths_2V, rows, prefix)
+    for name, size in (text_bytes or {}).items():
+        whole = expand_row(streams[name], len(streams[name].tokens))
+        counted = target_bytes(lengths_2V, whole["tokens"][None], whole["positions"][None])
+        sources[name]["bytes"] += size - int(counted.sum())
     total = _total(sources)
     return {
         "stride": stride,
@@ -121,7 +127,7 @@ def sliding_losses(
 
 
 def _measure(
-    model: ModelConfig, scorer: Scorer, found: Iterator[Window], lengths_V: np.ndarray, rows: int, prefix: str
+    model: ModelConfig, scorer: Scorer, found: Iterator[Window], lengths_2V: np.ndarray, rows: int, prefix: str
 ) -> dict[str, float]:
     nll, tokens, size = 0.0, 0, 0
     for batch, first_B in _batches(found, model.context_length, rows):
@@ -130,7 +136,7 @@ def _measure(
         mask_BT = mask_BT & (np.arange(mask_BT.shape[1])[None, :] >= first_B[:, None])
         nll += float(np.sum(scores.nll_BT[mask_BT], dtype=np.float64))
         tokens += int(np.count_nonzero(mask_BT))
-        size += int(lengths_V[batch["tokens"][:, 1:][mask_BT]].sum())
+        size += int(target_bytes(lengths_2V, batch["tokens"], batch["positions"])[mask_BT].sum())
     return {f"{prefix}nll_sum": nll, "tokens": tokens, "bytes": size}
 
 

@@ -29,21 +29,29 @@ def text_losses(
     Raises:
         UserError: a file that cannot be read, or a stride or cap out of range.
     """
-    train, streams = run.config.train, read_streams(files, run.tokenizer)
-    rows = min(train.eval_rows, train.batch_size)
+    train, (streams, sizes) = run.config.train, read_streams(files, run.tokenizer)
     return sliding_losses(
-        run.weights, run.config.perf, streams, run.tokenizer, batch_rows=rows, stride=stride, max_depth=max_depth
+        run.weights,
+        run.config.perf,
+        streams,
+        run.tokenizer,
+        batch_rows=min(train.eval_rows, train.batch_size),
+        stride=stride,
+        max_depth=max_depth,
+        text_bytes=sizes,
     )
 
 
-def read_streams(files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Row]:
-    """Read and tokenise files: one stream of joined documents per source."""
+def read_streams(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[dict[str, Row], dict[str, int]]:
+    """Read and tokenise files: one stream of joined documents per source, and the bytes of its texts."""
     texts: dict[str, list[str]] = {}
     for file in files:
         for document in read_documents(file):
             texts.setdefault(document.source or file.name, []).append(document.text)
+    sizes = {name: sum(len(text.encode("utf-8")) for text in documents) for name, documents in texts.items()}
     before = () if tokenizer.special.before else (tokenizer.special.start_id,)
-    return {name: text_stream(tokenizer.encode_documents(documents), before) for name, documents in texts.items()}
+    streams = {name: text_stream(tokenizer.encode_documents(documents), before) for name, documents in texts.items()}
+    return streams, sizes
 
 
 def text_summary(losses: dict[str, Any]) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 
 from mor_jax.config import Mode, ModelConfig, PerfConfig
 from mor_jax.errors import require
-from mor_jax.evaluate.passes import MODE_NOTES, BatchTotals, batch_totals, evaluation_perf, spread, token_lengths
+from mor_jax.evaluate.passes import MODE_NOTES, BatchTotals, batch_totals, evaluation_perf, spread
+from mor_jax.evaluate.text_bytes import token_lengths
 from mor_jax.mesh.processes import to_host
 from mor_jax.model.parameters import Weights
 from mor_jax.model.routing.router import has_boundary
@@ -79,13 +80,13 @@ def validation_losses(weights: Weights, perf: PerfConfig, dataset: HeldOut, rows
     """
     require(rows > 0, f"eval_rows={rows} must be positive")
     model, execution = weights.config, evaluation_perf(perf)
-    lengths_V = token_lengths(dataset.tokenizer, model.vocab_size)
+    lengths_2V = token_lengths(dataset.tokenizer, model.vocab_size)
     sums: dict[Mode, _Sums] = {mode: _Sums(model) for mode in modes_of(model)}
     for index, batch in enumerate(first_rows(dataset, rows)):
         key = jax.random.fold_in(jax.random.key(0), index)
         batch = spread(weights.params, batch)
         for mode, total in sums.items():
-            total.add(to_host(batch_totals(weights, execution, mode, batch, lengths_V, key)))
+            total.add(to_host(batch_totals(weights, execution, mode, batch, lengths_2V, key)))
     require(sums["topk"].tokens > 0, "the validation split holds no target tokens: give data.source more text")
     return _report(model, sums)
 

@@ -15,7 +15,7 @@ from mor_jax.infer.decode_model import DecodeModel, prepare_weights
 from mor_jax.infer.engine_options import ONE_DEVICE, EngineMesh, EngineOptions
 from mor_jax.infer.growing_text import GrowingText
 from mor_jax.infer.replicas import AnyEngine, copy_meshes, make_engine
-from mor_jax.infer.request import Request
+from mor_jax.infer.request import NOT_FINITE, Request
 from mor_jax.infer.sampling import Sampling
 from mor_jax.model.parameters import split_router_state
 
@@ -153,7 +153,8 @@ class LanguageModel:
             max_length: tokens of prompt and completion; None is the model's context.
 
         Raises:
-            UserError: arguments out of range, or a prompt that is too long; at once, not with the first token.
+            UserError: arguments out of range, or a prompt that is too long, at once; later, that the logits are not
+                finite.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         require(len(prompts) > 0, "there is no prompt")
@@ -195,6 +196,7 @@ class LanguageModel:
                 completion, text = completions[index], texts[index]
                 if completion.finish:
                     continue  # a stop string ended it before the engine knew
+                require(token.is_valid, f"prompt {index + 1}, token {len(completion.tokens) + 1}: {NOT_FINITE}")
                 ended = token.token in requests[index].stop_tokens
                 completion.tokens.append(token.token)
                 completion.depths.append(token.depth)

@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out: requests and tokens."""
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ class Request:
     """Budget of passes per token; None is the model's."""
 
 
+NOT_FINITE = "the logits are not finite: the weights hold NaN or infinity, or the computation overflows"
+
+
 class Token(NamedTuple):
     """One generated token."""
 
@@ -34,3 +38,8 @@ class Token(NamedTuple):
     """Whether it is the request's last."""
     time: float
     """``time.perf_counter`` when the host saw it."""
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether it was chosen from finite logits: a single NaN or infinity among them reaches the normaliser."""
+        return math.isfinite(self.log_probability)

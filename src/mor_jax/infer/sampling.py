@@ -20,15 +20,19 @@ class Sampling:
     top_k: int = 0
     """Only the k most likely tokens; 0 is all."""
     top_p: float = 1.0
-    """Only the most likely tokens that together have this probability (after temperature and top-k)."""
+    """Only the most likely tokens that together have this probability (after temperature and top-k); 0 is the most
+    likely token, as temperature 0 is."""
     seed: int = 0
     """With the position, all that the draw depends on: the same whatever else is being generated."""
 
     def __post_init__(self) -> None:
         require(0 <= self.temperature <= 100, f"temperature={self.temperature} is outside [0, 100]")
         require(0 <= self.top_k < 2**31, f"top_k={self.top_k} must be a count, or 0 for all")
-        require(0 < self.top_p <= 1, f"top_p={self.top_p} is outside (0, 1]")
+        require(0 <= self.top_p <= 1, f"top_p={self.top_p} is outside [0, 1]")
         require(0 <= self.seed < 2**32, f"seed={self.seed} is outside [0, 2^32)")
+        if self.top_p == 0:  # so that an engine without cuts serves it
+            object.__setattr__(self, "temperature", 0.0)
+            object.__setattr__(self, "top_p", 1.0)
 
 
 @struct.dataclass

@@ -5,7 +5,6 @@ the recursions unrolled into layers of their own, so that `transformers` runs it
 directions; the module names of the official release are Llama's, so `interop.tensors` serves here too.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ import numpy as np
 from mor_jax.array_types import Params
 from mor_jax.config import Dtype, LoraTarget, ModelConfig
 from mor_jax.data.special_tokens import read_object
-from mor_jax.errors import require
+from mor_jax.errors import UserError, require, shown
 from mor_jax.interop.assemble import Progress, assemble, check_names, lazily, take_apart
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Tensor, tensors
@@ -35,6 +34,7 @@ _NULLABLE = ("num_key_value_heads", "head_dim")
 _REAL = ("rms_norm_eps", "rope_theta", "initializer_range")
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _THETA = 10_000.0
+_LARGEST = 1e38  # of float32
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -64,22 +64,25 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
     tied = values.get("tie_word_embeddings", False)
     require(isinstance(tied, bool), f"{where}: tie_word_embeddings={tied!r} is neither true nor false")
     heads = values["num_attention_heads"]
-    return ModelConfig(
-        **{ours: values[theirs] for theirs, ours in _SIZES.items()},
-        num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-        rope_theta=_rotary_base(values, where),
-        init_std=float(values.get("initializer_range", ModelConfig().init_std)),
-        tie_embeddings=tied,
-        dtype="float32",
-    )
+    try:
+        return ModelConfig(
+            **{ours: float(values[name]) if name in _REAL else values[name] for name, ours in _SIZES.items()},
+            num_kv_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            rope_theta=_rotary_base(values, where),
+            init_std=float(values.get("initializer_range", ModelConfig().init_std)),
+            tie_embeddings=tied,
+            dtype="float32",
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _check_number(value: Any, name: str, where: str) -> None:
     whole = name.rpartition(".")[2] not in _REAL
     known = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    known = known and value > 0 and math.isfinite(value)
-    require(known, f"{where}: {name}={value!r} is not a positive {'integer' if whole else 'number'}")
+    known = known and 0 < value < _LARGEST
+    require(known, f"{where}: {name}={shown(value)} is not a positive {'integer' if whole else 'number'}")
 
 
 def _rotary_base(values: Mapping[str, Any], where: str) -> float:
@@ -92,13 +95,13 @@ def _rotary_base(values: Mapping[str, Any], where: str) -> float:
     kinds: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
         settings = values.get(name)
-        require(settings is None or isinstance(settings, dict), f"{where}: {name}={settings!r} is not an object")
+        require(settings is None or isinstance(settings, dict), f"{where}: {name}={shown(settings)} is not an object")
         found = {f"{name}.{key}": settings[key] for key in ("rope_type", "type") if key in settings} if settings else {}
         kinds |= found
         if settings and "rope_theta" in settings:
             said[f"{name}.rope_theta"] = settings["rope_theta"]
         others = sorted(set(settings or ()) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-        require(bool(found) or not others, f"{where}: {name}={settings!r} names no rope_type")
+        require(bool(found) or not others, f"{where}: {name}={shown(settings)} names no rope_type")
         _check_partial(settings or {}, f"{where}: {name}.")
     _check_partial(values, f"{where}: ")
     wrong = [f"{name}={kind!r}" for name, kind in kinds.items() if kind != "default"]
@@ -108,8 +111,8 @@ def _rotary_base(values: Mapping[str, Any], where: str) -> float:
     for name, value in said.items():
         _check_number(value, name, where)
     bases = {float(value) for value in said.values()}
-    shown = " and ".join(f"{name}={value!r}" for name, value in said.items())
-    require(len(bases) <= 1, f"{where}: {shown} contradict each other")
+    stated = " and ".join(f"{name}={value!r}" for name, value in said.items())
+    require(len(bases) <= 1, f"{where}: {stated} contradict each other")
     return next(iter(bases), _THETA)
 
 

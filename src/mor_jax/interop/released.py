@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax.errors import UserError, require
+from mor_jax.data.special_tokens import read_object
+from mor_jax.errors import UserError, reason, require
 from mor_jax.interop.description import refuse_unshared
 from mor_jax.interop.tensor_files import TensorFiles
 
@@ -68,8 +69,8 @@ def read_yaml(folder: Path) -> dict[str, Any]:
         raise UserError(f"{paths[0]}: reading YAML needs the extra: pip install 'mor-jax[hf]'") from error
     try:
         values = yaml.safe_load(paths[0].read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{paths[0]}: not readable YAML ({error})") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{paths[0]}: not readable YAML ({reason(error)})") from error
     require(isinstance(values, dict), f"{paths[0]}: not a mapping")
     sections = {name: {"enable": False} if values.get(name) is None else values[name] for name in _SECTIONS}
     wrong = [f"{name}={section!r}" for name, section in sections.items() if not isinstance(section, dict)]
@@ -174,11 +175,8 @@ def _enabled(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _read_sizes(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        sizes = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in _SIZES if name not in sizes]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable Hugging Face configuration with the sizes ({error})") from error
+    sizes = read_object(path)
+    missing = [name for name in _SIZES if name not in sizes]
     require(not missing, f"{path}: {', '.join(missing)} missing")
     return sizes
 

@@ -1,6 +1,5 @@
 """Open a model from any folder that holds one: a run, converted weights, Hugging Face, the official release."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config, DataConfig, ModelConfig
+from mor_jax.config import io as config_io
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 from mor_jax.interop import llama, official
@@ -60,8 +60,8 @@ def detect(folder: Path) -> Kind:
 
 def _is_hf(folder: Path) -> bool:
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "model_type" in config_io.read_json(folder / "config.json")
+    except (UserError, TypeError):
         return False
 
 

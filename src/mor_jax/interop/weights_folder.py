@@ -33,8 +33,8 @@ _STACKED = "block"
 def is_weights_folder(folder: Path) -> bool:
     """Whether a folder holds what ``save`` wrote."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+        return config_io.read_json(folder / "config.json").get("format") == FORMAT
+    except (UserError, AttributeError):
         return False
 
 

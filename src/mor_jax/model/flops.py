@@ -89,7 +89,7 @@ def _num_routers(model: ModelConfig) -> int:
     routing = model.routing
     if routing.kind != "expert":
         return int(routing.kind == "token")
-    return model.recursion.num_recursions * (2 if routing.sampling == "aux_router" else 1)
+    return model.recursion.num_recursions * (2 if routing.has_aux_router else 1)
 
 
 def _router_weights(model: ModelConfig) -> int:

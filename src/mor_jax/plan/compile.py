@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.errors import UserError
+from mor_jax.kernels.attention.backend import TPU_KERNELS
 from mor_jax.mesh.devices import GIB
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.perf import resolve_perf
@@ -51,9 +52,9 @@ class CompiledStep:
 
     @property
     def attention(self) -> str:
-        """Attention that was compiled: `splash` if its kernels are in the program, else `xla`."""
-        calls = (i for _, i, _ in self.module.executed() if i.opcode == "custom-call")
-        return "splash" if any("splash" in call.name for call in calls) else "xla"
+        """Attention that was compiled: the kernel that is in the program, else `xla`."""
+        calls = [i.name for _, i, _ in self.module.executed() if i.opcode == "custom-call"]
+        return next((kernel for kernel in TPU_KERNELS if any(kernel in call for call in calls)), "xla")
 
 
 def plan_mesh(config: Config, topology: Topology) -> tuple[Config, Mesh]:

@@ -32,7 +32,7 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
     sizes = {str(axis): size for axis, size in step.mesh.shape.items()}
     traffic = bytes_by_kind(collectives(step.module, step.mesh.size, topology.slices))
     received = (sum(kind["bytes"] for kind in traffic.values()), sum(kind["bytes_across"] for kind in traffic.values()))
-    fused = step.attention == "splash"
+    fused = step.attention != "xla"
     bound = roofline(config, sizes, topology.generation, received, fused_attention=fused)
     compiled = matrix_flops(step.module)
     return {

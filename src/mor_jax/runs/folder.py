@@ -18,6 +18,7 @@ from mor_jax.paths import is_remote, to_path
 MAY_DIFFER = (
     "perf.*",
     "mesh.*",
+    "data.source",
     "data.workers",
     "data.cache",
     "train.log_every",
@@ -28,11 +29,11 @@ MAY_DIFFER = (
     "train.pinned_steps",
     "train.runs",
     "train.name",
-    "train.tensorboard",
+    "train.trackers",
     "train.watchdog_seconds",
     "train.pictures",
 )
-"""Fields that a resumed run may change; `train.steps` may grow."""
+"""Fields that a resumed run may change; `train.steps` may grow. A corpus may have moved: its hash is compared."""
 
 _CANNOT_WRITE_WORDS = ("No space left on device", "Read-only file system", "Disk quota exceeded", "Permission denied")
 

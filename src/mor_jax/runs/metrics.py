@@ -1,14 +1,14 @@
-"""Where metrics go: JSON lines always, TensorBoard beside them, anything else behind ``MetricWriter``."""
+"""Where metrics go: JSON lines always (here), trackers beside them (``trackers``), both behind ``MetricWriter``."""
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mor_jax.errors import UserError
-from mor_jax.paths import is_remote
+from mor_jax.errors import UserError, reason
 
 _log = logging.getLogger(__name__)
 _BUCKET_SECONDS = 30.0
@@ -44,14 +44,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             values.append(json.loads(line))
             values[-1]["step"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}, line {number}: not a JSON object with a step ({error!r})") from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not a JSON object with a step ({reason(error)})") from error
     return values
 
 
 def _kept_lines(path: Path, restored_step: int) -> str:
     kept = [line for line in read_metrics(path) if line["step"] <= restored_step]
     return "".join(json.dumps(line) + "\n" for line in kept)
+
+
+def is_finite(value: float | int | list[float]) -> bool:
+    """Whether a value, or every entry of a list, is a number that JSON can hold."""
+    return all(map(math.isfinite, value if isinstance(value, list) else [value]))
+
+
+def _line(step: int, values: Values) -> str:
+    """A line of JSON, which knows no NaN and no infinity: what is not finite is left out, and told."""
+    bad = [name for name, value in values.items() if not is_finite(value)]
+    if bad:
+        _log.warning("step %d: %s not finite, and left out of metrics.jsonl", step, ", ".join(bad))
+    kept = {name: value for name, value in values.items() if name not in bad}
+    return json.dumps({"step": step, **kept}, allow_nan=False) + "\n"
 
 
 class JsonlWriter:
@@ -70,7 +84,7 @@ class JsonlWriter:
 
     def write(self, step: int, values: Values) -> None:
         """Append ``{"step": step, **values}``."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(_line(step, values))
         self._file.flush()
 
     def flush(self) -> None:
@@ -95,7 +109,7 @@ class BucketJsonlWriter:
 
     def write(self, step: int, values: Values) -> None:
         """Add ``{"step": step, **values}``."""
-        self._text += json.dumps({"step": step, **values}) + "\n"
+        self._text += _line(step, values)
         if time.monotonic() - self._written > _BUCKET_SECONDS:
             self.flush()
 
@@ -107,80 +121,3 @@ class BucketJsonlWriter:
     def close(self) -> None:
         """Replace the file for the last time."""
         self.flush()
-
-
-class TensorBoardWriter:
-    """Writes scalars as TensorBoard events; the entries of a list get a tag each.
-
-    Args:
-        folder: of the event files.
-        restored_step: TensorBoard hides events after this step that an interrupted start wrote.
-    """
-
-    def __init__(self, folder: Path, restored_step: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=restored_step + 1)
-
-    def write(self, step: int, values: Values) -> None:
-        """Write every value as a scalar."""
-        for name, value in values.items():
-            entries = value if isinstance(value, list) else [value]
-            tags = [f"{name}/{i}" for i in range(len(entries))] if isinstance(value, list) else [name]
-            for tag, entry in zip(tags, entries, strict=True):
-                self._writer.add_scalar(tag, entry, step)
-
-    def flush(self) -> None:
-        """Write what the event file's queue holds."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-
-class Writers:
-    """Several writers as one.
-
-    Args:
-        writers: each receives everything.
-    """
-
-    def __init__(self, *writers: MetricWriter) -> None:
-        self._writers = writers
-
-    def write(self, step: int, values: Values) -> None:
-        """Write to each."""
-        for writer in self._writers:
-            writer.write(step, values)
-
-    def flush(self) -> None:
-        """Flush each."""
-        for writer in self._writers:
-            writer.flush()
-
-    def close(self) -> None:
-        """Close each."""
-        for writer in self._writers:
-            writer.close()
-
-
-def make_writers(folder: Path, *, restored_step: int, tensorboard: bool, primary: bool = True) -> Writers:
-    """Open the writers of a run folder.
-
-    Args:
-        folder: the run's.
-        restored_step: step that the run continues from; 0 at the start.
-        tensorboard: whether to write event files under `tensorboard/`.
-        primary: only the primary process writes.
-    """
-    if not primary:
-        return Writers()
-    if is_remote(folder):
-        if tensorboard:
-            _log.info("no TensorBoard events: they cannot be appended to %s", folder)
-        return Writers(BucketJsonlWriter(folder / "metrics.jsonl", restored_step))
-    writers: list[MetricWriter] = [JsonlWriter(folder / "metrics.jsonl", restored_step)]
-    if tensorboard:
-        writers.append(TensorBoardWriter(folder / "tensorboard", restored_step))
-    return Writers(*writers)

@@ -102,7 +102,7 @@ class EventStream(StreamingResponse):
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()
 
 

@@ -72,13 +72,12 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         """``GET /v1/models`` and ``GET /v1/models/NAME``."""
-        options = self._service.engine_options
         model = {
             "id": self._name,
             "object": "model",
             "created": self._created,
             "owned_by": "mor_jax",
-            "max_length": options.max_length,
+            "max_length": self._service.shape.max_length,
         }
         wanted = request.path_params.get("name")
         if wanted not in (None, self._name):

@@ -1,4 +1,8 @@
-"""The body of ``POST /v1/completions``: OpenAI's fields, three extensions, and what is refused and why."""
+"""The body of ``POST /v1/completions``: OpenAI's fields, three extensions, and what is refused and why.
+
+What clients send without meaning it is accepted: OpenAI's fields about accounts, storage and routing, which cannot
+change a completion, and the fields of other servers that speak OpenAI's form at the value that changes nothing.
+"""
 
 import json
 import secrets
@@ -11,21 +15,43 @@ from mor_jax.infer.sampling import Sampling
 from mor_jax.serve.http_errors import ApiError, from_user_error, invalid
 
 Prompt = str | tuple[int, ...]
+_AS_THEY_ARE = "the model's probabilities are taken as they are"
+_ENDS = "a completion ends at end of text, a stop string or max_tokens"
 _ONLY = {
     "n": (1, "every prompt gets one completion"),
     "best_of": (1, "every prompt gets one completion"),
     "echo": (False, "the prompt is not repeated"),
     "logprobs": (None, "show_depth=true tells the log-probability of every token"),
     "suffix": (None, "text is only continued"),
-    "presence_penalty": (0, "the model's probabilities are taken as they are"),
-    "frequency_penalty": (0, "the model's probabilities are taken as they are"),
-    "logit_bias": (None, "the model's probabilities are taken as they are"),
+    "presence_penalty": (0, _AS_THEY_ARE),
+    "frequency_penalty": (0, _AS_THEY_ARE),
+    "logit_bias": (None, _AS_THEY_ARE),
+    # of vLLM, SGLang, TGI and llama.cpp
+    "repetition_penalty": (1, _AS_THEY_ARE),
+    "length_penalty": (1, _AS_THEY_ARE),
+    "min_p": (0, _AS_THEY_ARE),
+    "typical_p": (1, _AS_THEY_ARE),
+    "use_beam_search": (False, "every prompt gets one completion"),
+    "min_tokens": (0, _ENDS),
+    "ignore_eos": (False, _ENDS),
+    "stop_token_ids": (None, _ENDS),
+    "include_stop_str_in_output": (False, _ENDS),
+    "skip_special_tokens": (True, "special tokens are no text"),
+    "prompt_logprobs": (None, "the prompt is not repeated"),
 }
 """Fields with the one value that is served, and the reason."""
 _SERVED = (
     "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options",
-    "max_depth", "show_depth", "user",
+    "max_depth", "show_depth",
 )  # fmt: skip
+_IGNORED = (
+    "user", "metadata", "service_tier", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "request_id", "priority",
+)  # fmt: skip
+"""Fields that cannot change a completion."""
+_STREAM_OPTIONS = {"include_usage": None, "include_obfuscation": None, "continuous_usage_stats": False}
+"""With the one value that is served, or None for both. Obfuscation pads events; no server but OpenAI's does."""
+_NO_SEED = -1
 _STOPS, _STOP_LENGTH, _SHOWN = 4, 256, 60
 
 
@@ -74,13 +100,12 @@ def parse_completion_request(body: bytes, model: str, max_prompts: int) -> Compl
         message = f"model={_show(values['model'])} is not served here; the model is {model!r}"
         raise ApiError(404, message, field="model", code="model_not_found")
     stream = _flag(values, "stream")
-    seed = _integer(values, "seed", None)
     try:
         sampling = Sampling(
             temperature=_number(values, "temperature", 1.0),
-            top_k=_integer(values, "top_k", 0),
+            top_k=_top_k(values),
             top_p=_number(values, "top_p", 1.0),
-            seed=secrets.randbelow(2**32) if seed is None else seed,
+            seed=_seed(values),
         )
     except UserError as error:
         raise from_user_error(error, "sampling") from error
@@ -114,9 +139,9 @@ def _refuse_fields(values: dict[str, Any]) -> None:
         if name in _ONLY:
             only, reason = _ONLY[name]
             same = type(value) is type(only) if isinstance(only, bool) else not isinstance(value, bool)
-            if not (value is None or (same and value == only) or (only is None and value in ("", {}))):
+            if not (value is None or (same and value == only) or (only is None and value in ("", {}, []))):
                 raise invalid(name, f"{name}={_show(value)} is not served, only {json.dumps(only)}: {reason}")
-        elif name not in _SERVED:
+        elif name not in _SERVED and name not in _IGNORED:
             hint = suggest(name, _SERVED)
             raise invalid(None, f"unknown field {_show(name)}{hint}")
 
@@ -168,9 +193,30 @@ def _include_usage(values: dict[str, Any], stream: bool) -> bool:
         return False
     if not stream:
         raise invalid("stream_options", "stream_options needs stream=true")
-    if not isinstance(options, dict) or set(options) - {"include_usage"}:
-        raise invalid("stream_options", f"stream_options={_show(options)} may hold include_usage alone")
-    return _flag(options, "include_usage")
+    if not isinstance(options, dict) or set(options) - set(_STREAM_OPTIONS):
+        known = ", ".join(_STREAM_OPTIONS)
+        raise invalid("stream_options", f"stream_options={_show(options)} may hold only {known}")
+    flags = {name: _flag(options, name) for name in _STREAM_OPTIONS}
+    for name, only in _STREAM_OPTIONS.items():
+        if only is not None and flags[name] != only:
+            raise invalid("stream_options", f"stream_options.{name}=true is not served, only false")
+    return flags["include_usage"]
+
+
+def _seed(values: dict[str, Any]) -> int:
+    """A seed of 32 bits: as it is, folded from any signed 64-bit integer, or drawn where none is given."""
+    seed = _integer(values, "seed", _NO_SEED)
+    if seed == _NO_SEED:
+        return secrets.randbelow(2**32)
+    if not -(2**63) <= seed < 2**63:
+        raise invalid("seed", f"seed={_show(seed)} is outside [-2^63, 2^63)")
+    return (seed ^ (seed >> 32)) % 2**32
+
+
+def _top_k(values: dict[str, Any]) -> int:
+    """0 for all tokens, for which other servers also take -1."""
+    top_k = _integer(values, "top_k", 0)
+    return 0 if top_k == -1 else top_k
 
 
 def _integer(values: dict[str, Any], name: str, default: Any) -> Any:

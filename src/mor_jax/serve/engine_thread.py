@@ -119,7 +119,8 @@ class EngineThread:
             if sequence is None:
                 continue  # a stop string ended it before the engine knew
             update = batch.setdefault(sequence, Update())
-            update.pieces.append(_piece(sequence, token))
+            if token.is_valid:
+                update.pieces.append(_piece(sequence, token))
             update.finish = _finish(sequence, token)
             if update.finish:
                 del self._sequences[token.request]
@@ -135,6 +136,8 @@ def _piece(sequence: PromptSequence, token: Token) -> Piece:
 
 
 def _finish(sequence: PromptSequence, token: Token) -> Finish:
+    if not token.is_valid:
+        return "error"
     if token.token in sequence.request.stop_tokens or sequence.growth.stopped:
         return "stop"
     return "length" if token.finished else ""

@@ -13,7 +13,7 @@ from mor_jax.infer.growing_text import GrowingText
 from mor_jax.infer.request import Request
 from mor_jax.serve.http_errors import ApiError
 
-Finish = Literal["stop", "length", ""]
+Finish = Literal["stop", "length", "error", ""]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Update:
 
     pieces: list[Piece] = field(default_factory=list)
     finish: Finish = ""
-    """Why it ended; empty while it goes on."""
+    """Why it ended; empty while it goes on. `error`: its logits are not finite, which ends the whole request."""
 
 
 @dataclass(eq=False)

@@ -76,10 +76,8 @@ class Metrics:
             "mor_seconds_since_step", "Since the engine finished a step; 0 while it has nothing to do.", registry=where
         )
         self.accepted = Counter("mor_accepted_completions", "Completions begun or queued.", registry=where)
-        self.completions = Counter(
-            "mor_completions", "Completions by how they ended: stop, length, cancelled.", ["finish"], registry=where
-        )
-        for finish in ("stop", "length", "cancelled"):
+        self.completions = Counter("mor_completions", "Completions by how they ended.", ["finish"], registry=where)
+        for finish in ("stop", "length", "cancelled", "error"):
             self.completions.labels(finish)  # there from the beginning, as 0
         self.prompt_tokens = Counter("mor_prompt_tokens", "Tokens of accepted prompts.", registry=where)
         self.tokens = Counter("mor_generated_tokens", "Tokens generated.", registry=where)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mor_jax.infer.growing_text import Decoder, GrowingText
 from mor_jax.infer.replicas import AnyEngine
-from mor_jax.infer.request import Request
+from mor_jax.infer.request import NOT_FINITE, Request
 from mor_jax.serve.engine_thread import Batch, EngineThread
 from mor_jax.serve.http_errors import ApiError
 from mor_jax.serve.job import Job, PromptSequence
@@ -42,7 +42,7 @@ class Service:
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self.options, self.metrics = options, metrics
-        self.engine_options, self.check = engine.options, engine.check  # neither touches what the thread changes
+        self.shape, self.check = engine.shape, engine.check  # neither touches what the thread changes
         self.count_connections: Callable[[], int] = lambda: 0
         """Set by who knows."""
         self.draining = self.failed = self.stuck = self._hurried = self._was_stalled = False
@@ -189,6 +189,11 @@ class Service:
         for sequence, update in batch.items():
             if sequence.ended:
                 continue  # cancelled after the step had begun
+            if update.finish == "error":
+                self._end(sequence)
+                self.metrics.completions.labels("error").inc()
+                sequence.job.fail(ApiError(500, NOT_FINITE, code="logits_not_finite"))
+                continue
             sequence.begin = sequence.begin or update.pieces[0].time
             sequence.count += len(update.pieces)
             self.metrics.count(sequence, update)

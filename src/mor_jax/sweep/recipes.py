@@ -112,7 +112,7 @@ def _large() -> Config:
 
 def quiet(train: TrainConfig) -> TrainConfig:
     """One validation and one checkpoint at the end, nothing else."""
-    return dataclasses.replace(train, eval_every=0, save_every=0, keep=1, tensorboard=False, pictures=False)
+    return dataclasses.replace(train, eval_every=0, save_every=0, keep=1, trackers=(), pictures=False)
 
 
 _SCALES: Mapping[str, Callable[[], Config]] = {

@@ -153,9 +153,9 @@ def read_result(run_folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable result ({error}); delete it to run again") from error
+        return config_io.read_json(path, "result")
+    except UserError as error:
+        raise UserError(f"{error}; delete it to run again") from error
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -1,7 +1,6 @@
 """What a sweep is: named configurations, read from a Python or JSON file, each with where it starts from."""
 
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,10 +102,7 @@ def _function_of(path: Path) -> Callable[[Scale], list[SweepRun]]:
 
 
 def _from_json(path: Path) -> list[SweepRun]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from error
+    values = config_io.read_json(path, "JSON file")
     require(isinstance(values, dict) and isinstance(values.get("runs"), list), f"{path} has no list `runs`")
     return [_run_from_json(f"{path}: runs[{index}]", entry) for index, entry in enumerate(values["runs"])]
 
@@ -143,7 +139,8 @@ def with_overrides(config: Config, overrides: dict[str, Any], where: str = "set"
         for name in parents:
             require(isinstance(inner.get(name), dict), f"{where}: unknown field {path!r}{suggest(name, inner)}")
             inner = inner[name]
-        require(last in inner, f"{where}: unknown field {path!r}{suggest(last, inner)}")
+        known = last in inner or path == "train.tensorboard"  # see TrainConfig.upgrade
+        require(known, f"{where}: unknown field {path!r}{suggest(last, inner)}")
         inner[last] = value
     try:
         return config_io.from_dict(Config, values)

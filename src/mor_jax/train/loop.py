@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,31 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mor_jax.config import Config
+from mor_jax.config import io as config_io
+from mor_jax.data.pipeline import NoHeldOutText
 from mor_jax.data.pipeline import make_dataset as make_prepared_dataset
 from mor_jax.errors import UserError, require
-from mor_jax.evaluate.pictures import write_run_pictures
+from mor_jax.evaluate.pictures import write_loss_picture, write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.kernels.attention.backend import resolve_backend
 from mor_jax.mesh.devices import Device
 from mor_jax.mesh.mesh import check_mesh, local_rows, make_mesh, shard_batch
-from mor_jax.mesh.processes import barrier, host_names, is_primary, primary_first
+from mor_jax.mesh.processes import barrier, is_primary, primary_first
 from mor_jax.model.parameters import Weights
 from mor_jax.model.routing.capacity import warmup_steps
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.folder import RunLock, check_run_folder, claim_run_folder, writing_to
-from mor_jax.runs.metrics import make_writers
 from mor_jax.runs.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_weights
-from mor_jax.train.goodput import Ledger, Throughput, describe_peak
+from mor_jax.runs.trackers import make_writers
+from mor_jax.train.goodput import Ledger, Throughput
 from mor_jax.train.preemption import StopVote
-from mor_jax.train.progress import Reporter
+from mor_jax.train.progress import Reporter, describe_rising_rate, roll_call
 from mor_jax.train.signals import StopRequest
 from mor_jax.train.step import Batch, Metrics, compile_train_step
 from mor_jax.train.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 _GUARDED = ("loss", "grad_norm", "param_norm")
-_HOSTS_SHOWN = 8
 
 MakeDataset = Callable[..., Any]
 """Signature of ``data.pipeline.make_dataset``."""
@@ -60,9 +60,10 @@ def train(
 ) -> Path:
     """Train, or continue, the run that ``config`` describes.
 
-    A folder that holds checkpoints of the same configuration is continued from the newest good one. Ctrl-C and SIGTERM
-    save and return; with several processes, all save at the same step whichever was asked. Every process of a run calls
-    this with the same configuration, after ``distributed.initialize``; the run folder must be one that all share.
+    A folder that holds checkpoints of the same configuration is continued from the newest good one. Ctrl-C, SIGTERM,
+    SIGUSR1 and SIGHUP save and return; with several processes, all save at the same step whichever was asked. Every
+    process of a run calls this with the same configuration, after ``distributed.initialize``; the run folder must be
+    one that all share.
 
     Args:
         config: of the run.
@@ -124,18 +125,29 @@ class _Run:
             folder / "checkpoints", keep=config.train.keep, pinned_steps=config.train.pinned_steps
         )
         self._restore_or_init()
-        primary = is_primary()
+        primary, rising = is_primary(), None
         if primary:  # not before mesh, data and checkpoint have been found to fit
+            if self.start:
+                old = config_io.load(Config, folder / "config.json")
+                rising = describe_rising_rate(old, config, self.start)
             claim_run_folder(config)
             if starts_anew or not (folder / "tokenizer.json").is_file():
                 self.dataset.tokenizer.save(folder / "tokenizer.json")
         self.writers = make_writers(
-            folder, restored_step=self.start, tensorboard=config.train.tensorboard, primary=primary
+            folder,
+            restored_step=self.start,
+            trackers=config.train.trackers,
+            config=config_io.to_dict(config),
+            primary=primary,
         )
         self.throughput = Throughput(config, ledger, list(self.mesh.devices.flat))
         self.reporter = Reporter(config.train.steps, self.start)
         self.logged = self.start
-        self._roll_call()
+        self.reporter.say(f"run {folder}: {roll_call(self.state.params, self.mesh, self.attention)}")
+        if self.start:
+            self.reporter.say(f"continued from step {self.start}")
+        if rising:
+            self.reporter.say(rising)
 
     def _restore_or_init(self) -> None:
         config = self.config
@@ -172,19 +184,6 @@ class _Run:
         if first.special is not None:
             self.dataset.tokenizer.describe(first.special)
         return first
-
-    def _roll_call(self) -> None:
-        device, hosts = self.mesh.devices.flat[0], host_names()
-        parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.state.params))
-        shown = ", ".join(hosts if len(hosts) <= _HOSTS_SHOWN else [*hosts[:_HOSTS_SHOWN], "..."])
-        versions = ", ".join(f"{name} {version(name)}" for name in ("mor-jax", "jax", "jaxlib", "flax"))
-        self.reporter.say(
-            f"run {self.folder}: {parameters:,} parameters, {len(hosts)} process{'es' * (len(hosts) > 1)} ({shown}), "
-            f"{self.mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(self.mesh.shape)}, "
-            f"attention {self.attention}, peak {describe_peak(device)}, {versions}"
-        )
-        if self.start:
-            self.reporter.say(f"continued from step {self.start}")
 
     def train_steps(self, vote: StopVote) -> bool:
         """Run the remaining steps; return whether the last one was reached."""
@@ -233,6 +232,8 @@ class _Run:
 
     def _evaluates(self, done: int) -> bool:
         train = self.config.train
+        if self.held_out is None:
+            return False
         return bool(train.eval_every and done % train.eval_every == 0) or done == train.steps
 
     def _is_due(self, done: int) -> bool:
@@ -277,6 +278,9 @@ class _Run:
     def write_pictures(self) -> None:
         """Write loss.png, depth.png and routing.html."""
         self.watchdog.reached("the pictures")
+        if self.held_out is None:
+            write_loss_picture(self.folder, self.config)
+            return
         with self.ledger.measure("eval"):
             write_run_pictures(self.folder, self.config, self._weights(), self.held_out)
 
@@ -288,22 +292,25 @@ class _Run:
         self.watchdog.reached("the last save")
         self.reporter.close()
         self.writers.close()
-        for dataset in (self.dataset, self.held_out):
-            dataset.close()
+        self.dataset.close()
+        if self.held_out is not None:
+            self.held_out.close()
         with self.ledger.measure("checkpoint"):
             self.checkpoints.close()
         self.reporter.say(self.ledger.summary())
 
 
 def _open_data(config: Config, make_dataset: MakeDataset, mesh: Mesh) -> tuple[Any, Any]:
-    """Open the training rows, of which this process reads those on its devices, and the held-out rows."""
+    """Open the training rows, of which this process reads those on its devices, and the held-out rows, or None."""
     shared: dict[str, Any] = {"context_length": config.model.context_length, "vocab_size": config.model.vocab_size}
     mine = local_rows(mesh, config.train.batch_size)
     rows = min(config.train.eval_rows, config.train.batch_size // config.train.accumulation)
-    return (
-        make_dataset(config.data, split="train", batch_size=config.train.batch_size, rows=mine, **shared),
-        make_dataset(config.data, split="validation", batch_size=rows, **shared),
-    )
+    dataset = make_dataset(config.data, split="train", batch_size=config.train.batch_size, rows=mine, **shared)
+    try:
+        return dataset, make_dataset(config.data, split="validation", batch_size=rows, **shared)
+    except NoHeldOutText as error:
+        _log.info("no validation, and no pictures of held-out text: %s", error)
+        return dataset, None
 
 
 def _to_json(metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:

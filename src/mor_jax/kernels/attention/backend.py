@@ -7,31 +7,46 @@ import jax
 
 from mor_jax.config import AttentionBackend
 from mor_jax.errors import require
-from mor_jax.kernels.attention import cudnn, hopper, triton
+from mor_jax.kernels.attention import cudnn, hopper, tpu, triton
 from mor_jax.kernels.attention.cudnn import cudnn_attention
 from mor_jax.kernels.attention.mask import Mask
 from mor_jax.kernels.attention.reference import plain_attention
-from mor_jax.kernels.attention.tpu import resolve_tpu_backend, splash_attention
+from mor_jax.kernels.attention.tpu import splash_attention
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.pallas_triton import MISSING, is_available, require_triton
 from mor_jax.mesh.axes import axis_size, on_shards
 from mor_jax.mesh.devices import process_platform, target_platform
 
 logger = logging.getLogger(__name__)
+TPU_KERNELS: tuple[AttentionBackend, ...] = ("splash",)
+"""Backends that a TPU has beside `xla`; the custom calls of a compiled program bear these names."""
 
 
 def resolve_backend(
     backend: AttentionBackend, dtype: str, head_dim: int, devices: int | None = None
 ) -> AttentionBackend:
-    """Choose the attention kernel for the device that the program is traced for; ``resolve_tpu_backend`` on a TPU.
+    """Choose the attention kernel for the device that the program is traced for.
 
     Raises:
         UserError: a backend was asked for where it cannot run.
     """
     if target_platform() == "tpu":
         return resolve_tpu_backend(backend, dtype, head_dim)
-    require(backend != "splash", f"perf.attention_backend='splash' needs a TPU, not device={target_platform()!r}")
+    asked = f"perf.attention_backend={backend!r}"
+    require(backend not in TPU_KERNELS, f"{asked} needs a TPU, not device={target_platform()!r}")
     return _resolve_backend(backend, dtype, head_dim, devices)
+
+
+@functools.cache
+def resolve_tpu_backend(backend: AttentionBackend, dtype: str, head_dim: int) -> AttentionBackend:
+    """Choose the attention kernel of a TPU, and log it once."""
+    fits = tpu.takes(head_dim)
+    asked = f"perf.attention_backend={backend!r}"
+    require(backend in ("auto", "xla", *TPU_KERNELS), f"{asked} is a kernel for GPUs, but the device is a TPU")
+    require(backend != "splash" or fits, f"{asked} needs a head_dim that is a multiple of 64, not head_dim={head_dim}")
+    chosen: AttentionBackend = ("splash" if fits else "xla") if backend == "auto" else backend
+    logger.info("attention backend: %s on TPU (asked for %s, dtype %s, head_dim %d)", chosen, backend, dtype, head_dim)
+    return chosen
 
 
 @functools.cache

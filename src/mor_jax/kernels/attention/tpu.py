@@ -12,7 +12,6 @@ References:
 """
 
 import functools
-import logging
 from typing import Any
 
 import jax
@@ -20,32 +19,18 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from mor_jax.config import AttentionBackend
-from mor_jax.errors import require
 from mor_jax.kernels.padding import pad_axis
 from mor_jax.mesh.axes import axis_size, on_shards
 
-_log = logging.getLogger(__name__)
 _LANES = 128
 """Width of the vector registers: every block of the kernel is a multiple of it."""
 _HIDDEN = -1
 """Segment of keys that nothing sees; row of queries that see nothing."""
 
 
-@functools.cache
-def resolve_tpu_backend(backend: AttentionBackend, dtype: str, head_dim: int) -> AttentionBackend:
-    """Choose the attention kernel of a TPU, and log it once.
-
-    Raises:
-        UserError: a backend was asked for that a TPU, or the model, does not allow.
-    """
-    fits = head_dim % 64 == 0
-    asked = f"perf.attention_backend={backend!r}"
-    require(backend in ("auto", "xla", "splash"), f"{asked} is a kernel for GPUs, but the device is a TPU")
-    require(backend != "splash" or fits, f"{asked} needs a head_dim that is a multiple of 64, not head_dim={head_dim}")
-    chosen: AttentionBackend = ("splash" if fits else "xla") if backend == "auto" else backend
-    _log.info("attention backend: %s on TPU (asked for %s, dtype %s, head_dim %d)", chosen, backend, dtype, head_dim)
-    return chosen
+def takes(head_dim: int) -> bool:
+    """Whether the kernel takes heads of such a width."""
+    return head_dim % 64 == 0
 
 
 def block_size(length: int) -> int:

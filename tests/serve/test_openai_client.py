@@ -1,0 +1,116 @@
+"""The official client against a real server: what it sends is taken, and what comes back is what it expects."""
+
+import math
+
+import jax
+import pytest
+from live_server import MODEL, NAME, running, tiny_model
+
+from mor_jax.data.tokenizer import Tokenizer
+from mor_jax.infer.language_model import LanguageModel
+from mor_jax.model.transformer import init_params
+
+openai = pytest.importorskip("openai")
+
+
+def _client(port, **options):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    with running(model) as server:
+        yield _client(server.port)
+
+
+def test_completions_and_usage(client, model):
+    (expected,) = model.generate("Once", max_tokens=12)
+    answer = client.completions.create(model=NAME, prompt="Once", max_tokens=12, temperature=0)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, choice.index) == (expected.text, "length", 0)
+    assert (answer.object, answer.model, choice.logprobs) == ("text_completion", NAME, None)
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (4, 12, 16)
+
+
+def test_several_prompts_and_token_ids(client):
+    texts = client.completions.create(model=NAME, prompt=["one", "two"], max_tokens=5, temperature=0).choices
+    tokens = client.completions.create(model=NAME, prompt=[list(b"one"), list(b"two")], max_tokens=5, temperature=0)
+    assert [c.text for c in texts] == [c.text for c in tokens.choices] and [c.index for c in texts] == [0, 1]
+
+
+def test_every_field_that_the_client_types(client):
+    """All arguments of ``completions.create`` that do not ask for another answer."""
+    answer = client.completions.create(
+        model=NAME, prompt="Once", best_of=1, echo=False, frequency_penalty=0, logit_bias={}, max_tokens=3, n=1,
+        presence_penalty=0, seed=2**63 - 1, stop=["\n\n"], stream=False, suffix=None, temperature=1, top_p=0.5,
+        user="somebody", extra_body={"metadata": {"run": "1"}, "store": False, "service_tier": "auto", "top_k": -1},
+        extra_headers={"X-Request-Id": "7"}, timeout=60,
+    )  # fmt: skip
+    assert answer.usage.completion_tokens <= 3
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32, 2**40 + 3, -5, -(2**63)])
+def test_a_seed_of_any_size_repeats_itself(client, seed):
+    ask = lambda: client.completions.create(model=NAME, prompt="a", max_tokens=8, seed=seed).choices[0].text  # noqa: E731
+    assert ask() == ask()
+
+
+def test_top_p_0_is_greedy(client):
+    ask = lambda **fields: client.completions.create(model=NAME, prompt="a", max_tokens=8, **fields).choices[0].text  # noqa: E731
+    assert ask(top_p=0) == ask(temperature=0) == ask(top_p=0, seed=-1)
+
+
+@pytest.mark.parametrize("obfuscation", [True, False])
+def test_streaming_with_usage(client, model, obfuscation):
+    (expected,) = model.generate("Once", max_tokens=12)
+    options = {"include_usage": True, "include_obfuscation": obfuscation}
+    stream = client.completions.create(
+        model=NAME, prompt="Once", max_tokens=12, temperature=0, stream=True, stream_options=options
+    )
+    *parts, last = list(stream)
+    assert "".join(part.choices[0].text for part in parts) == expected.text
+    assert [part.usage for part in parts] == [None] * len(parts) and len(parts) > 1
+    assert parts[-1].choices[0].finish_reason == "length"
+    assert last.choices == [] and last.usage.total_tokens == 16
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == [NAME] and client.models.retrieve(NAME).owned_by == "mor_jax"
+
+
+def test_errors_arrive_as_the_clients_exceptions(client):
+    with pytest.raises(openai.BadRequestError, match="n=2 is not served") as caught:
+        client.completions.create(model=NAME, prompt="a", n=2)
+    assert (caught.value.param, caught.value.type) == ("n", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError, match="logprobs"):
+        client.completions.create(model=NAME, prompt="a", logprobs=1)
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="other", prompt="a")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "a"}])
+
+
+@pytest.fixture(scope="module")
+def broken():
+    params = jax.jit(lambda: init_params(MODEL, jax.random.key(1)))()
+    spoilt = jax.tree.map(lambda leaf: leaf.at[200].set(math.nan) if leaf.shape == (257, 16) else leaf, params)
+    with running(LanguageModel(MODEL, spoilt, Tokenizer.bytes_level())) as server:
+        yield _client(server.port)
+
+
+def test_logits_that_are_not_finite_are_a_server_error(broken):
+    with pytest.raises(openai.InternalServerError, match="the logits are not finite") as caught:
+        broken.completions.create(model=NAME, prompt="a", max_tokens=3)
+    assert caught.value.code == "logits_not_finite"
+
+
+def test_in_a_stream_they_are_an_api_error(broken):
+    with pytest.raises(openai.APIError, match="the logits are not finite"):
+        list(broken.completions.create(model=NAME, prompt="a", max_tokens=3, stream=True))
