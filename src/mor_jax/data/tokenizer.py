@@ -97,7 +97,11 @@ class Tokenizer:
         Args:
             text: any.
             around: whether to put what the tokenizer adds around a text.
+
+        Raises:
+            UserError: the text holds a lone surrogate.
         """
+        require_text(text, "text to encode")
         if self._model is None:
             ids = list(text.encode("utf-8"))
         else:
