@@ -98,7 +98,8 @@ def test_tokens_of_packed_rows_have_the_bytes_of_their_documents(named):
     name, tokenizer = named
     texts = TEXTS if name != "word piece" else ("the cat sat.", "don't stop, please")
     texts += SPACED if name not in ("word piece", "byte level, prefix", "metaspace") else ()
-    sizes = _row_bytes(tokenizer, text_stream(tokenizer.encode_batch(texts), tokenizer.eos_id))
+    end = [tokenizer.eos_id]
+    sizes = _row_bytes(tokenizer, text_stream([np.append(ids, end) for ids in tokenizer.encode_batch(texts)], end))
     ends = np.cumsum([len(ids) + 1 for ids in tokenizer.encode_batch(texts)])
     found = [int(part.sum()) for part in np.split(sizes, ends[:-1])]
     wanted = [len(text.encode()) for text in texts]
@@ -109,9 +110,10 @@ def test_tokens_of_packed_rows_have_the_bytes_of_their_documents(named):
 
 def test_a_beginning_of_sequence_token_does_not_hide_the_beginning():
     tokenizer = Tokenizer(MODELS["llama 2"]().to_str())
-    ids = np.array([0, 2, *tokenizer.encode("The cat"), 0, 2, *tokenizer.encode("The"), 0])
-    start = 3 + len(tokenizer.encode("The cat"))
-    assert _row_bytes(tokenizer, Row(ids, np.array([0, 1, start]))).sum() == len("The cat") + len("The")
+    first, second = ([*tokenizer.encode(text), 0] for text in ("The cat", "The"))
+    assert (first[0], second[0]) == (2, 2)
+    row = Row(np.array([0, *first, *second]), np.array([0, 1, 1 + len(first)]))
+    assert _row_bytes(tokenizer, row).sum() == len("The cat") + len("The")
 
 
 def test_bytes_of_files_are_those_of_their_texts(named, tmp_path):

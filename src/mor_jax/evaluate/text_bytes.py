@@ -33,7 +33,7 @@ def token_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
             own = tokenizer.token_bytes(i)
             lengths_2V[:, i] = len(own), len(own) - (added if own.startswith(b" ") else 0)
         return lengths_2V
-    anchor = tokenizer.encode("a")[-1:]
+    anchor = [i for i in tokenizer.encode("a") if tokenizer.token_bytes(i)][-1:]  # no special token at its end
     before = _decoded_length(tokenizer, anchor)
     for i in known:
         own = len(tokenizer.token_bytes(i))  # of an incomplete character, which decodes to something else
