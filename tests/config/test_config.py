@@ -225,13 +225,12 @@ def test_a_resolved_perf_leaves_nothing_open_and_keeps_what_was_asked():
     }  # fmt: skip
     assert PerfConfig(**asked).resolved() == ResolvedPerf(**asked)
     assert ResolvedPerf(**asked).asked == PerfConfig(**asked)
-    assert PerfConfig(remat="names").resolved(ResolvedPerf(**asked)) == ResolvedPerf(**asked | {
-        "execution": "gather", "remat": "names",
-    })  # fmt: skip
+    changed: dict[str, Any] = asked | {"execution": "gather", "remat": "names"}
+    assert PerfConfig(remat="names").resolved(ResolvedPerf(**asked)) == ResolvedPerf(**changed)
 
 
 def test_loss_free_balancing_belongs_to_token_choice():
-    token = {"kind": "token", "score": "softmax"}
+    token: dict[str, Any] = {"kind": "token", "score": "softmax"}
     assert RoutingConfig(**token, balancing="loss_free").is_loss_free
     assert not RoutingConfig(**token).is_loss_free and not RoutingConfig("expert", balancing="loss_free").is_loss_free
     assert RoutingConfig("expert", sampling="aux_router").has_aux_router

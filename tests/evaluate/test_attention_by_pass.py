@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluation_examples import T, batch, config, params, weights
@@ -60,7 +61,7 @@ def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, ac
     assert out.hidden is not None and out.hidden.first is not None
     layer = jax.tree.map(lambda a: a[0], params(cfg)["block"])
     selected = np.ones((2, 2, T), bool) if out.trace is None else np.asarray(out.trace.selected_RBT)
-    rotary = rotary_tables(positions, cfg.model.head_dim, cfg.model.rope_theta)
+    rotary = rotary_tables(jnp.asarray(positions), cfg.model.head_dim, cfg.model.rope_theta)
 
     def normed(states):
         return rms_norm(states, layer["attention_norm"]["scale"], cfg.model.norm_epsilon)

@@ -98,7 +98,9 @@ def test_a_text_is_cut_into_rows_without_padding():
     full, rest = text_batches(range(2 * T + 3), T)
     assert full.tokens_BT.tolist() == [list(range(T)), list(range(T, 2 * T))]
     assert rest.tokens_BT.tolist() == [[2 * T, 2 * T + 1, 2 * T + 2]]
-    assert rest.positions_BT.tolist() == [[0, 1, 2]] and np.all(full.segment_ids_BT == 1)
+    assert (
+        rest.positions_BT is not None and rest.positions_BT.tolist() == [[0, 1, 2]] and np.all(full.segment_ids_BT == 1)
+    )
     assert [part.tokens_BT.shape for part in text_batches(range(5), T)] == [(1, 5)]
     assert [part.tokens_BT.shape for part in text_batches(range(T), T)] == [(1, T)]
     with pytest.raises(UserError, match="empty"):

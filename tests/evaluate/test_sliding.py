@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,9 @@ def test_texts_are_read_by_source(tmp_path):
 
 
 def _depths(model, perf=PLAIN):
-    row = {name: value[None] for name, value in expand_row(Row(STREAM.tokens[:T], np.array([0])), T).items()}
+    row: dict[str, Any] = {
+        name: value[None] for name, value in expand_row(Row(STREAM.tokens[:T], np.array([0])), T).items()
+    }
     rows = Rows(row["tokens"], row["positions"], row["segment_ids"])
     trace = batch_trace(model, perf, "threshold", rows, jax.random.key(0))
     assert trace is not None

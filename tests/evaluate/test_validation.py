@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,17 +125,19 @@ def test_rows_are_rounded_up_to_whole_batches_and_no_more_are_read():
 
 
 def test_one_compilation_serves_all_batches():
-    cfg, before = config("none", sharing="none", across=False, num_layers=3), batch_totals._cache_size()
+    compiled: Any = batch_totals
+    cfg, before = config("none", sharing="none", across=False, num_layers=3), compiled._cache_size()
     for _ in range(2):
         validation_losses(weights(cfg), cfg.perf, HeldOut(*map(batch, range(3))), 6)
-    assert batch_totals._cache_size() == before + 1
+    assert compiled._cache_size() == before + 1
 
 
 def test_parameters_on_a_mesh_give_the_same_losses():
     cfg = config()
     mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     sharded = jax.device_put(params(cfg), params_shardings(mesh, logical_axes(cfg.model)))
-    assert not spread(sharded, batch(0))["tokens"].is_fully_replicated
+    spread_batch: Any = spread(sharded, batch(0))
+    assert not spread_batch["tokens"].is_fully_replicated
     assert spread(sharded, batch(0, rows=3))["tokens"].shape == (3, T + 1)  # two devices cannot share three rows
     rows = HeldOut(batch(0), batch(1, padding=3))
     models = (Weights(cfg.model, sharded, ZERO_BIAS), weights(cfg, ZERO_BIAS))

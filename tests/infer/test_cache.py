@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from decode_examples import make_params, model_config, tokens
 
-from mor_jax.config import Config, ModelConfig, RecursionConfig, RoutingConfig
+from mor_jax.config import ModelConfig, PerfConfig, RecursionConfig, RoutingConfig
 from mor_jax.evaluate.calibrate import calibrate
 from mor_jax.infer.cache import CacheShape, init_cache, kv_layout, kv_usage, release, reserve
 from mor_jax.infer.decode_model import decoding_refusal, prepare_weights
 from mor_jax.infer.prefill import prefill
+from mor_jax.model.parameters import Weights
 
 
 def test_reserving_takes_pages_only_where_the_last_is_full():
@@ -53,7 +54,7 @@ def test_bytes_follow_the_tokens_that_came_that_deep(recursions, kv):
                          routing=routing)  # fmt: skip
     text = tokens(rows, 51)
     whole = {"tokens": text, "segment_ids": np.ones_like(text), "positions": np.tile(np.arange(51), (rows, 1))}
-    boundaries = calibrate(Config(model=config), make_params(config), [whole])
+    boundaries = calibrate(Weights(config, make_params(config)), PerfConfig(), [whole])
     text = text[:, :-1]  # calibration takes the last token for a target
     cache, output = _read(prepare_weights(config, make_params(config), boundaries=boundaries), text, size)
     usage, depth_BT = kv_usage(cache), np.asarray(output.depth_BT)

@@ -127,7 +127,7 @@ def test_impossible_wishes_are_refused(model):
         ({"max_tokens": 40}, "make 44 tokens, more than max_length=32"),
         ({"max_length": 0}, "more than max_length=0"),
         ({"temperature": -1.0}, "temperature=-1.0 is outside"),
-        ({"top_p": 0.0}, "top_p=0.0 is outside"),
+        ({"top_p": -0.1}, "top_p=-0.1 is outside"),
         ({"max_depth": 0}, "max_depth=0 must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):

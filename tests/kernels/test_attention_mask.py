@@ -1,5 +1,7 @@
 """Which keys a query sees, against literal tables: as a dense mask, as runs of keys, as rows and documents."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,9 +89,13 @@ def test_runs_are_the_same_keys(name):
     assert _table((keys >= start_T1) & (keys < np.asarray(end_BT)[0, :, None])) == table
 
 
+def _lists(arrays: Any) -> list[Any]:
+    return [array.tolist() for array in arrays]
+
+
 def test_runs_by_hand():
-    assert [x.tolist() for x in CASES["documents"][0].runs()] == [[[0, 0, 0, 3, 3, 5]], [[1, 2, 3, 4, 5, 6]]]
-    assert [x.tolist() for x in CASES["shared documents"][0].runs()] == [[[0, 3, 3]], [[2, 4, 5]]]
+    assert _lists(CASES["documents"][0].runs()) == [[[0, 0, 0, 3, 3, 5]], [[1, 2, 3, 4, 5, 6]]]
+    assert _lists(CASES["shared documents"][0].runs()) == [[[0, 3, 3]], [[2, 4, 5]]]
     start_BT, end_BT = CASES["shared"][0].runs()
     assert start_BT is None and end_BT is not None and end_BT.tolist() == [[2, 4, 6]]
 
@@ -108,4 +114,4 @@ def test_rows_and_documents_by_hand():
     rows, *segments = CASES["causal"][0].rows_and_segments()
     assert rows.tolist() == [[0, 1, 2]] and segments == [None, None]
     found = CASES["not valid"][0].rows_and_segments()
-    assert [x.tolist() for x in found] == [[[0, 1, 2, 3]], [[0, 0, 0, 0]], [[0, -1, 0, 0]]]
+    assert _lists(found) == [[[0, 1, 2, 3]], [[0, 0, 0, 0]], [[0, -1, 0, 0]]]

@@ -21,5 +21,5 @@ def test_gradient(tokens):
 @pytest.mark.parametrize(("fusion", "kernels"), [("xla", 0), ("triton", 1)])
 def test_perf_fusion_chooses_the_gradient(fusion, kernels):
     arguments = jnp.ones((1, 8, 16)), jnp.ones((16, 2, 32)), jnp.ones((32, 16))
-    loss = lambda *arguments: jnp.sum(feed_forward(*arguments, fusion))  # noqa: E731
+    loss = lambda x, gate_up, down: jnp.sum(feed_forward(x, gate_up, down, fusion))  # noqa: E731
     assert str(jax.make_jaxpr(jax.grad(loss))(*arguments)).count("name=mor_swiglu_gradient") == kernels

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config  # pyright: ignore[reportMissingImports]
 
 from mor_jax.config import Config, MeshConfig, RoutingConfig
 from mor_jax.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import pytest
-from tiny_runs import TIMINGS, read_lines, with_train
+from tiny_runs import TIMINGS, read_lines, with_train  # pyright: ignore[reportMissingImports]
 
 from mor_jax.config import Config
 from mor_jax.config import io as config_io

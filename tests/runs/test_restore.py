@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config  # pyright: ignore[reportMissingImports]
 
 from mor_jax.config import Config, RoutingConfig
 from mor_jax.config import io as config_io

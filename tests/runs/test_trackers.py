@@ -5,6 +5,7 @@ import json
 import math
 import sys
 
+import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tiny_runs import dataset_maker, tiny_config  # pyright: ignore[reportMissingImports]
@@ -188,12 +189,12 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, caplog, name)
 def test_a_run_of_all_of_them_resumes_also_from_an_old_configuration(tmp_path, package):
     wandb, trackio = package("wandb"), package("trackio", broken=("log",))
     config = tiny_config(tmp_path, steps=2, trackers=("tensorboard", "wandb", "trackio"), pictures=False)
-    folder = train(config, make_dataset=dataset_maker(config))
+    folder = train(config, make_dataset=dataset_maker(config), devices=jax.devices()[:1])
     values = json.loads((folder / "config.json").read_text())
     del values["train"]["trackers"]
     (folder / "config.json").write_text(json.dumps(values | {"train": values["train"] | {"tensorboard": True}}))
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3, trackers=("wandb",)))
-    train(longer, make_dataset=dataset_maker(longer))
+    train(longer, make_dataset=dataset_maker(longer), devices=jax.devices()[:1])
     assert [line["step"] for run in wandb.runs for line in run.lines] == [1, 2, 3]
     assert wandb.starts[0]["id"] == wandb.starts[1]["id"] and len(trackio.starts) == 1
     assert wandb.starts[1]["config"]["train"]["steps"] == 3

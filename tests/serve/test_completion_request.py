@@ -85,7 +85,7 @@ def test_stream_options_of_the_official_client(usage, obfuscation):
 
 def test_prompts_of_one_request_draw_apart():
     wanted = _parse({"prompt": ["a", "b"], "seed": 2**32 - 1})
-    assert [wanted.engine_request(i, (1,), 9).sampling.seed for i in range(2)] == [2**32 - 1, 0]
+    assert [wanted.engine_request(i, (1,), (9,)).sampling.seed for i in range(2)] == [2**32 - 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_python_caller_is_told(model):
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_the_command_says_one_line_and_prints_no_completion(model, flags, monkeypatch, capsys):
     monkeypatch.setattr(generate, "enable_compilation_cache", lambda: None)
-    monkeypatch.setattr(generate, "load", lambda *_, **__: model)
+    monkeypatch.setattr("mor_jax.infer.language_model.load", lambda *_, **__: model)
     with pytest.raises(UserError, match="the logits are not finite"):
         generate.run(["folder", "--prompt", "x", "--max-tokens", "3", *flags])
     assert re.sub("^x", "", capsys.readouterr().out) == ""

@@ -122,7 +122,7 @@ def _search(config: Config, topology: "Topology", flags: PlanFlags, command: lis
 def _search_table(plans: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    from mor_jax.plan.topology import GIB
+    from mor_jax.mesh.devices import GIB
 
     table = Table("mesh", "micro-batches", "remat", box=None, pad_edge=False)
     for column in ("GiB per device", "tokens/s at most", "MFU at most", "limit"):

@@ -43,6 +43,7 @@ class Tokenizer:
         kind: ``"bytes"`` or ``"json"``.
         vocab_size: one more than the largest id.
         special: its special tokens.
+        eos_id: id of the one that ends a document.
         hash: SHA-256 of the definition in canonical JSON.
 
     Raises:
@@ -69,15 +70,12 @@ class Tokenizer:
         if self._model is None:
             self.vocab_size = _BYTE_END + 1
             self.special = special or SpecialTokens(_BYTE_END, (_BYTE_END,))
+            self.eos_id = self.special.eos_id
             return
         self.vocab_size = max(self._model.get_vocab().values(), default=-1) + 1
         self.special = special or find_special_tokens(self._model, values, self._files, where)
+        self.eos_id = self.special.eos_id
         self._model.encode_special_tokens = True
-
-    @property
-    def eos_id(self) -> int:
-        """Id of the token that ends a document."""
-        return self.special.eos_id
 
     @property
     def identity(self) -> str:
@@ -99,7 +97,11 @@ class Tokenizer:
         Args:
             text: any.
             around: whether to put what the tokenizer adds around a text.
+
+        Raises:
+            UserError: the text holds a lone surrogate.
         """
+        require_text(text, "text to encode")
         if self._model is None:
             ids = list(text.encode("utf-8"))
         else:

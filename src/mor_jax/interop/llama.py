@@ -63,13 +63,14 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
         require(found == value, f"{where}: {name}={found!r}: only {value!r} is supported")
     tied = values.get("tie_word_embeddings", False)
     require(isinstance(tied, bool), f"{where}: tie_word_embeddings={tied!r} is neither true nor false")
-    heads = values["num_attention_heads"]
+    heads, theta = values["num_attention_heads"], _rotary_base(values, where)
+    sizes: dict[str, Any] = {ours: values[name] for name, ours in _SIZES.items()}
     try:
         return ModelConfig(
-            **{ours: float(values[name]) if name in _REAL else values[name] for name, ours in _SIZES.items()},
+            **sizes | {"norm_epsilon": float(sizes["norm_epsilon"])},
             num_kv_heads=values.get("num_key_value_heads") or heads,
             head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-            rope_theta=_rotary_base(values, where),
+            rope_theta=theta,
             init_std=float(values.get("initializer_range", ModelConfig().init_std)),
             tie_embeddings=tied,
             dtype="float32",

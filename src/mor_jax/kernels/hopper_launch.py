@@ -13,7 +13,9 @@ COPY_MULTIPLE = 8
 
 def tiled_smem(dtype: Any, *shape: int) -> Any:
     """Shared memory of tiles, laid out as wgmma reads them."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    transforms: Any = plgpu  # their constructors are whole only to Python
+    tiles = (transforms.TilingTransform((8, 64)), transforms.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=tiles)
 
 
 def launch(

@@ -211,8 +211,8 @@ def forward_flops(
 def _lora_flops(model: ModelConfig) -> tuple[int, int]:
     """FLOPs of one layer's low-rank updates: per token computed, and per token that projects keys and values."""
     targets = model.recursion.relaxation.lora_targets
-    of_keys = [target for target in targets if target == "key_value"]
-    of_tokens = [target for target in targets if target != "key_value"]
+    of_keys: list[LoraTarget] = [target for target in targets if target == "key_value"]
+    of_tokens: list[LoraTarget] = [target for target in targets if target != "key_value"]
     return 2 * _lora_weights(model, of_tokens), 2 * _lora_weights(model, of_keys)
 
 
