@@ -50,6 +50,11 @@ def reason(error: BaseException) -> str:
     return words if len(words) <= _LONGEST_REASON else words[: _LONGEST_REASON - 3] + "..."
 
 
+def one_line(text: object) -> str:
+    """Return a message on one line that any stream can show: names of files may hold line breaks, and no UTF-8."""
+    return " ".join(str(text).splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def shown(value: object) -> str:
     """Return ``repr(value)`` on one line, cut where it is long or deep: what was given may be both."""
     return " ".join(_SHORT.repr(value).split())

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from mor_jax.errors import UNUSABLE_PATH, UserError, suggest
+from mor_jax.errors import UNUSABLE_PATH, UserError, one_line, suggest
 
 COMMANDS = {
     "train": "train, or continue, a run",
@@ -80,7 +80,7 @@ def _run(arguments: list[str]) -> int:
     try:
         return importlib.import_module(f"mor_jax.cli.{name}").run(rest)
     except UserError as error:
-        print(f"mor {name}: {error}", file=sys.stderr)
+        print(f"mor {name}: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
         if error.errno not in UNUSABLE_PATH or error.filename is None:

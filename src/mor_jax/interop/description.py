@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
-from mor_jax.errors import UserError, require
+from mor_jax.config import io as config_io
+from mor_jax.errors import UserError, require, shown
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +63,11 @@ def parse(description: Mapping[str, Any]) -> ModelConfig:
     for name, value in _FIXED.items():
         require(model[name] == value, f"model.{name}={model[name]!r}: only {value!r} is supported")
     recursion = RecursionConfig() if recursive is None else _parse_recursion(recursive, kv, description["mor"])
-    config = ModelConfig(
-        **{ours: model[official] for official, ours in _SIZES.items()},
-        tie_embeddings=model["tie_word_embeddings_effective"],
-        dtype="float32",
-        recursion=recursion,
-        routing=RoutingConfig() if description["mor"] is None else _parse_routing(description["mor"], recursion),
-    )
-    config = _with_released_depth(config)
+    sizes = {ours: model[official] for official, ours in _SIZES.items()}
+    sizes |= {"tie_embeddings": model["tie_word_embeddings_effective"], "dtype": "float32"}
+    routing = RoutingConfig() if description["mor"] is None else _parse_routing(description["mor"], recursion)
+    shared = {"recursion": config_io.to_dict(recursion), "routing": config_io.to_dict(routing)}
+    config = _with_released_depth(config_io.from_dict(ModelConfig, {**sizes, **shared}, "model"))
     require(
         config.unrolled_depth == model["num_hidden_layers"],
         f"model.num_hidden_layers={model['num_hidden_layers']}, but {model['num_hidden_layers_requested']} layers "
@@ -170,13 +168,14 @@ def _parse_recursion(
             )
         obeys = mor is not None and mor["type"] == "expert" and recursive["sharing"] == "middle_cycle"
         strategy = "shared_update" if kv["update_cache"] and obeys else "shared"
-    return RecursionConfig(
-        num_recursions=recursive["num_recursion"],
-        sharing=recursive["sharing"],
-        share_norms=recursive["ln_share"],
-        kv_strategy=strategy,
-        base_depth=recursive["base_depth"],
-    )
+    values = {
+        "num_recursions": recursive["num_recursion"],
+        "sharing": recursive["sharing"],
+        "share_norms": recursive["ln_share"],
+        "kv_strategy": strategy,
+        "base_depth": recursive["base_depth"],
+    }
+    return config_io.from_dict(RecursionConfig, values, "recursive")
 
 
 def _with_released_depth(config: ModelConfig) -> ModelConfig:
@@ -193,35 +192,43 @@ def _parse_routing(mor: Mapping[str, Any], recursion: RecursionConfig) -> Routin
         "kind": kind,
         "router": mor["router_type"],
         "router_expansion": 2 if mor["router_type"] == "wide_mlp" else None,
-        "temperature": float(mor["temp"]),
-        "z_loss_coefficient": float(mor["z_coeff"]) if mor["z_loss"] else 0.0,
+        "temperature": _real(mor, "temp"),
+        "z_loss_coefficient": _real(mor, "z_coeff") if mor["z_loss"] else 0.0,
         "score": "none" if plain_score else own["router_func"],
-        "alpha": 1.0 if plain_score else float(own["alpha"]),
+        "alpha": 1.0 if plain_score else _real(own, "alpha"),
         "gating": own["gating"],
     }
     if kind == "token":
-        return RoutingConfig(
-            **common,
-            balancing=own["balancing"] or "none",
-            balancing_coefficient=float(own["coeff"]),
-            bias_update_rate=float(own["u"]),
-            balance_warmup_steps=own["bal_warmup_step"],
-            capacity_slack=_seats_for_all(recursion),
-        )
+        values = {
+            "balancing": own["balancing"] or "none",
+            "balancing_coefficient": _real(own, "coeff"),
+            "bias_update_rate": _real(own, "u"),
+            "balance_warmup_steps": own["bal_warmup_step"],
+            "capacity_slack": _seats_for_all(recursion),
+        }
+        return config_io.from_dict(RoutingConfig, {**common, **values}, "mor")
     require(
         own["cap_warmup_step"] is not None,
         "mor.expert.cap_warmup_step=None stands for the trainer's num_warmup_steps x gradient_accumulation_steps, "
         "which a description does not hold: put the number there",
     )
-    capacities = tuple(float(c) for c in mor["capacity"])
+    capacities = tuple(map(float, mor["capacity"]))
     count = recursion.num_recursions
-    return RoutingConfig(
-        **common,
-        capacities=None if capacities == tuple((count - r) / count for r in range(count)) else capacities,
-        capacity_warmup_steps=own["cap_warmup_step"],
-        sampling=own["sampling"] or "none",
-        sampling_coefficient=float(own["coeff"]),
-    )
+    values = {
+        "capacities": None if capacities == tuple((count - r) / count for r in range(count)) else capacities,
+        "capacity_warmup_steps": own["cap_warmup_step"],
+        "sampling": own["sampling"] or "none",
+        "sampling_coefficient": _real(own, "coeff"),
+    }
+    return config_io.from_dict(RoutingConfig, {**common, **values}, "mor")
+
+
+def _real(section: Mapping[str, Any], name: str) -> float:
+    """A number, also one that YAML reads as a text: 1e-3."""
+    try:
+        return float(section[name])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"mor: {name}={shown(section[name])} is not a number") from error
 
 
 def _seats_for_all(recursion: RecursionConfig) -> float:

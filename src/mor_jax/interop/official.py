@@ -61,11 +61,19 @@ def read(folder: FilePath) -> tuple[ModelConfig, dict[str, Any]]:
         UserError: files that are missing or cannot be read, or what ``load`` refuses.
     """
     files = TensorFiles(folder, pt=True)
-    description = describe_folder(folder, files)
-    if description["recursive"] is not None and description["recursive"]["base_depth"] is None:
-        description = _with_rounded_depth(description)
+    try:
+        description = describe_folder(folder, files)
+        if description["recursive"] is not None and description["recursive"]["base_depth"] is None:
+            description = _with_rounded_depth(description)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # fields of any kind
+        known = isinstance(error, UserError) and str(folder) in str(error)
+        words = str(error) if isinstance(error, UserError) else f"a field is missing or of a wrong type, {error!r}"
+        raise error if known else UserError(f"{folder}: {words}") from error
     state = {name: files.read(name) for name in files.names()}
-    return load(description, {name: _widened(value) for name, value in state.items()})
+    try:
+        return load(description, {name: _widened(value) for name, value in state.items()})
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def _with_rounded_depth(description: dict[str, Any]) -> dict[str, Any]:

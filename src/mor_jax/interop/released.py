@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.data.special_tokens import read_object
-from mor_jax.errors import UserError, reason, require
+from mor_jax.errors import UserError, reason, require, shown
 from mor_jax.interop.description import refuse_unshared
 from mor_jax.interop.tensor_files import TensorFiles
 
@@ -127,6 +127,8 @@ def describe_folder(folder: Path, files: TensorFiles) -> dict[str, Any]:
     description = {"model_kind": kind, "model": model, "recursive": None, "kv_sharing": None, "mor": None}
     if recursive is not None:
         count, sharing = recursive["num_recursion"], recursive["sharing"]
+        known = type(count) is int and 0 < count < 2**16
+        require(known, f"recursive.num_recursion={shown(count)} is not a number of recursions")
         description["recursive"] = {
             "num_recursion": count,
             "sharing": sharing,
