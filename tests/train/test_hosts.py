@@ -13,7 +13,7 @@ from tiny_runs import read_lines, saved_fingerprints
 from mor_jax.config import DistributedConfig
 from mor_jax.errors import UserError
 from mor_jax.mesh.processes import find_place
-from mor_jax.mesh.rollcall import Place, roll_call
+from mor_jax.mesh.rollcall import ProcessPlace, roll_call
 
 DEVICES = 4
 MESH = {"data": 2, "fsdp": 2}
@@ -108,7 +108,7 @@ def test_a_process_that_stays_away_is_named(tmp_path):
         assert len(lines) == 1, "one line, and no stack of JAX"
 
 
-def _roll_call(place: Place, seconds: float = 20.0) -> tuple[threading.Thread, list]:
+def _roll_call(place: ProcessPlace, seconds: float = 20.0) -> tuple[threading.Thread, list]:
     result: list = []
 
     def run() -> None:
@@ -122,7 +122,7 @@ def _roll_call(place: Place, seconds: float = 20.0) -> tuple[threading.Thread, l
     return thread, result
 
 
-def _connect(place: Place) -> socket.socket:
+def _connect(place: ProcessPlace) -> socket.socket:
     deadline = time.monotonic() + 20
     while True:
         try:
@@ -141,24 +141,27 @@ def _connect(place: Place) -> socket.socket:
 )
 def test_processes_that_do_not_fit_together_are_told(count, others, message):
     address = f"localhost:{free_port()}"
-    started = [_roll_call(Place(address, count, 0)), *(_roll_call(Place(address, *other)) for other in others)]
+    started = [
+        _roll_call(ProcessPlace(address, count, 0)),
+        *(_roll_call(ProcessPlace(address, *other)) for other in others),
+    ]
     for thread, _ in started:
         thread.join()
     assert all(message in result[0] for _, result in started), started
 
 
 def test_a_coordinator_that_is_not_there_is_named():
-    _, result = started = _roll_call(Place(f"localhost:{free_port()}", 2, 1), 0.5)
+    _, result = started = _roll_call(ProcessPlace(f"localhost:{free_port()}", 2, 1), 0.5)
     started[0].join()
     assert "missing: process 0 did not answer process 1" in result[0] and "Connection refused" in result[0]
 
 
 def test_all_learn_the_names_whatever_knocks_between():
     address = f"localhost:{free_port()}"
-    primary = _roll_call(Place(address, 3, 0), 20)
-    with _connect(Place(address, 3, 0)) as scanner:
+    primary = _roll_call(ProcessPlace(address, 3, 0), 20)
+    with _connect(ProcessPlace(address, 3, 0)) as scanner:
         scanner.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    others = [_roll_call(Place(address, 3, index), 20) for index in (1, 2)]
+    others = [_roll_call(ProcessPlace(address, 3, index), 20) for index in (1, 2)]
     for thread, _ in (primary, *others):
         thread.join()
     assert [result for _, result in (primary, *others)] == [[[socket.gethostname()] * 3]] * 3
@@ -171,10 +174,10 @@ def test_the_place_comes_from_flags_then_environment_then_cluster(monkeypatch):
     slurm = {"JOB_ID": "7", "STEP_NODELIST": "node[3-4]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert find_place(DistributedConfig()) == Place("node3:61447", 2, 1, (0,))
+    assert find_place(DistributedConfig()) == ProcessPlace("node3:61447", 2, 1, (0,))
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "here:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
-    assert find_place(DistributedConfig(process_id=3)) == Place("here:1", 4, 3)
+    assert find_place(DistributedConfig(process_id=3)) == ProcessPlace("here:1", 4, 3)
     assert find_place(DistributedConfig(enabled=False)) is None
     assert find_place(DistributedConfig(num_processes=1)) is None
     with pytest.raises(UserError, match=r"process_id=4 is outside 0..3"):

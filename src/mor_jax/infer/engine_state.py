@@ -124,14 +124,14 @@ class Emitted:
 def init_state(model: DecodeModel, shape: EngineShape) -> EngineState:
     """Make an empty engine."""
     places = shape.places
-    whole_S = np.zeros(places, np.int32)
+    zeros_S = np.zeros(places, np.int32)
     x_SD = jnp.zeros((places, 1, model.config.d_model), model.config.dtype)
     return EngineState(
         cache=init_cache(model.config, shape.cache),
-        phase_S=jnp.asarray(whole_S),
-        since_S=jnp.asarray(whole_S),
-        token_S=jnp.asarray(whole_S),
-        position_S=jnp.asarray(whole_S),
+        phase_S=jnp.asarray(zeros_S),
+        since_S=jnp.asarray(zeros_S),
+        token_S=jnp.asarray(zeros_S),
+        position_S=jnp.asarray(zeros_S),
         walk_S=jax.jit(start_walk)(model, x_SD, jnp.ones((places, 1), jnp.int32)),
         requests=jax.tree.map(jnp.asarray, empty_requests(places)),
         step=jnp.zeros((), jnp.int32),
@@ -154,18 +154,18 @@ def make_state(model: DecodeModel, shape: EngineShape) -> EngineState:
 
 def empty_requests(places: int) -> Requests:
     """Requests of nothing, as arrays of the host."""
-    whole = lambda: np.zeros(places, np.int32)  # noqa: E731
-    number = lambda: np.zeros(places, np.float32)  # noqa: E731
-    rows = SamplingRows(number(), whole(), number(), np.zeros(places, np.uint32))
+    zeros = lambda: np.zeros(places, np.int32)  # noqa: E731
+    zero_floats = lambda: np.zeros(places, np.float32)  # noqa: E731
+    rows = SamplingRows(zero_floats(), zeros(), zero_floats(), np.zeros(places, np.uint32))
     stops = np.full((places, MOST_STOP_IDS), -1, np.int32)
-    return Requests(order=whole(), remaining=whole(), stop_tokens=stops, max_depth=whole(), sampling=rows)
+    return Requests(order=zeros(), remaining=zeros(), stop_tokens=stops, max_depth=zeros(), sampling=rows)
 
 
 def empty_control(places: int) -> Control:
     """A control that asks for nothing."""
-    flag = lambda: np.zeros(places, bool)  # noqa: E731
-    whole = lambda: np.zeros(places, np.int32)  # noqa: E731
-    return Control(flag(), flag(), whole(), whole(), empty_requests(places))
+    no_flags = lambda: np.zeros(places, bool)  # noqa: E731
+    zeros = lambda: np.zeros(places, np.int32)  # noqa: E731
+    return Control(no_flags(), no_flags(), zeros(), zeros(), empty_requests(places))
 
 
 def apply_control(state: EngineState, control: Control) -> EngineState:

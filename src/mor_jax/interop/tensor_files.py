@@ -53,12 +53,12 @@ class TensorFiles:
 
     def __init__(self, folder: Path, *, pt: bool = False) -> None:
         require(folder.is_dir(), f"{folder} is no folder")
-        self._where: dict[str, _Place | dict[str, Any]] = {}
+        self._where: dict[str, _Location | dict[str, Any]] = {}
         self._about: dict[str, tuple[tuple[int, ...], str]] = {}
         files = _safetensors_files(folder)
         for path in files:
             for name, (shape, dtype, offset) in _read_header(path).items():
-                self._where[name], self._about[name] = _Place(path, offset), (shape, dtype)
+                self._where[name], self._about[name] = _Location(path, offset), (shape, dtype)
         pickles = [] if files else torch_files.find(folder, pt=pt)
         for path in pickles:
             loaded = torch_files.load(path)
@@ -84,14 +84,14 @@ class TensorFiles:
         """Read one tensor in its own dtype."""
         holder = self._where[name]
         shape, dtype = self._about[name]
-        if isinstance(holder, _Place):
+        if isinstance(holder, _Location):
             require(dtype in _READABLE, f"{holder.path}: {name} has dtype {dtype}, which cannot be read")
             array = np.fromfile(holder.path, _READABLE[dtype], math.prod(shape), offset=holder.offset)
             return array.reshape(shape)
         return torch_files.array(holder[name], name)
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     """Where a tensor lies."""
 
     path: Path

@@ -16,7 +16,7 @@ from orbax.checkpoint import multihost as ocp_multihost
 
 from mor_jax.config import DistributedConfig
 from mor_jax.errors import UserError, require
-from mor_jax.mesh.rollcall import Place, roll_call
+from mor_jax.mesh.rollcall import ProcessPlace, roll_call
 
 _log = logging.getLogger(__name__)
 _TEXT_BYTES = 512
@@ -52,7 +52,7 @@ def initialize(config: DistributedConfig) -> None:
     )
 
 
-def find_place(config: DistributedConfig) -> Place | None:
+def find_place(config: DistributedConfig) -> ProcessPlace | None:
     """Say which process this is, from the flags, then the environment, then the cluster; None for a run of one.
 
     Raises:
@@ -74,7 +74,7 @@ def find_place(config: DistributedConfig) -> Place | None:
         return None
     if coordinator is None or count is None or index is None:
         raise UserError(f"{', '.join(missing)} not given, and no cluster tells: {known}")
-    return Place(coordinator, count, index, None if devices is None else tuple(devices))
+    return ProcessPlace(coordinator, count, index, None if devices is None else tuple(devices))
 
 
 def _environment_number(name: str) -> int | None:

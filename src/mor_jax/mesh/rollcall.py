@@ -20,7 +20,7 @@ _LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """Where this process stands among the processes of a run."""
 
     coordinator: str
@@ -42,7 +42,7 @@ class Place:
         return host.strip("[]"), int(port)
 
 
-def roll_call(place: Place, seconds: float) -> list[str]:
+def roll_call(place: ProcessPlace, seconds: float) -> list[str]:
     """Wait until every process has come.
 
     Args:
@@ -58,7 +58,7 @@ def roll_call(place: Place, seconds: float) -> list[str]:
     return _hold(place, seconds) if place.index == 0 else _report(place, seconds)
 
 
-def _hold(place: Place, seconds: float) -> list[str]:
+def _hold(place: ProcessPlace, seconds: float) -> list[str]:
     came: dict[int, tuple[str, socket.socket]] = {}
     error = ""
     deadline = time.monotonic() + seconds
@@ -83,7 +83,7 @@ def _hold(place: Place, seconds: float) -> list[str]:
     return hosts
 
 
-def _listen(place: Place) -> socket.socket:
+def _listen(place: ProcessPlace) -> socket.socket:
     _, port = place.address
     dual = socket.has_dualstack_ipv6()
     try:
@@ -94,7 +94,7 @@ def _listen(place: Place) -> socket.socket:
         raise UserError(f"process 0 cannot listen on port {port} of {place.coordinator}: {error.strerror}") from error
 
 
-def _admit(place: Place, connection: socket.socket, came: dict[int, tuple[str, socket.socket]]) -> str:
+def _admit(place: ProcessPlace, connection: socket.socket, came: dict[int, tuple[str, socket.socket]]) -> str:
     """Note a process that came; return what is wrong with it, or ""."""
     said = _receive(connection, _LINE_SECONDS)
     try:
@@ -117,7 +117,7 @@ def _admit(place: Place, connection: socket.socket, came: dict[int, tuple[str, s
     return ""
 
 
-def _who_is_missing(place: Place, came: dict[int, str], seconds: float) -> str:
+def _who_is_missing(place: ProcessPlace, came: dict[int, str], seconds: float) -> str:
     known = _known_names(place.count)
     missing = [f"{i} ({known[i]})" if known else str(i) for i in range(1, place.count) if i not in came]
     there = [f"{i} ({host})" for i, host in sorted({0: socket.gethostname(), **came}.items())]
@@ -134,7 +134,7 @@ def _known_names(count: int) -> list[str]:
     return names if len(names) == count else []
 
 
-def _report(place: Place, seconds: float) -> list[str]:
+def _report(place: ProcessPlace, seconds: float) -> list[str]:
     deadline = time.monotonic() + seconds
     reason = ""
     while time.monotonic() < deadline:
