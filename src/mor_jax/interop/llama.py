@@ -65,9 +65,10 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
     require(isinstance(tied, bool), f"{where}: tie_word_embeddings={tied!r} is neither true nor false")
     heads, theta = values["num_attention_heads"], _rotary_base(values, where)
     sizes: dict[str, Any] = {ours: values[name] for name, ours in _SIZES.items()}
+    sizes["norm_epsilon"] = float(sizes["norm_epsilon"])
     try:
         return ModelConfig(
-            **sizes | {"norm_epsilon": float(sizes["norm_epsilon"])},
+            **sizes,
             num_kv_heads=values.get("num_key_value_heads") or heads,
             head_dim=values.get("head_dim") or values["hidden_size"] // heads,
             rope_theta=theta,
