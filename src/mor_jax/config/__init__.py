@@ -45,6 +45,7 @@ from mor_jax.config.training import (
     InitConfig,
     InitStrategy,
     OptimizerConfig,
+    OptimizerKind,
     Packing,
     TrainConfig,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "Mode",
     "ModelConfig",
     "OptimizerConfig",
+    "OptimizerKind",
     "Packing",
     "PerfConfig",
     "RecursionConfig",
