@@ -56,8 +56,8 @@ class OptimizerConfig:
     """AdamW (paper appendix B) or Muon, with decay mask and clipping."""
 
     kind: OptimizerKind = "adamw"
-    """`muon` orthogonalises the momentum of the layers' matrices, one by one; everything else stays AdamW's. Updates are
-    as large as AdamW's, so learning rate and weight decay mean the same."""
+    """`muon` orthogonalises the momentum of the layers' matrices, one by one; everything else stays AdamW's. Its
+    updates are as large as AdamW's, so that learning rate and weight decay mean the same."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine"] = "wsd"

@@ -3,7 +3,7 @@
 The momentum is split over the mesh like its parameter. The products need whole matrices: split ones would be summed
 over the mesh fifteen times a step. So every device is handed some whole matrices and returns its parts of the result:
 
-- an all-to-all over `fsdp` and `tensor`, each way: a device receives the bytes of its own share of the parameters, twice;
+- by an all-to-all over `fsdp` and `tensor` each way: a device receives as many bytes as its own share has;
 - the replicas along `data` and `context` take different matrices, and their results are summed (each is zero but in
   one place), so that more devices mean less arithmetic. `slice` is left alone: its network is slow.
 
