@@ -1,6 +1,8 @@
 """Runs with Muon: resumed bit for bit, refused by AdamW, and read for their weights by anyone."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -12,8 +14,7 @@ from mor_jax.config import Config
 from mor_jax.errors import UserError
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.runs.checkpoint import Checkpoints
-from mor_jax.runs.restore import restore_run
-from mor_jax.runs.state import TrainState, abstract_train_state
+from mor_jax.runs.state import abstract_model_state, abstract_train_state
 from mor_jax.train.loop import train
 
 
@@ -42,14 +43,11 @@ def _run(config: Config, crash_at: int | None = None) -> Path:
     return train(config, make_dataset=making, devices=jax.devices()[:1])
 
 
-def _restore(config: Config, folder: Path) -> TrainState:
+@contextmanager
+def _checkpoints(folder: Path) -> Iterator[Checkpoints]:
     checkpoints = Checkpoints(folder / "checkpoints", keep=2, read_only=True)
-    try:
-        restored = checkpoints.restore(abstract_train_state(config, make_mesh(config.mesh, jax.devices()[:1])))
-        assert restored is not None
-        return restored.state
-    finally:
-        checkpoints.close()
+    yield checkpoints
+    checkpoints.close()
 
 
 def test_a_run_is_resumed_bit_for_bit_and_stays_muons(tmp_path):
@@ -62,7 +60,13 @@ def test_a_run_is_resumed_bit_for_bit_and_stays_muons(tmp_path):
     assert saved_fingerprints(folder, 4) == saved_fingerprints(straight, 4)
     with pytest.raises(UserError, match=r"another configuration: optimizer.kind: 'muon' -> 'adamw' \("):
         _run(_adamw(config))
-    with pytest.raises(UserError, match=r"4 is of another optimiser \(optimizer.kind\): opt_state/"):
-        _restore(_adamw(config), folder)
-    params = _restore(config, folder).params
-    jax.tree.map(np.testing.assert_array_equal, restore_run(folder).params, params)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with (
+        _checkpoints(folder) as checkpoints,
+        pytest.raises(UserError, match=r"4 is of another optimiser \(optimizer.kind\): opt_state/"),
+    ):
+        checkpoints.restore(abstract_train_state(_adamw(config), mesh))
+    with _checkpoints(folder) as checkpoints:
+        whole = checkpoints.restore(abstract_train_state(config, mesh))
+        weights = checkpoints.restore_model(abstract_model_state(config.model, whole.state.step.sharding))
+    jax.tree.map(np.testing.assert_array_equal, weights.params, whole.state.params)
