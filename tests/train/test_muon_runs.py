@@ -18,12 +18,9 @@ from mor_jax.runs.state import abstract_model_state, abstract_train_state
 from mor_jax.train.loop import train
 
 
-def _config(runs: Path, **changes: int) -> Config:
-    config = with_train(tiny_config(runs), save_every=2, steps=4, **changes)
-    model = dataclasses.replace(
-        config.model, recursion=dataclasses.replace(config.model.recursion, sharing="middle_cycle")
-    )
-    return dataclasses.replace(config, model=model, optimizer=dataclasses.replace(config.optimizer, kind="muon"))
+def _config(runs: Path) -> Config:
+    config = with_train(tiny_config(runs), save_every=2, steps=4, pictures=False)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind="muon"))
 
 
 def _adamw(config: Config) -> Config:
