@@ -22,6 +22,7 @@ from mor_jax.config.execution import (
 from mor_jax.config.model import (
     Dtype,
     ModelConfig,
+    RotaryPositions,
 )
 from mor_jax.config.recursion import (
     Balancing,
@@ -78,6 +79,7 @@ __all__ = [
     "Remat",
     "RematPolicy",
     "ResolvedPerf",
+    "RotaryPositions",
     "RouterKind",
     "RoutingConfig",
     "RoutingKind",
