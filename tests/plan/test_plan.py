@@ -44,7 +44,7 @@ def test_memory_by_kind_adds_up(plan):
     whole = 4 * count_parameters(_config().model).total
     assert whole / 4 <= memory["parameters"] <= 1.2 * whole / 4  # fsdp x tensor = 4 shards, norms and routers whole
     assert memory["optimiser"] == pytest.approx(2 * memory["parameters"], rel=0.01)
-    assert memory["batch"] >= 3 * 8 // 4 * 129 * 4  # three int32 arrays, a row pair per device
+    assert memory["batch"] >= 2 * 8 // 4 * 129 * 4  # two int32 arrays (positions are not read), a row pair per device
     kinds = ("parameters", "optimiser", "batch", "activations", "code")
     assert memory["total"] == sum(memory[kind] for kind in kinds)
 
