@@ -31,7 +31,7 @@ from mor_jax.errors import UserError, require
 from mor_jax.model.flops import train_flops_per_token
 from mor_jax.runs.metrics import read_metrics
 from mor_jax.sweep.execute import SweepOptions, placed, run_sweep
-from mor_jax.sweep.isoflop import with_steps
+from mor_jax.sweep.isoflop import with_scaled_steps
 from mor_jax.sweep.measurement import Measure, measurer
 from mor_jax.sweep.results import RESULT, failed_result, read_result, write_json
 from mor_jax.train.loop import DivergedError, train
@@ -158,7 +158,8 @@ def _plan(options: Arguments) -> dict[str, Any]:
 def _calibrate(options: Arguments, run: RankedRun) -> None:
     """Train a few steps of a routed model, which takes all kernels, and note the speed of the last of them."""
     steps = min(400, run.run.config.train.steps)
-    config = with_steps(placed(run.placed, options.out / "calibration").config, steps)
+    config = placed(run.placed, options.out / "calibration").config
+    config = with_scaled_steps(config, steps / config.train.steps)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=max(1, steps // 2)))
     train(config)
     last = read_metrics(Path(config.train.runs) / config.train.name / "metrics.jsonl")[-1]

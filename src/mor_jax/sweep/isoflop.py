@@ -42,6 +42,29 @@ def with_steps(config: Config, steps: int, pinned_steps: Sequence[int] = ()) -> 
     return dataclasses.replace(config, train=train)
 
 
+def with_scaled_steps(config: Config, factor: float) -> Config:
+    """Return a configuration that trains ``factor`` times as long, with every warm-up the same share of it as before.
+
+    Steps that start from another run's pinned checkpoint are numbers, not shares: ``train.pinned_steps`` stays.
+    """
+
+    def scaled(steps: int) -> int:
+        return max(min(steps, 1), round(factor * steps))  # a warm-up of none stays none
+
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=scaled(config.optimizer.warmup_steps))
+    routing = dataclasses.replace(
+        config.model.routing,
+        capacity_warmup_steps=scaled(config.model.routing.capacity_warmup_steps),
+        balance_warmup_steps=scaled(config.model.routing.balance_warmup_steps),
+    )
+    return dataclasses.replace(
+        config,
+        optimizer=optimizer,
+        model=dataclasses.replace(config.model, routing=routing),
+        train=dataclasses.replace(config.train, steps=scaled(config.train.steps)),
+    )
+
+
 def plan_isoflop(
     models: Mapping[str, Config], budgets: Sequence[float], *, count: Count = "paper", branches: bool = True
 ) -> list[SweepRun]:
