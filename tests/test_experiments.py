@@ -72,7 +72,7 @@ def test_the_report_tells_agreement_from_disagreement_and_from_nothing():
     assert "| -0.0500 | -0.1000 | 1 | undecided: one seed |" in alone
     opposed = by_claim["recursive, N_r=3 against vanilla, equal FLOPs"]
     assert "| -0.1000 [-0.1127, -0.0873] | -0.1000 | 2 | **no** |" in opposed
-    assert "| +0.0500 |" in by_claim["MoR against recursive, N_r=3, equal FLOPs"]
+    assert "| +0.0510 |" in by_claim["MoR against recursive, N_r=3, equal FLOPs"]
     assert table.index("yes |") < table.index("**no** |") < table.index("one seed |") and "not run |" not in table
     assert table.startswith(f"1 agree, 1 do not, 2 are undecided, {len(CLAIMS) - 4} were not run here.")
 

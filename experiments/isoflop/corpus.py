@@ -80,7 +80,10 @@ def split(path: Path, out: Path) -> dict[tuple[Part, str], list[int]]:
     """Divide one file: training text to ``out/train``, held-out documents to ``out/parts``; (documents, bytes) by part."""
     name = path.name.removesuffix(".xz").removesuffix(".jsonl") + ".jsonl"
     counts: dict[tuple[Part, str], list[int]] = defaultdict(lambda: [0, 0])
-    targets = {"train": out / "train" / name, **{half: out / "parts" / f"{half}-{name}" for half in ("choose", "report")}}
+    targets = {
+        "train": out / "train" / name,
+        **{half: out / "parts" / f"{half}-{name}" for half in ("choose", "report")},
+    }
     files = {part: target.with_suffix(".part").open("wb") for part, target in targets.items()}
     for line in _lines(path):
         document = json.loads(line)

@@ -1,8 +1,8 @@
 """First pass of ``prepare``: deal the documents to buckets by hash, so that each can be shuffled and packed on its own.
 
 A document's digest (of its text and the seed) gives its bucket and its place in it; the digest of its group, or else
-of its text, gives its split, unless the held-out documents are given. So the result depends neither on the order of the inputs nor on the number of workers,
-and exact copies of a text are never on both sides of the split.
+of its text, gives its split, unless the held-out documents are given. So the result depends neither on the order of
+the inputs nor on the number of workers, and exact copies of a text are never on both sides of the split.
 """
 
 import logging
