@@ -20,10 +20,11 @@ def claims_table(results: Mapping[str, Sequence[Result]], claims: Sequence[Claim
         results: of one scale, by experiment.
         claims: the paper's effects.
     """
-    rows = []
-    for claim in claims:
-        if was_run(results, claim):
-            rows.append([claim.says, f"{claim.paper:+.4f} ({claim.table})", *_effect_cells(results, claim)])
+    rows = [
+        [claim.says, f"{claim.paper:+.4f} ({claim.table})", *_effect_cells(results, claim)]
+        for claim in claims
+        if was_run(results, claim)
+    ]
     rows.sort(key=lambda row: _ORDER.index(_verdict(row)))  # stable: the claims' own order within a verdict
     lines = [
         "| claim | paper (table) | ours, causal [95% interval] | ours, topk | seeds | agrees in direction |",

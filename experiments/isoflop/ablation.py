@@ -95,14 +95,14 @@ class Ablation:
     def sizes(self, results: Mapping[str, Result]) -> list[SweepRun]:
         """Return every width at the first rate, then the other rates of Muon and AdamW at the middle width."""
         scale = scale_of(self.scale)
-        widths = [
-            (family, width) for which in (1, 0, 2) for family in FAMILIES for width in [scale.widths[family][which]]
+        adamw = _BY_NAME["adamw"]
+        tried = [(BASE, which, 1.0) for which in (1, 0, 2)]
+        tried += [(part, 1, factor) for part, factor in ((BASE, 2.0), (adamw, 1.0), (BASE, 0.5), (adamw, 2.0))]
+        return [
+            self.run(family, part, 0, scale.widths[family][which], factor * scale.rate)
+            for part, which, factor in tried
+            for family in FAMILIES
         ]
-        runs = [self.run(family, BASE, 0, width, scale.rate) for family, width in widths]
-        for part, factor in ((BASE, 2.0), (_BY_NAME["adamw"], 1.0), (BASE, 0.5), (_BY_NAME["adamw"], 2.0)):
-            for family in FAMILIES:
-                runs.append(self.run(family, part, 0, scale.widths[family][1], factor * scale.rate))
-        return runs
 
     def screen(self, results: Mapping[str, Result]) -> list[SweepRun]:
         """Return seed 0 of every part, and the base's first seeds."""

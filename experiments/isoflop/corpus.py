@@ -3,8 +3,8 @@
     python experiments/isoflop/corpus.py SHARDS... --out data/isoflop-text
 
 Inputs are JSON lines (plain or .xz; files, or folders of them) with `text`, `source` and `id`. A *work* is a book (`id`
-before `#`), a textbook (`id` before its last `/`) or, of other sources, a document. Whether a work is held out, in which
-half, and which of its documents are measured, a hash of its id and the seed says: it depends neither on which inputs
+before `#`), a textbook (`id` before its last `/`) or, of other sources, a document. A hash of its id and the seed says
+whether a work is held out, in which half, and which of its documents are measured: it depends neither on which inputs
 are given nor on their order, so shards may be added later. Choices are made on the half `choose`, figures are of
 `report`; what is held out, but not measured, is in neither, nor in training.
 """
@@ -77,13 +77,11 @@ def _place(name: str, seed: int) -> float:
 
 
 def split(path: Path, out: Path) -> dict[tuple[Part, str], list[int]]:
-    """Divide one file: training text to ``out/train``, held-out documents to ``out/parts``; (documents, bytes) by part."""
+    """Divide one file into ``out/train`` and the halves in ``out/parts``; return (documents, bytes) by part, source."""
     name = path.name.removesuffix(".xz").removesuffix(".jsonl") + ".jsonl"
     counts: dict[tuple[Part, str], list[int]] = defaultdict(lambda: [0, 0])
-    targets = {
-        "train": out / "train" / name,
-        **{half: out / "parts" / f"{half}-{name}" for half in ("choose", "report")},
-    }
+    targets = {half: out / "parts" / f"{half}-{name}" for half in ("choose", "report")}
+    targets["train"] = out / "train" / name
     files = {part: target.with_suffix(".part").open("wb") for part, target in targets.items()}
     for line in _lines(path):
         document = json.loads(line)

@@ -1,9 +1,9 @@
 """Run the ablation within a time, and write the results after every run.
 
-    python experiments/isoflop/run.py --seconds 560 --devices 2 --report data/isoflop-text/report.jsonl --val val.jsonl.xz
+    python experiments/isoflop/run.py --seconds 560 --devices 2 --report data/isoflop-text/report.jsonl
 
-The same command goes on where it was stopped; on another machine, with ``--earlier RESULTS.json``. README.md beside this
-file has the corpus' commands, `table.py` writes the table.
+The same command goes on where it was stopped; on another machine, with ``--earlier RESULTS.json``. README.md beside it
+has the corpus' commands, `table.py` writes the table.
 """
 
 import functools

@@ -28,8 +28,8 @@ def table(ablation: Ablation, results: Mapping[str, Result]) -> str:
     """Return both tables: sizes and rates that were tried, and what became of every part."""
     parts = ["Widths and rates, seed 0, causal nats per token on `choose`:\n\n", _sizes(ablation, results)]
     parts.append(
-        "\nEffect on the causal loss with its 95% t-interval over paired seeds, negative is better; decided on `choose`, "
-        "reported on `report`:\n\n"
+        "\nEffect on the causal loss with its 95% t-interval over paired seeds, negative is better; decided on "
+        "`choose`, reported on `report`:\n\n"
         f"| part | family | `choose`, seeds {_listed(FIRST)} | `choose`, seeds {_listed(FRESH)} | `report`, all seeds "
         "| verdict |\n|---|---|---|---|---|---|\n"
     )

@@ -220,7 +220,7 @@ def test_the_held_out_split_may_be_given(text, tmp_path, write_jsonl, caplog):
     assert {totals.split: totals.documents for totals in manifest.splits} == {"train": 55, "validation": 8}
     assert manifest.settings.validation == ("other.jsonl",) and manifest.settings.validation_share == 0
     assert prepare([text], made, validation=[str(other)], **settings) == made
-    with pytest.raises(UserError, match="was prepared otherwise .*validation"):
+    with pytest.raises(UserError, match=r"was prepared otherwise .*validation"):
         prepare([text], made, **settings)
     with pytest.raises(UserError, match=r"validation_share=0.2 and validation=\['v'\] both say what is held out"):
         prepare([text], tmp_path / "both", validation=["v"], **SETTINGS)
