@@ -37,8 +37,9 @@ a figure stands in the folders' outcomes.
   and few tokens a parameter; there the model that sees the most text wins. At half the FLOPs of `large` (1.48e16, one
   seed, AdamW) a plain Transformer of MoR's four unique layers, each used once, had 3.524 nats, MoR with three
   recursions 3.658 and the vanilla model of eight layers 3.706: so at 2.9e16, too, MoR as good as the eight layers says
-  nothing about the best plain model, which was not run there. At half the width eight layers beat four (3.457 and 3.478, Muon,
-  7.4e15). A comparison of each family at its own best size: [isoflop](../experiments/isoflop/README.md), not run yet.
+  nothing about the best plain model, which was not run there. At half the width eight layers beat four (3.457 and
+  3.478, Muon, 7.4e15). A comparison of each family at its own best size:
+  [isoflop](../experiments/isoflop/README.md), not run yet.
 - **Held-out text was drawn by the document**: 46% of its characters are parts of books and textbooks of which other
   parts were trained on. That lowers every loss and favours models that remember more; the loss by source on a text of
   its own stands beside where it was measured. New corpora hold out whole works.
