@@ -7,7 +7,7 @@ section 3.2 and table 9).
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
@@ -51,16 +51,13 @@ def with_scaled_steps(config: Config, factor: float) -> Config:
     def scaled(steps: int) -> int:
         return max(min(steps, 1), round(factor * steps))  # a warm-up of none stays none
 
-    optimizer = dataclasses.replace(config.optimizer, warmup_steps=scaled(config.optimizer.warmup_steps))
-    routing = dataclasses.replace(
-        config.model.routing,
-        capacity_warmup_steps=scaled(config.model.routing.capacity_warmup_steps),
-        balance_warmup_steps=scaled(config.model.routing.balance_warmup_steps),
-    )
+    def warmups(part: Any) -> Any:
+        return dataclasses.replace(part, **{k: scaled(v) for k, v in vars(part).items() if k.endswith("warmup_steps")})
+
     return dataclasses.replace(
         config,
-        optimizer=optimizer,
-        model=dataclasses.replace(config.model, routing=routing),
+        optimizer=warmups(config.optimizer),
+        model=dataclasses.replace(config.model, routing=warmups(config.model.routing)),
         train=dataclasses.replace(config.train, steps=scaled(config.train.steps)),
     )
 
