@@ -137,7 +137,8 @@ class RoutingConfig:
     sampling_coefficient: float = 0.001
     """Weight of the auxiliary loss."""
     random: bool = False
-    """Expert-choice: select at random (ablation of table 13); gates still come from the router."""
+    """Expert-choice: uniform random numbers in place of the router's scores, for choosing and, times alpha, as gates
+    (ablation of table 13, as released); the router's weights are not used, and no loss trains them."""
     balancing: Balancing = "loss"
     """Token-choice: balancing loss, loss-free bias, or nothing."""
     balancing_coefficient: float = 0.1

@@ -87,11 +87,11 @@ def expert_gather(
     records: list[tuple[jax.Array, ...]] = []
     rows, stages, present = [], [], x_BTD.shape[1]
     for r, count in enumerate(counts):
-        raw, aux = expert_scores(config, at(inputs.router, r), at(inputs.aux_router, r), state)
+        raw, aux = expert_scores(config, at(inputs.router, r), at(inputs.aux_router, r), state, at(noise, r))
         active_BT, raw_BT, aux_BT = descent.expand(ones_BC), descent.expand(raw), descent.expand(aux)
         gate, parent, parent_view = score(config, raw), state, view
         if count < present:
-            selection = _select(raw if noise is None else noise[r], counted, present, count, inputs.slot_multiple)
+            selection = _select(raw, counted, present, count, inputs.slot_multiple)
             descent.selections.append(selection)
             descent.parents.append(state)
             state, gate = gather_hidden(state, selection), gather_rows(gate, selection)

@@ -87,9 +87,12 @@ def _matmul(x_BTX: jax.Array, kernel_XY: jax.Array) -> jax.Array:
 
 @jax.named_scope("routing")
 def score(config: ModelConfig, raw: jax.Array) -> jax.Array:
-    """Raw router output to gate: alpha times the score function (softmax over the last axis)."""
+    """Raw router output to gate: alpha times the score function (softmax over the last axis).
+
+    A random router's numbers are scores already, as in the release.
+    """
     functions = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "softmax": jax.nn.softmax, "none": lambda x: x}
-    return config.routing.alpha * functions[config.routing.score](raw)
+    return config.routing.alpha * (raw if config.routing.random else functions[config.routing.score](raw))
 
 
 @jax.named_scope("routing")
@@ -112,6 +115,6 @@ def boundary_decision(config: ModelConfig, raw: jax.Array, recursion: int) -> ja
 def has_boundary(config: ModelConfig) -> bool:
     """Whether mode `threshold` means something: token-choice, a trained boundary, or a calibrated one."""
     routing = config.routing
-    if routing.kind != "expert" or routing.boundaries is not None:
+    if routing.kind != "expert":
         return True
-    return routing.sampling != "none" and not routing.random
+    return not routing.random and (routing.boundaries is not None or routing.sampling != "none")

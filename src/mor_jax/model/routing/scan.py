@@ -74,11 +74,10 @@ def expert_scan(
     def body(block: Any, carry: Any, xs: Any) -> Any:
         x_BTD, active_BT, first = carry
         r, router_r, aux_r, unshared_r, count, boundary, all_pass, noise_BT = xs
-        raw, aux = expert_scores(config, router_r, aux_r, x_BTD)
+        raw, aux = expert_scores(config, router_r, aux_r, x_BTD, noise_BT)
         if mode == "topk":
-            ranking = jax.lax.stop_gradient(raw) if noise_BT is None else noise_BT
             # padding ranks below every token, tokens that have left below padding
-            ranking = jnp.where(inputs.counted_BT, ranking, jnp.finfo(jnp.float32).min)
+            ranking = jnp.where(inputs.counted_BT, jax.lax.stop_gradient(raw), jnp.finfo(jnp.float32).min)
             selected_BT = active_BT & top_mask(jnp.where(active_BT, ranking, -jnp.inf), count)
         else:
             selected_BT = active_BT & (all_pass | (aux >= boundary))
