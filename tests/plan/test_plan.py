@@ -49,6 +49,35 @@ def test_memory_by_kind_adds_up(plan):
     assert memory["total"] == sum(memory[kind] for kind in kinds)
 
 
+@pytest.fixture(scope="module")
+def muon():
+    config = _config(fsdp=2, tensor=2)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind="muon"))
+    return report(compile_step(config, _topology()), ["mor", "plan", "debug", "--optimizer.kind", "muon"])
+
+
+def test_the_optimiser_is_stated_beside_the_model(plan, muon, capsys):
+    """Muon keeps one moment of a layer's weights; its products are told apart in the program, and by arithmetic."""
+    matrices = (1 + 2) * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # one layer in the block, two unique ones
+    saved = plan["memory_per_device"]["optimiser"] - muon["memory_per_device"]["optimiser"]
+    assert saved == pytest.approx(4 * matrices / 4, abs=100)  # fsdp x tensor = 4; and a step counter or two
+    assert muon["flops"]["model"] == plan["flops"]["model"] and muon["flops"]["executed"] == plan["flops"]["executed"]
+    adamw, optimizer = plan["optimizer"], muon["optimizer"]
+    assert (adamw["kind"], adamw["flops"], adamw["compiled_flops_per_device"]) == ("adamw", 0, 0)
+    assert optimizer["flops_per_device"] > optimizer["flops"] / 8  # whole matrices: some devices have one less
+    # XLA's CPU compiler leaves some products without the name of their place; TPU's does not
+    assert 0.5 * optimizer["flops_per_device"] < optimizer["compiled_flops_per_device"] <= optimizer["flops_per_device"]
+    assert optimizer["share_of_model_flops"] == optimizer["flops"] / muon["flops"]["model"]
+    added = muon["flops"]["compiled_per_device"] - plan["flops"]["compiled_per_device"]
+    assert added == optimizer["flops_per_device"]
+    assert adamw["received_per_device"] < 1e3 < optimizer["received_per_device"]
+    print_report(plan)
+    print_report(muon)
+    printed = capsys.readouterr().out
+    assert "optimiser adamw, per step: no matrix products; one device moves" in printed
+    assert f"optimiser muon, per step: {optimizer['flops']:.4g} FLOPs (" in printed
+
+
 def test_flops_are_the_exact_count(plan):
     config = _config()
     assert plan["flops"]["per_token"] == train_flops_per_token(config.model)
@@ -101,6 +130,14 @@ def test_estimates_follow_the_mesh():
     split = {**whole, "data": 4, "fsdp": 16}
     saved = estimate_bytes(config, whole) - estimate_bytes(config, split)
     assert saved == pytest.approx(16 * count_parameters(config.model).total * 15 / 16)  # state and gradients
+    muon = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind="muon"))
+    layers = config.model.num_layers * 2048 * (2 * 2048 + 2 * 2048 + 3 * 8192)  # 32 heads, no groups
+    assert estimate_bytes(config, split) - estimate_bytes(muon, split) == pytest.approx(4 * layers / 16)
+    assert estimate_received(muon, split)[0] > estimate_received(config, split)[0]
+    assert (
+        roofline(muon, split, GENERATIONS["v5e"], (0, 0)).arithmetic
+        > roofline(config, split, GENERATIONS["v5e"], (0, 0)).arithmetic
+    )
     assert tokens_per_device(config, whole) == tokens_per_device(config, split) == 16 * 2048
     assert memory_traffic(config, split) < memory_traffic(config, whole)
     assert estimate_received(config, whole)[0] < estimate_received(config, split)[0]

@@ -46,6 +46,7 @@ from mor_jax.config.training import (
     InitConfig,
     InitStrategy,
     OptimizerConfig,
+    OptimizerKind,
     Packing,
     TrainConfig,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "Mode",
     "ModelConfig",
     "OptimizerConfig",
+    "OptimizerKind",
     "Packing",
     "PerfConfig",
     "RecursionConfig",

@@ -30,6 +30,8 @@ from mor_jax.runs.state import TrainState, abstract_train_state
 Batch = Mapping[str, jax.Array]
 """int32 [B, T+1] arrays `tokens`, `segment_ids` (1-based, 0 = padding) and `positions` (restarting per document)."""
 Metrics = dict[str, jax.Array]
+OPTIMIZER_SCOPE = "optimiser"
+"""Part of the name of every operation of the update in a compiled step."""
 
 
 @struct.dataclass
@@ -180,7 +182,7 @@ def train_step(
     step = state.step if perf.execution == "scan" else None
     gradients, parts = _gradients(config, perf, state, batch, step)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    with jax.named_scope("optimiser"):
+    with jax.named_scope(OPTIMIZER_SCOPE):
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     metrics: Metrics = {
