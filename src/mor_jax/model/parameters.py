@@ -21,6 +21,8 @@ class Weights:
     """Parameter tree of ``transformer.init_params``."""
     router_bias_R: jax.Array | None = None
     """float32 [R]: bias of loss-free balancing; read by token-choice that is balanced so, None is zeros."""
+    max_depth: jax.Array | None = None
+    """int32 scalar: passes that a token of token-choice may take at most; None is all. See ``evaluate.depth_cap``."""
 
     @classmethod
     def of_tree(cls, config: ModelConfig, tree: Params) -> "Weights":

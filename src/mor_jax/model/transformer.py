@@ -71,6 +71,7 @@ class Transformer(nn.Module):
         rows: Rows,
         *,
         router_bias_R: jax.Array | None = None,
+        max_depth: jax.Array | None = None,
         step: int | jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> TrunkOutput:
@@ -102,6 +103,7 @@ class Transformer(nn.Module):
                 counted_BT=rows.counted_BT,
                 unshared=self._unshared(),
                 bias_R=router_bias_R if config.routing.is_loss_free else None,
+                max_depth=max_depth,
                 noise_RBT=_noise(config, key, x_BTD) if config.routing.random else None,
                 step=step,
                 slot_multiple=self.perf.slot_multiple,
@@ -245,6 +247,7 @@ def apply_trunk(
     )
     variables = from_tree(_gather_block(config, perf, compute_copy(config, weights.params)))
     trunk = Transformer(config, perf, mode, return_stages)
-    output = trunk.apply(variables, rows, router_bias_R=weights.router_bias_R, step=step, key=key)
+    state = {"router_bias_R": weights.router_bias_R, "max_depth": weights.max_depth}
+    output = trunk.apply(variables, rows, **state, step=step, key=key)
     assert isinstance(output, TrunkOutput)
     return output

@@ -10,6 +10,7 @@ import pytest
 
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.model.routing import router as routing
+from mor_jax.model.routing.decide import best_depth
 
 LN2 = math.log(2)
 TOKEN = RoutingConfig("token", score="softmax", alpha=1.0)
@@ -136,3 +137,11 @@ def test_the_boundary_is_zero_or_calibrated_and_full_capacity_takes_all():
 )
 def test_which_recipes_have_a_boundary(changes, has):
     assert routing.has_boundary(_model(2, **changes)) is has
+
+
+def test_the_best_depth_is_the_best_scored_of_those_allowed():
+    gates_BTR = jnp.array([[[0.2, 0.1, 0.7], [0.1, 0.3, 0.6], [0.4, 0.4, 0.2], [0.1, 0.2, 0.7]]])
+    assert best_depth(gates_BTR, None).tolist() == [[3, 3, 1, 3]]
+    assert best_depth(gates_BTR, None, jnp.int32(2)).tolist() == [[1, 2, 1, 2]]
+    assert best_depth(gates_BTR, None, jnp.array([[1, 2, 3, 3]])).tolist() == [[1, 2, 1, 3]]
+    assert best_depth(gates_BTR, jnp.array([0.0, 0.5, 0.5]), jnp.int32(2)).tolist() == [[2, 2, 2, 2]]
