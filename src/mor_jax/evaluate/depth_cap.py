@@ -50,6 +50,6 @@ def cap_depth(weights: Weights, max_depth: int) -> Weights:
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
     cut = lambda axes, leaf: leaf[:max_depth] if axes and axes[0] == "recursions" else leaf  # noqa: E731
     kept: dict[str, Any] = jax.tree.map(cut, logical_axes(model), dict(weights.params), is_leaf=is_axes)
-    return dataclasses.replace(
-        weights, config=dataclasses.replace(model, recursion=capped, routing=routing), params=kept
-    )
+    running_R = None if weights.boundaries_R is None else weights.boundaries_R[:max_depth]
+    capped = dataclasses.replace(model, recursion=capped, routing=routing)
+    return dataclasses.replace(weights, config=capped, params=kept, boundaries_R=running_R)

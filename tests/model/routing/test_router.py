@@ -1,4 +1,4 @@
-"""Router scores, gates and boundaries against tables worked out by hand."""
+"""Router scores, gates and the depths that they choose against tables worked out by hand."""
 
 import dataclasses
 import math
@@ -112,31 +112,6 @@ def test_gate_and_residual_forms(gating, residual, expected):
     np.testing.assert_allclose(
         routing.gated(_model(gating=gating, residual=residual), gate_BC, out_BCD, x_BCD)[0], expected
     )
-
-
-def test_the_boundary_is_zero_or_calibrated_and_full_capacity_takes_all():
-    raw = jnp.array([-1.0, 0.0, 0.6, 2.0])
-    model = _model(2)
-    np.testing.assert_array_equal(routing.boundary_decision(model, raw, 0), [True, True, True, True])
-    np.testing.assert_array_equal(routing.boundary_decision(model, raw, 1), [False, True, True, True])
-    calibrated = _model(2, boundaries=(0.0, 0.6))
-    np.testing.assert_array_equal(routing.boundary_decision(calibrated, raw, 1), [False, False, True, True])
-
-
-@pytest.mark.parametrize(
-    ("changes", "has"),
-    [
-        ({}, True),
-        ({"sampling": "aux_router"}, True),
-        ({"sampling": "none"}, False),
-        ({"random": True}, False),
-        ({"sampling": "none", "boundaries": (0.0, 0.1)}, True),
-        ({"kind": "token", "score": "softmax"}, True),
-        ({"kind": "none", "sampling": "none"}, True),
-    ],
-)
-def test_which_recipes_have_a_boundary(changes, has):
-    assert routing.has_boundary(_model(2, **changes)) is has
 
 
 def test_the_best_depth_is_the_best_scored_of_those_allowed():

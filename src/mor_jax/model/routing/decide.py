@@ -26,6 +26,8 @@ class RoutingInputs:
     aux_router: RouterParams | None = None
     unshared: Unshared | None = None
     """What recursions do not share, leaves [R, L, ...]; None if they share everything."""
+    boundary_R: jax.Array | None = None
+    """float32 [R], expert-choice: of ``boundaries_of``."""
     bias_R: jax.Array | None = None
     """Token-choice, loss-free balancing: added to the scores for choosing only."""
     max_depth: jax.Array | None = None
