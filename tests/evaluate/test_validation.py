@@ -50,8 +50,8 @@ def test_both_modes_equal_plain_sums(kind, across):
     cfg = config(kind, across=across)
     batches = [batch(0), batch(1, padding=3)]
     losses = validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(*batches), 4)
-    assert modes_of(cfg.model) == ("topk", "threshold")
-    for mode in modes_of(cfg.model):
+    assert modes_of(weights(cfg)) == ("topk", "threshold")
+    for mode in modes_of(weights(cfg)):
         nats, targets, size, _ = _plain(cfg, batches, mode)
         assert (losses["validation_tokens"], losses["validation_bytes"]) == (targets, size)
         np.testing.assert_allclose(losses[f"validation_{mode}_nll"], nats / targets, rtol=1e-5)
@@ -107,10 +107,10 @@ def test_without_a_boundary_threshold_is_left_out_and_said(routing):
     losses = validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(batch(0)), 2)
     assert "validation_topk_nll" in losses
     assert not [k for k in losses if "threshold" in k or "gap" in k]
-    assert "boundaries" in str(threshold_refusal(cfg.model))
-    assert "threshold refused" in summary(cfg.model, losses)
+    assert "boundaries" in str(threshold_refusal(weights(cfg)))
+    assert "threshold refused" in summary(weights(cfg), losses)
     calibrated = config(boundaries=(0.0, 0.1), **routing)
-    assert threshold_refusal(calibrated.model) is None
+    assert threshold_refusal(weights(calibrated)) is None
 
 
 def test_without_a_router_there_is_one_loss():
@@ -120,12 +120,12 @@ def test_without_a_router_there_is_one_loss():
     assert set(losses) == {"validation_tokens", "validation_bytes", "validation_nll", "validation_bits_per_byte"}
     np.testing.assert_allclose(losses["validation_nll"], nats / targets, rtol=1e-5)
     np.testing.assert_allclose(losses["validation_bits_per_byte"], nats / math.log(2) / size, rtol=1e-5)
-    assert summary(cfg.model, losses).startswith(f"{losses['validation_nll']:.4f} nats/token")
+    assert summary(weights(cfg), losses).startswith(f"{losses['validation_nll']:.4f} nats/token")
 
 
 def test_summary_says_which_mode_looks_ahead():
     cfg = config()
-    text = summary(cfg.model, validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(batch(0)), 2))
+    text = summary(weights(cfg), validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(batch(0)), 2))
     assert "bits/byte (looks ahead)" in text and "bits/byte (causal)" in text and "gap" in text
 
 

@@ -98,14 +98,16 @@ def _held_out(options: EvalArguments) -> None:
         calibration_rows=options.calibrate,
         within_documents=options.within_documents,
     )
-    boundaries = restored.config.model.routing.boundaries
+    boundaries = restored.boundaries
     if options.json:
         _print_json({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses})
         return
-    if options.calibrate:
-        print(f"calibrated boundaries: {', '.join(f'{boundary:.4f}' for boundary in boundaries or ())}")
+    if boundaries is not None:
+        calibrated = restored.config.model.routing.boundaries is not None
+        words = ", ".join(f"{boundary:.4f}" for boundary in boundaries)
+        print(f"{'calibrated' if calibrated else 'running'} boundaries: {words}")
     print(f"step {restored.step}, {losses['validation_tokens']} held-out tokens")
-    print(summary(restored.config.model, losses))
+    print(summary(restored.weights, losses))
 
 
 def _restored(options: EvalArguments) -> "RestoredRun":
@@ -129,8 +131,7 @@ def _text(options: EvalArguments) -> None:
         within_documents=options.within_documents,
     )
     if options.json:
-        boundaries = restored.config.model.routing.boundaries
-        _print_json({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses})
+        _print_json({"run": options.run, "step": restored.step, "boundaries": restored.boundaries, **losses})
         return
     print(f"step {restored.step}, window {losses['context']} tokens, stride {losses['stride']}")
     print(text_summary(losses))
@@ -157,7 +158,7 @@ def _tasks(options: EvalArguments) -> None:
     scored = {name: figures for name, figures in results.items() if "error" not in figures}
     if options.json:
         report: dict[str, Any] = {"run": options.run, "step": restored.step, "mode": scorer.mode}
-        report |= {"boundaries": scorer.model.routing.boundaries, "tasks": results}
+        report |= {"boundaries": restored.boundaries, "tasks": results}
         _print_json(report)
     else:
         print(f"step {restored.step}, selection {scorer.mode}")

@@ -105,7 +105,7 @@ def sliding_losses(
     model = weights.config
     stride = max(1, model.context_length // 2) if stride is None else stride
     if modes is None:
-        modes = modes_of(model) if model.routing.kind == "expert" else ("topk",)
+        modes = modes_of(weights) if model.routing.kind == "expert" else ("topk",)
     lengths_2V = token_lengths(tokenizer, model.vocab_size)
     sources: dict[str, dict[str, float]] = {name: {} for name in streams}
     for mode in modes:

@@ -58,7 +58,7 @@ def forward(
 
     Args:
         config: the model.
-        params: float32 parameter tree; may carry ``router_state/bias`` (see ``split_router_state``).
+        params: float32 parameter tree; may carry ``router_state`` (see ``split_router_state``).
         tokens_BT: int32 token ids.
         labels: int32 [B, T], not shifted: position t predicts label t+1; -100 is not predicted. Default: the tokens.
         mode: expert-choice selection: `topk` looks ahead along the sequence, `threshold` is causal.

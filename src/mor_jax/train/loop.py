@@ -168,6 +168,8 @@ class _Run:
         if self.start > config.train.steps:
             raise UserError(f"{self.folder} is at step {self.start}, beyond train.steps={config.train.steps}")
         self.dataset.step = restored.data_step
+        if config.model.routing.keeps_boundaries and np.all(np.isnan(self.state.boundaries_R)):
+            _log.info("the checkpoint holds no running boundaries: they begin anew")
 
     def _initial_weights(self) -> InitialWeights | None:
         """Load the weights that the run starts from, before anything is written."""
@@ -285,7 +287,7 @@ class _Run:
             write_run_pictures(self.folder, self.config, self._weights(), self.held_out)
 
     def _weights(self) -> Weights:
-        return Weights(self.config.model, self.state.params, self.state.router_bias_R)
+        return Weights(self.config.model, self.state.params, self.state.router_bias_R, self.state.boundaries_R)
 
     def close(self) -> None:
         """Complete the last save and close what is open."""

@@ -1,4 +1,4 @@
-"""The router: a network that scores tokens, and what its scores mean - gates and boundaries (paper section 2.2.1).
+"""The router: a network that scores tokens, and what its scores mean as gates (paper section 2.2.1).
 
 Letters: B rows, T tokens, C computed tokens, D width, R recursions.
 """
@@ -102,19 +102,3 @@ def gated(config: ModelConfig, gate_BC: jax.Array, out_BCD: jax.Array, x_BCD: ja
     if config.routing.gating == "additive":
         return delta_BCD
     return gate_BC[:, :, None].astype(out_BCD.dtype) * delta_BCD
-
-
-def boundary_decision(config: ModelConfig, raw: jax.Array, recursion: int) -> jax.Array:
-    """bool: whether `threshold` lets a token go on at this recursion; capacity 1 lets all (shape of `raw`)."""
-    if config.capacities[recursion] == 1.0:
-        return jnp.ones(raw.shape, bool)
-    boundaries: Any = config.routing.boundaries
-    return raw >= (boundaries[recursion] if boundaries is not None else 0.0)
-
-
-def has_boundary(config: ModelConfig) -> bool:
-    """Whether mode `threshold` means something: token-choice, a trained boundary, or a calibrated one."""
-    routing = config.routing
-    if routing.kind != "expert":
-        return True
-    return not routing.random and (routing.boundaries is not None or routing.sampling != "none")
