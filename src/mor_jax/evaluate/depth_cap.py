@@ -4,14 +4,13 @@ Nothing of the model's code knows of it: a capped model is ``Weights`` that say 
 """
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from mor_jax.config import fewer_passes
 from mor_jax.errors import require
+from mor_jax.model.cut import cut_params
 from mor_jax.model.parameters import Weights
-from mor_jax.model.transformer import logical_axes
 
 
 def cap_depth(weights: Weights, max_depth: int) -> Weights:
@@ -45,13 +44,5 @@ def cap_depth(weights: Weights, max_depth: int) -> Weights:
         routing = dataclasses.replace(routing, balancing="loss_free")
         capped = dataclasses.replace(model, routing=routing)
         return Weights(capped, weights.params, jnp.where(allowed_R, bias_R, -jnp.inf))
-    capped = dataclasses.replace(recursion, num_recursions=max_depth, base_depth=model.block_depth)
-    routing = dataclasses.replace(
-        routing,
-        capacities=model.capacities[:max_depth] if routing.kind == "expert" else routing.capacities,
-        boundaries=routing.boundaries and routing.boundaries[:max_depth],
-    )
-    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
-    cut = lambda axes, leaf: leaf[:max_depth] if axes and axes[0] == "recursions" else leaf  # noqa: E731
-    kept: dict[str, Any] = jax.tree.map(cut, logical_axes(model), dict(weights.params), is_leaf=is_axes)
-    return Weights(dataclasses.replace(model, recursion=capped, routing=routing), kept, bias_R)
+    capped = fewer_passes(model, max_depth)
+    return Weights(capped, cut_params(model, capped, weights.params), bias_R)
