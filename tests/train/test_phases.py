@@ -27,6 +27,7 @@ from mor_jax.errors import UserError
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.flops import run_flops, train_flops_per_token
+from mor_jax.model.transformer import init_params
 from mor_jax.runs import restore
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.state import TrainState, abstract_train_state, init_train_state
@@ -39,17 +40,17 @@ PLAIN = RoutingConfig(kind="expert", residual="plain", alpha=2.0)
 
 
 def growing(runs: Path | None = None, **train: Any) -> Config:
-    """One pass until step 2, two until step 4, then routed; every pass has norms and low-rank updates of its own."""
-    config = tiny_config(runs, PLAIN, **{"growth": (ONE, TWO), "eval_every": 2, "save_every": 2, "keep": 3, **train})
+    """Two steps of one pass, then two of the whole model; every pass has norms and a low-rank update of its own."""
+    fields = {"steps": 4, "growth": (GrowthStage(0.5, 1),), "eval_every": 2, "save_every": 2, "pictures": False}
+    config = tiny_config(runs, PLAIN, **{**fields, **train})
     relaxation = RelaxationConfig(lora_rank=1, lora_targets=("down",))
     recursion = dataclasses.replace(config.model.recursion, share_norms=False, relaxation=relaxation)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, recursion=recursion))
-    return with_train(config, pictures=False)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, recursion=recursion))
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory):
-    """A run of six steps without interruption; its three programs serve the tests of this file too."""
+    """A run without interruption; its two programs serve the tests of this file too."""
     programs: dict[Any, Any] = {}
     compile_train_step = loop.compile_train_step
 
@@ -61,7 +62,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_train_step", compiled)
         yield run(growing(tmp_path_factory.mktemp("straight")))
-    assert len(programs) == 3
+    assert len(programs) == 2
 
 
 def state_at(folder: Path, step: int, into: Path) -> TrainState:
@@ -82,25 +83,25 @@ def leaves_of(tree: Any, name: str) -> list[np.ndarray]:
 
 def test_metrics_and_validation_are_the_stages(straight):
     lines = read_lines(straight)
-    assert [line["num_recursions"] for line in lines] == [1, 1, 2, 2, 2, 2]
-    assert [line["step"] for line in lines if "validation_nll" in line] == [2, 4]
-    assert [line["step"] for line in lines if "validation_threshold_nll" in line] == [6]
-    assert ["tokens_per_depth" in line for line in lines] == [False] * 4 + [True] * 2
+    assert [line["num_recursions"] for line in lines] == [1, 1, 2, 2]
+    assert [line["step"] for line in lines if "validation_nll" in line] == [2]
+    assert [line["step"] for line in lines if "validation_threshold_nll" in line] == [4]
+    assert ["tokens_per_depth" in line for line in lines] == [False] * 2 + [True] * 2
 
 
 def test_what_a_stage_has_no_part_of_keeps_its_values_and_no_moments(straight, tmp_path):
     """Weight decay would shrink the router and the second pass's update, which wait for their stage."""
     first = init_train_state(growing(), make_mesh(growing().mesh, jax.devices()[:1]))
-    one, two, routed = (state_at(straight, step, tmp_path / str(step)) for step in (2, 4, 6))
+    one, whole = (state_at(straight, step, tmp_path / str(step)) for step in (2, 4))
     fresh = leaves_of(first.params, "router") + leaves_of(first.params, "down_down")
     assert len(fresh) == 2 and all(np.all(leaf != 0) for leaf in fresh)
-    for state, trains_router in ((one, False), (two, False), (routed, True)):
+    for state, trained in ((one, False), (whole, True)):
         (old,), (new,) = leaves_of(first.params, "router"), leaves_of(state.params, "router")
-        assert np.array_equal(old, new) != trains_router
+        assert np.array_equal(old, new) != trained
         moments = leaves_of(state.opt_state, "router")
-        assert len(moments) == 2 and all(np.any(leaf != 0) == trains_router for leaf in moments)
+        assert len(moments) == 2 and all(np.any(leaf != 0) == trained for leaf in moments)
     for name in ("down_down", "attention_norm"):
-        for state, trained in ((one, [True, False]), (two, [True, True])):
+        for state, trained in ((one, [True, False]), (whole, [True, True])):
             (old,), (new,) = leaves_of(first.params, name), leaves_of(state.params, name)
             assert [not np.array_equal(old[r], new[r]) for r in range(2)] == trained
     for leaf in leaves_of(one.opt_state, "block_norms"):
@@ -108,7 +109,7 @@ def test_what_a_stage_has_no_part_of_keeps_its_values_and_no_moments(straight, t
 
 
 def test_stops_before_at_and_after_borders_change_nothing(straight, tmp_path):
-    """SIGTERM after step 1; then a crash just after the save at either border, and one within the last stage."""
+    """SIGTERM after step 1, before the border; a crash just after the save at it, and one a step behind it."""
     config = growing(tmp_path)
     run(config, make_dataset=stopping_dataset(config, 0, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert [line["step"] for line in read_lines(tmp_path / "tiny")] == [1]
@@ -116,70 +117,81 @@ def test_stops_before_at_and_after_borders_change_nothing(straight, tmp_path):
     def crash() -> None:
         raise RuntimeError("power cut")
 
-    for at, saved in ((2, 2), (3, 2), (4, 4), (5, 4)):
+    for at in (2, 3):
         with pytest.raises(RuntimeError, match="power cut"):
             run(config, make_dataset=stopping_dataset(config, at, crash))
-        assert max(int(path.name) for path in (tmp_path / "tiny" / "checkpoints").iterdir()) == saved
+        assert max(int(path.name) for path in (tmp_path / "tiny" / "checkpoints").iterdir()) == 2
     folder = run(config)
     assert read_lines(folder) == read_lines(straight)
-    for step in (2, 4, 6):
+    for step in (2, 4):
         assert saved_fingerprints(folder, step) == saved_fingerprints(straight, step)
 
 
-@pytest.mark.parametrize("step", [2, 4])
-def test_an_unfinished_run_is_evaluated_as_its_stage(straight, step, tmp_path, monkeypatch, caplog):
+def test_an_unfinished_run_is_evaluated_as_its_stage(straight, tmp_path, monkeypatch, caplog):
     folder = shutil.copytree(straight, tmp_path / "run")
-    for later in {2, 4, 6} - set(range(step + 1)):
-        shutil.rmtree(folder / "checkpoints" / str(later))
+    shutil.rmtree(folder / "checkpoints" / "4")
     monkeypatch.setattr(restore, "load_tokenizer", lambda *_: NumberTokenizer())
     with caplog.at_level("INFO"):
         restored = restore.restore_run(folder)
-    assert f"step {step} of 6 is of a stage of train.growth: {step // 2} pass" in caplog.text
-    assert restored.config.model.recursion.num_recursions == step // 2 and restored.config.train.growth == ()
+    assert "step 2 of 4 is of a stage of train.growth: 1 pass, without router" in caplog.text
+    assert restored.config.model.recursion.num_recursions == 1 and restored.config.train.growth == ()
     assert "router" not in restored.params
     config = growing()
     rest = {"context_length": config.model.context_length}
     held_out = dataset_maker(config)(config.data, split="validation", batch_size=4, **rest)
     losses = validation_losses(restored.weights, restored.config.perf, held_out, config.train.eval_rows)
-    (line,) = [line for line in read_lines(straight) if line["step"] == step]
+    (line,) = [line for line in read_lines(straight) if line["step"] == 2]
     assert losses["validation_nll"] == pytest.approx(line["validation_nll"], rel=1e-6)
 
 
 def test_a_finished_run_is_the_whole_model(straight, monkeypatch):
     monkeypatch.setattr(restore, "load_tokenizer", lambda *_: NumberTokenizer())
     restored = restore.restore_run(straight)
-    assert restored.config.model == growing().model and restored.config.train.growth == (ONE, TWO)
+    assert restored.config.model == growing().model and restored.config.train.growth == growing().train.growth
 
 
-def _loss(config: Config, params: Any, step: int | None) -> float:
+def _routed(routing: RoutingConfig) -> Config:
+    return dataclasses.replace(tiny_config(routing=routing), perf=PerfConfig(loss_chunk=16, execution="scan"))
+
+
+def _random(config: Config) -> Any:
+    """Parameters with nothing special about them, the same for every routing."""
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    draw = lambda path, x: np.random.default_rng(len(str(path))).normal(size=x.shape).astype(np.float32)  # noqa: E731
+    return jax.tree.map_with_path(lambda path, x: (path[-1].key == "scale") + 0.2 * draw(path, x), shapes)
+
+
+def _losses(config: Config, params: Any, *steps: int) -> list[float]:
     batch = {name: jnp.asarray(x) for name, x in make_batch(config, rows=2).items()}
-    traced = None if step is None else jnp.int32(step)
-    compute = jax.jit(lambda p: loss_fn(config, p, jnp.zeros(2), batch, jax.random.key(0), traced)[1].lm)
-    return float(compute(params))
+    compute = jax.jit(lambda step: loss_fn(config, params, jnp.zeros(2), batch, jax.random.key(0), step)[1].lm)
+    return [float(compute(jnp.int32(step))) for step in steps]
+
+
+@pytest.fixture(scope="module")
+def recursive_loss() -> float:
+    config = _routed(RoutingConfig())
+    return _losses(config, _random(config), 0)[0]
 
 
 @pytest.mark.parametrize(
-    ("routing", "step"),
+    "routing",
     [
-        (dataclasses.replace(PLAIN, capacities=(1.0, 1.0)), None),  # gates of 2 x sigmoid(0) = 1
-        (RoutingConfig("expert", capacities=(1.0, 1.0), gate_warmup_steps=4), 0),
-        (RoutingConfig("token", score="softmax", alpha=1.0, gate_warmup_steps=4, balance_warmup_steps=4), 0),
+        dataclasses.replace(PLAIN, capacities=(1.0, 1.0)),
+        RoutingConfig("expert", capacities=(1.0, 1.0), gate_warmup_steps=4),
+        RoutingConfig("token", score="softmax", alpha=1.0, gate_warmup_steps=4, balance_warmup_steps=4),
     ],
     ids=["plain", "paper, gate warms up", "token, gate warms up"],
 )
-def test_nothing_jumps_where_routing_enters(routing, step):
-    """At full capacity the first routed step computes the recursive model's loss: to rounding, by any gate's ramp."""
-    config = tiny_config(routing=routing)
-    config = dataclasses.replace(config, perf=PerfConfig(loss_chunk=16, execution="scan"))
-    noise = lambda path, leaf: leaf + 0.1 * jax.random.normal(jax.random.key(len(str(path))), leaf.shape)  # noqa: E731
-    params = jax.tree.map_with_path(noise, init_train_state(config, make_mesh(config.mesh, jax.devices()[:1])).params)
-    if step is None:
-        params["router"] = jax.tree.map(jnp.zeros_like, params["router"])
-    recursive = dataclasses.replace(config, model=dataclasses.replace(config.model, routing=RoutingConfig()))
-    wanted = _loss(recursive, {name: leaf for name, leaf in params.items() if name != "router"}, None)
-    assert _loss(config, params, step) == pytest.approx(wanted, rel=1e-6)
-    if step is not None:
-        assert abs(_loss(config, params, 2) - wanted) > 1e-3 * wanted
+def test_nothing_jumps_where_routing_enters(routing, recursive_loss):
+    """At full capacity the first routed step has the recursive model's loss: by gates of 1, or any that warm up."""
+    config = _routed(routing)
+    params = _random(config)
+    if not routing.gate_warmup_steps:
+        params["router"] = jax.tree.map(np.zeros_like, params["router"])  # gates of 2 x sigmoid(0)
+    entering, later = _losses(config, params, 0, 2)
+    assert entering == pytest.approx(recursive_loss, rel=1e-6)
+    if routing.gate_warmup_steps:
+        assert abs(later - recursive_loss) > 1e-3 * recursive_loss
 
 
 def test_a_warm_up_of_routing_begins_where_routing_enters():
@@ -199,8 +211,7 @@ def test_a_warm_up_of_routing_begins_where_routing_enters():
 def test_a_warm_up_counts_from_the_step_that_routing_enters():
     """The capacities of the first routed step are those of a run's first step: 24 of 32 tokens, not 16."""
     routing = dataclasses.replace(PLAIN, capacity_warmup_steps=2)
-    config = tiny_config(routing=routing, growth=(ONE, TWO))
-    config = dataclasses.replace(config, perf=PerfConfig(loss_chunk=16, execution="scan"))
+    config = with_train(_routed(routing), growth=(ONE, TWO))
     batch = {name: jnp.asarray(x) for name, x in make_batch(config).items()}
     batch["segment_ids"] = jnp.ones_like(batch["segment_ids"])
     state = init_train_state(config, make_mesh(config.mesh, jax.devices()[:1]))
@@ -215,7 +226,7 @@ def test_a_step_of_a_run_that_grows_needs_its_stage():
 
 
 def test_the_flops_of_a_run_are_those_of_its_stages():
-    config = growing()
+    config = growing(steps=6, growth=(ONE, TWO))
     by_stage = [2 * 8 * 32 * train_flops_per_token(stage.model) for stage in config.stages]
     assert by_stage[0] < by_stage[2] < by_stage[1]
     assert run_flops(config) == pytest.approx(sum(by_stage))
