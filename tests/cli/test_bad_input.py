@@ -53,6 +53,8 @@ def _refused_after(outcome: Outcome, *words: str) -> None:
             ("train", "debug", "--model.num-layers", "3"),
             ("num_layers=3 is too few for sharing='middle_cycle' with num_recursions=2: at least 4",),
         ),
+        (("train", "debug", "--train.growth", "0.5:one"), ("--train.growth", "SHARE:RECURSIONS[:routed]")),
+        (("train", "debug", "--train.growth", "0.5:3"), ("train.growth=0.5:3: 3 is outside 1..num_recursions=2",)),
         (("train", "debug", "--data.seed", "-1"), ("data.seed=-1 is outside 0..2^32-1",)),
         (("train", "debug", "--train.seed", "4294967296"), ("train.seed=4294967296 is outside",)),
         (("prepare", "--out", "x"), ("no input given",)),

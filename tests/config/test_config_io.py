@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from mor_jax import presets
-from mor_jax.config import Config, DataConfig, ModelConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.config import (
+    Config,
+    DataConfig,
+    GrowthStage,
+    ModelConfig,
+    RecursionConfig,
+    RoutingConfig,
+    TrainConfig,
+)
 from mor_jax.config import io as config_io
 from mor_jax.data.manifest import Manifest, Shard
 from mor_jax.errors import UserError
@@ -23,7 +31,7 @@ FULL = Config(
         routing=RoutingConfig("expert", capacities=(1.0, 0.5, 0.25), boundaries=(0.0, -0.5, 1e-7)),
     ),
     data=DataConfig(source="a,b", weights=(0.1, 0.3)),
-    train=TrainConfig(pinned_steps=(3, 5)),
+    train=TrainConfig(pinned_steps=(3, 5), growth=(GrowthStage(0.5, 1), GrowthStage(0.25, 3, routed=True))),
 )
 
 

@@ -19,6 +19,7 @@ from mor_jax.config.execution import (
     RematPolicy,
     ResolvedPerf,
 )
+from mor_jax.config.growth import GrowthStage, Stage, fewer_passes, stage_models
 from mor_jax.config.model import (
     Dtype,
     ModelConfig,
@@ -63,6 +64,7 @@ __all__ = [
     "Fusion",
     "GateResidual",
     "Gating",
+    "GrowthStage",
     "InitConfig",
     "InitStrategy",
     "Kernels",
@@ -88,5 +90,8 @@ __all__ = [
     "Sampling",
     "ScoreFunction",
     "Sharing",
+    "Stage",
     "TrainConfig",
+    "fewer_passes",
+    "stage_models",
 ]

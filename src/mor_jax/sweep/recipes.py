@@ -24,7 +24,7 @@ from mor_jax.config import (
     TrainConfig,
 )
 from mor_jax.errors import UserError, suggest
-from mor_jax.model.flops import train_flops_per_token
+from mor_jax.model.flops import run_flops
 from mor_jax.sweep.isoflop import steps_for, with_steps
 from mor_jax.sweep.runs import SweepRun
 
@@ -170,9 +170,8 @@ def _with_model(config: Config, **changes: Any) -> Config:
 
 def at_flops_of(config: Config, reference: Config) -> Config:
     """Return a configuration that trains for as many exact training FLOPs as ``reference`` does."""
-    train = reference.train
-    budget = train_flops_per_token(reference.model) * train.steps * train.batch_size * reference.model.context_length
-    return with_steps(config, steps_for(config.model, budget, config.train.batch_size, "training"))
+    train = config.train
+    return with_steps(config, steps_for(config.model, run_flops(reference), train.batch_size, "training", train.growth))
 
 
 def seeded(name: str, config: Config, seeds: Sequence[int] = (0,)) -> list[SweepRun]:

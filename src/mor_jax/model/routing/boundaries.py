@@ -111,8 +111,8 @@ def follow(boundaries_R: jax.Array, cut_R: jax.Array, step: jax.Array) -> jax.Ar
     Args:
         boundaries_R: before; NaN where there is none yet, which the first cut replaces.
         cut_R: of ``score_cut``. A batch whose tokens all went on (-inf) leaves a boundary as it is.
-        step: 0-based optimiser step.
+        step: 0-based optimiser step, counted from where routing enters.
     """
-    rate = 1.0 / jnp.minimum(step + 1, HORIZON)  # in a run's first steps a plain mean: none of them weighs more
+    rate = 1.0 / jnp.minimum(step + 1, HORIZON)  # at first a plain mean: no step weighs more
     moved_R = jnp.where(jnp.isfinite(boundaries_R), boundaries_R + rate * (cut_R - boundaries_R), cut_R)
     return jnp.where(jnp.isfinite(boundaries_R) & ~jnp.isfinite(cut_R), boundaries_R, moved_R)

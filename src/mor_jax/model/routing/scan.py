@@ -81,7 +81,7 @@ def expert_scan(
             selected_BT = active_BT & (aux >= boundary)
         out, first = _run_block(config, block, x_BTD, inputs.view, first, r, selected_BT, unshared_r)
         gate = score(config, raw)
-        x_BTD = jnp.where(selected_BT[:, :, None], x_BTD + gated(config, gate, out, x_BTD), x_BTD)
+        x_BTD = jnp.where(selected_BT[:, :, None], x_BTD + gated(config, gate, out, x_BTD, inputs.step), x_BTD)
         record = (raw, aux, active_BT, selected_BT, gate, x_BTD if return_stages else None)
         return (x_BTD, selected_BT, first), record
 
@@ -113,7 +113,7 @@ def token_scan(
         selected_BT = chosen_BT > r
         out, first = _run_block(config, block, state, inputs.view, first, r, selected_BT, unshared_r)
         leaves_BT1 = (chosen_BT == r + 1)[:, :, None]
-        delta = jnp.where(leaves_BT1, gated(config, gate, out, x_BTD), delta)
+        delta = jnp.where(leaves_BT1, gated(config, gate, out, x_BTD, inputs.step), delta)
         state = jnp.where(selected_BT[:, :, None], out, state)
         stage = jnp.where(selected_BT[:, :, None], out, jnp.zeros((), out.dtype)) if return_stages else None
         return (state, delta, first), (selected_BT, stage)
