@@ -1,4 +1,4 @@
-"""experiments/throughput/optimizers.py: both optimisers are timed in turn, and what they cost is stated."""
+"""experiments/throughput/optimizers.py times both optimisers on one model, in turn, and states what they cost."""
 
 import importlib.util
 import json

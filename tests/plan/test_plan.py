@@ -9,16 +9,17 @@ import pytest
 
 from mor_jax import presets
 from mor_jax.cli.plan import PlanFlags
-from mor_jax.config import Config, MeshConfig, ModelConfig
+from mor_jax.config import Config, GrowthStage, MeshConfig, ModelConfig
 from mor_jax.errors import UserError
 from mor_jax.mesh.devices import GIB
-from mor_jax.model.flops import count_parameters, train_flops_per_token
+from mor_jax.model.flops import count_parameters, run_flops, train_flops_per_token
 from mor_jax.perf import kept_values
 from mor_jax.plan import compile as compile_module
 from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
 from mor_jax.plan.memory import estimate_bytes, tokens_per_device
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.roofline import estimate_received, memory_traffic, roofline, step_flops
+from mor_jax.plan.run_total import with_run_total
 from mor_jax.plan.search import advise, candidates
 from mor_jax.plan.topology import GENERATIONS, Topology
 from mor_jax.runs.state import TrainState, abstract_train_state
@@ -44,7 +45,7 @@ def test_memory_by_kind_adds_up(plan):
     whole = 4 * count_parameters(_config().model).total
     assert whole / 4 <= memory["parameters"] <= 1.2 * whole / 4  # fsdp x tensor = 4 shards, norms and routers whole
     assert memory["optimiser"] == pytest.approx(2 * memory["parameters"], rel=0.01)
-    assert memory["batch"] >= 3 * 8 // 4 * 129 * 4  # three int32 arrays, a row pair per device
+    assert memory["batch"] >= 2 * 8 // 4 * 129 * 4  # two int32 arrays (positions are not read), a row pair per device
     kinds = ("parameters", "optimiser", "batch", "activations", "code")
     assert memory["total"] == sum(memory[kind] for kind in kinds)
 
@@ -99,6 +100,24 @@ def test_a_plan_is_json_and_prints(plan, capsys):
     printed = capsys.readouterr().out
     assert "data 2 x fsdp 2 x tensor 2" in printed and "estimate, nothing measured" in printed
     assert plan["attention"] == "xla" and plan["command"] == "mor plan debug"
+
+
+def test_the_plan_of_a_run_that_grows_adds_its_stages_up(plan, capsys):
+    """Half of the steps pass once and cost less; the step, and what it takes, are the last stage's."""
+    config = _config(fsdp=2, tensor=2)
+    grown = dataclasses.replace(config, train=dataclasses.replace(config.train, growth=(GrowthStage(0.5, 1),)))
+    total = with_run_total(plan, grown, _topology())
+    one, whole = total["run"]["stages"]
+    assert (one["steps"], whole["steps"]) == (20, 20)
+    assert one["flops"] < whole["flops"] == 20 * plan["flops"]["model"]
+    assert total["run"]["flops"] == one["flops"] + whole["flops"] == run_flops(grown)
+    assert one["seconds_per_step_at_least"] < whole["seconds_per_step_at_least"]
+    assert total["memory_per_device"]["total"] == max(one["memory"], whole["memory"])
+    assert total["flops"] == plan["flops"]
+    print_report(total)
+    printed = capsys.readouterr().out
+    assert "the step of the last stage of train.growth" in printed and "1 pass, without router" in printed
+    assert "together" in printed
 
 
 def test_the_bound_is_the_longest_time():

@@ -1,5 +1,6 @@
 """Data, optimiser, loop and initial weights of a run, and the root that a run saves beside its checkpoints."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -8,8 +9,9 @@ import tyro
 
 from mor_jax.config.checks import require_choice, require_not_negative, require_positive, require_seed
 from mor_jax.config.execution import MeshConfig, PerfConfig
+from mor_jax.config.growth import GrowthFlag, Stage, plan_stages
 from mor_jax.config.model import ModelConfig
-from mor_jax.errors import UserError, require
+from mor_jax.errors import require
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 OptimizerKind = Literal["adamw", "muon"]
@@ -104,6 +106,9 @@ class TrainConfig:
     """Seed of initialisation and random routing."""
     logit_z_loss: float = 0.0
     """Weight of the z-loss on the output logits."""
+    growth: tuple[GrowthFlag, ...] = ()
+    """Stages before the whole model, each a share of the steps with so many passes, such as `0.5:1 0.2:3`: half of
+    the steps with one pass, a fifth with three, and without a router; the rest trains the model as configured."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
@@ -186,11 +191,27 @@ class Config:
     perf: PerfConfig = field(default_factory=PerfConfig)
 
     def __post_init__(self) -> None:
-        warmups = (
-            ("optimizer.warmup_steps", self.optimizer.warmup_steps),
-            ("model.routing.capacity_warmup_steps", self.model.routing.capacity_warmup_steps),
-            ("model.routing.balance_warmup_steps", self.model.routing.balance_warmup_steps),
-        )
-        for name, steps in warmups:
-            if steps > self.train.steps:
-                raise UserError(f"{name}={steps} exceeds train.steps={self.train.steps}")
+        routed_from = self.stages[0].routed_from
+        routing_steps = self.train.steps - routed_from
+        routing = self.model.routing
+        for name, steps, most in (
+            ("optimizer.warmup_steps", self.optimizer.warmup_steps, self.train.steps),
+            ("model.routing.capacity_warmup_steps", routing.capacity_warmup_steps, routing_steps),
+            ("model.routing.gate_warmup_steps", routing.gate_warmup_steps, routing_steps),
+            ("model.routing.balance_warmup_steps", routing.balance_warmup_steps, routing_steps),
+        ):
+            left = f", of which train.growth leaves {most} to routing" if most < self.train.steps else ""
+            require(steps <= most, f"{name}={steps} exceeds train.steps={self.train.steps}{left}")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is trained when: the stages of ``train.growth``, and last the model as configured."""
+        return plan_stages(self.model, self.train.growth, self.train.steps)
+
+    def stage_after(self, step: int) -> Stage:
+        """Return the stage that the ``step``-th optimiser step, counted from 1, belongs to (before it, the first)."""
+        return next((stage for stage in self.stages if step <= stage.end), self.stages[-1])
+
+    def of_stage(self, stage: Stage) -> "Config":
+        """Return the configuration of a run that trains a stage's model throughout."""
+        return dataclasses.replace(self, model=stage.model, train=dataclasses.replace(self.train, growth=()))

@@ -20,6 +20,7 @@ from mor_jax.train.step import OPTIMIZER_SCOPE
 
 WIDTH = 110
 """Columns that the tables need."""
+_DAY = 86400
 _PACKAGES = ("mor-jax", "jax", "jaxlib", "libtpu", "flax")
 
 
@@ -115,6 +116,7 @@ def print_report(plan: dict[str, Any]) -> None:
             memory_table("memory of one device", plan["memory_per_device"], _MEMORY),
             _traffic_table(plan),
             _estimate_table(plan),
+            *([_run_table(plan["run"])] if "run" in plan else []),
         )
     )
 
@@ -124,8 +126,9 @@ def _headline(plan: dict[str, Any]) -> str:
     slices = "" if topology["slices"] == 1 else f"{topology['slices']} x "
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
     flops = plan["flops"]
+    grows = "the step of the last stage of train.growth; memory: of the largest\n" if _grows(plan) else ""
     return (
-        f"{plan['preset']} on {slices}{topology['name']} ({topology['chips']} chips): {axes}\n"
+        f"{plan['preset']} on {slices}{topology['name']} ({topology['chips']} chips): {axes}\n{grows}"
         f"{plan['rows_per_step']} rows = {plan['tokens_per_step']:,} tokens per step in {plan['accumulation']} "
         f"micro-batches, execution {plan['execution']}, remat {plan['remat']}, attention {plan['attention']}\n"
         f"{flops['model']:.4g} FLOPs per step, {flops['per_token']:.4g} per token, {flops['executed']:.4g} executed "
@@ -144,6 +147,10 @@ def _optimizer_line(optimizer: dict[str, Any]) -> str:
         f"optimiser {optimizer['kind']}, per step: {products}; one device moves {moved:.3f} GiB of its memory and "
         f"receives {received:,.1f} MB"
     )
+
+
+def _grows(plan: dict[str, Any]) -> bool:
+    return len(plan.get("run", {}).get("stages", ())) > 1
 
 
 _MEMORY = {
@@ -181,6 +188,21 @@ def _traffic_table(plan: dict[str, Any]) -> Table:
         table.add_row(kind, f"{traffic['count']:,}", on_slice, across)
     if plan["loops_of_unknown_length"]:
         table.add_row(f"({plan['loops_of_unknown_length']} loops of unknown length counted once)")
+    return table
+
+
+def _run_table(run: dict[str, Any]) -> Table:
+    """Lay out what the stages of a run take, and all of them together."""
+    table = Table("\nthe whole run", box=None, pad_edge=False)
+    for column in ("\nsteps", "\nFLOPs", "days at least", "GiB per device"):
+        table.add_column(column, justify="right")
+    for stage in run["stages"]:
+        days = stage["steps"] * stage["seconds_per_step_at_least"] / _DAY
+        cells = (f"{stage['steps']:,}", f"{stage['flops']:.3g}", f"{days:.3f}", f"{stage['memory'] / GIB:.3f}")
+        table.add_row(stage["description"], *cells)
+    if len(run["stages"]) > 1:
+        steps = sum(stage["steps"] for stage in run["stages"])
+        table.add_row("together", f"{steps:,}", f"{run['flops']:.3g}", f"{run['seconds_at_least'] / _DAY:.3f}", "")
     return table
 
 

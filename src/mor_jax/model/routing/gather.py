@@ -87,11 +87,11 @@ def expert_gather(
     records: list[tuple[jax.Array, ...]] = []
     rows, stages, present = [], [], x_BTD.shape[1]
     for r, count in enumerate(counts):
-        raw, aux = expert_scores(config, at(inputs.router, r), at(inputs.aux_router, r), state)
+        raw, aux = expert_scores(config, at(inputs.router, r), at(inputs.aux_router, r), state, at(noise, r))
         active_BT, raw_BT, aux_BT = descent.expand(ones_BC), descent.expand(raw), descent.expand(aux)
         gate, parent, parent_view = score(config, raw), state, view
         if count < present:
-            selection = _select(raw if noise is None else noise[r], counted, present, count, inputs.slot_multiple)
+            selection = _select(raw, counted, present, count, inputs.slot_multiple)
             descent.selections.append(selection)
             descent.parents.append(state)
             state, gate = gather_hidden(state, selection), gather_rows(gate, selection)
@@ -106,7 +106,7 @@ def expert_gather(
                 out, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
         else:
             out, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
-        state = state + gated(config, whole(gate), out, state)
+        state = state + gated(config, whole(gate), out, state, inputs.step)
         records.append((raw_BT, aux_BT, active_BT, descent.expand(ones_BC), descent.expand(gate)))
         rows.append(view.rows_BC[:, :count])
         if return_stages:
@@ -149,7 +149,7 @@ def token_gather(
             gates = gather_rows(gates, selection)
             chosen, view = take_rows(chosen, selection.index_BC), take_tokens(view, selection)
         state, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
-        deltas.append(gated(config, whole(gates[:, :, r]), state, origin))
+        deltas.append(gated(config, whole(gates[:, :, r]), state, origin, inputs.step))
         selected.append(descent.expand(valid_BC.astype(jnp.float32)))
         if return_stages:
             stages.append(descent.expand(state))
