@@ -40,7 +40,7 @@ class Scale:
     budget: float
     """Exact training FLOPs of a run."""
     widths: Mapping[Family, tuple[int, int, int]]
-    """Sizes, so that the best lies inside: 5 to 60 tokens for each unique parameter without embedding."""
+    """Sizes, so that the best lies inside: about 5 to 60 tokens for each unique parameter without embedding."""
     rate: float
     """Peak learning rate that is tried first; half and twice it are tried at the middle width."""
 
