@@ -38,13 +38,18 @@ def test_uniform_attention_has_its_literal_figures():
 
 
 @pytest.mark.parametrize(
-    ("kind", "strategy", "across"),
-    [("expert", "recursion", True), ("expert", "shared", True), ("none", "shared", False)],
+    ("kind", "strategy", "across", "rotary_positions"),
+    [
+        ("expert", "recursion", True, "document"),
+        ("expert", "shared", True, "row"),
+        ("none", "shared", False, "document"),
+    ],
 )
-def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, across):
+def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, across, rotary_positions):
     cfg = config(kind, sharing="middle_cycle", num_layers=4, across=across)
     recursion = dataclasses.replace(cfg.model.recursion, kv_strategy=strategy)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, recursion=recursion))
+    model = dataclasses.replace(cfg.model, recursion=recursion, rotary_positions=rotary_positions)
+    cfg = dataclasses.replace(cfg, model=model)
     mode = "threshold" if kind == "expert" else "topk"
     rows = Rows.of_batch(batch(1, padding=2))
     passes = attention_by_pass(weights(cfg), cfg.perf, [rows], mode)
@@ -61,7 +66,8 @@ def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, ac
     assert out.hidden is not None and out.hidden.first is not None
     layer = jax.tree.map(lambda a: a[0], params(cfg)["block"])
     selected = np.ones((2, 2, T), bool) if out.trace is None else np.asarray(out.trace.selected_RBT)
-    rotary = rotary_tables(jnp.asarray(positions), cfg.model.head_dim, cfg.model.rope_theta)
+    places = positions if rotary_positions == "document" else np.tile(np.arange(T, dtype=np.int32), (2, 1))
+    rotary = rotary_tables(jnp.asarray(places), cfg.model.head_dim, cfg.model.rope_theta)
 
     def normed(states):
         return rms_norm(states, layer["attention_norm"]["scale"], cfg.model.norm_epsilon)

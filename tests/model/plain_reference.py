@@ -66,7 +66,8 @@ def read_rows(config: ModelConfig, tokens_BT: Any, segments_BT: Any = None, posi
         counted_BT = jnp.asarray(segments_BT) > 0
         if not config.attend_across_documents:
             visible_BTS = visible_BTS & (segments_BT[:, None, :] == segments_BT[:, :, None])
-    positions_BT = jnp.broadcast_to(order[None], (batch, length)) if positions_BT is None else positions_BT
+    if positions_BT is None or config.rotary_positions == "row":
+        positions_BT = jnp.broadcast_to(order[None], (batch, length))
     return Rows(jnp.asarray(tokens_BT), jnp.asarray(positions_BT), visible_BTS, counted_BT)
 
 

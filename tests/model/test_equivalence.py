@@ -131,6 +131,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "capacities-shared": ("expert", {"capacities": (0.6, 0.5)}, {"kv_strategy": "shared"}),
     "multiple": ("expert", {"capacity_multiple": 5}, {}),
     "across documents": ("token", {}, {"attend_across_documents": True}),
+    "restarting positions": ("expert", {}, {"attend_across_documents": True, "rotary_positions": "document"}),
 }
 
 

@@ -19,9 +19,11 @@ from mor_jax.config.execution import (
     RematPolicy,
     ResolvedPerf,
 )
+from mor_jax.config.growth import GrowthStage, Stage, fewer_passes, stage_models
 from mor_jax.config.model import (
     Dtype,
     ModelConfig,
+    RotaryPositions,
 )
 from mor_jax.config.recursion import (
     Balancing,
@@ -45,6 +47,7 @@ from mor_jax.config.training import (
     InitConfig,
     InitStrategy,
     OptimizerConfig,
+    OptimizerKind,
     Packing,
     TrainConfig,
 )
@@ -61,6 +64,7 @@ __all__ = [
     "Fusion",
     "GateResidual",
     "Gating",
+    "GrowthStage",
     "InitConfig",
     "InitStrategy",
     "Kernels",
@@ -71,6 +75,7 @@ __all__ = [
     "Mode",
     "ModelConfig",
     "OptimizerConfig",
+    "OptimizerKind",
     "Packing",
     "PerfConfig",
     "RecursionConfig",
@@ -78,11 +83,15 @@ __all__ = [
     "Remat",
     "RematPolicy",
     "ResolvedPerf",
+    "RotaryPositions",
     "RouterKind",
     "RoutingConfig",
     "RoutingKind",
     "Sampling",
     "ScoreFunction",
     "Sharing",
+    "Stage",
     "TrainConfig",
+    "fewer_passes",
+    "stage_models",
 ]

@@ -130,10 +130,13 @@ class RoutingConfig:
     """Round every k up to a multiple of this many tokens: really selects more, so it belongs to the model."""
     capacity_warmup_steps: int = 0
     """Optimiser steps of cosine warm-up of the capacities from 1.0 (the release counts forward passes); 0 is off."""
+    gate_warmup_steps: int = 0
+    """Optimiser steps in which the gate's effect comes in, linearly, from none at all: at first a pass replaces a
+    token's state by the block's output, as without a router; 0 is off."""
     capacity_slack: float = 1.25
     """Token-choice under `gather`: seats per recursion are this times the default capacities (at most the sequence)."""
     sampling: Sampling = "aux_loss"
-    """Expert-choice: what learns the causal boundary: a loss on the router itself, a separate router, or nothing."""
+    """Expert-choice: what learns a causal boundary at 0: a loss on the router itself, a separate router, or nothing."""
     sampling_coefficient: float = 0.001
     """Weight of the auxiliary loss."""
     random: bool = False
@@ -150,7 +153,8 @@ class RoutingConfig:
     z_loss_coefficient: float = 0.0
     """Weight of the router z-loss."""
     boundaries: tuple[float, ...] | None = None
-    """Expert-choice, mode `threshold`: raw-score boundary per recursion from calibration; None is 0 for all."""
+    """Expert-choice, mode `threshold`: raw-score boundary per recursion from calibration; None takes the running
+    ones that training keeps, or else 0 for all."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -171,6 +175,7 @@ class RoutingConfig:
         )
         require_not_negative(
             capacity_warmup_steps=self.capacity_warmup_steps,
+            gate_warmup_steps=self.gate_warmup_steps,
             balance_warmup_steps=self.balance_warmup_steps,
             sampling_coefficient=self.sampling_coefficient,
             balancing_coefficient=self.balancing_coefficient,
@@ -184,6 +189,11 @@ class RoutingConfig:
     def is_loss_free(self) -> bool:
         """Whether token-choice is balanced by a bias that is no parameter (``router_bias_R``)."""
         return self.kind == "token" and self.balancing == "loss_free"
+
+    @property
+    def keeps_boundaries(self) -> bool:
+        """Whether training keeps running boundaries of expert-choice: where the router's own scores select."""
+        return self.kind == "expert" and not self.random and self.sampling != "aux_router"
 
     @property
     def has_aux_router(self) -> bool:

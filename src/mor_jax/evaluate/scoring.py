@@ -38,15 +38,15 @@ class TokenScores:
     """int32: the most likely token."""
 
 
-def causal_mode(model: ModelConfig) -> Mode:
+def causal_mode(weights: Weights) -> Mode:
     """Return the selection mode under which no token depends on later ones.
 
     Raises:
         UserError: expert-choice without a boundary has none.
     """
-    if model.routing.kind != "expert":
+    if weights.config.routing.kind != "expert":
         return "topk"  # nothing compares tokens
-    refusal = threshold_refusal(model)
+    refusal = threshold_refusal(weights)
     require(refusal is None, f"this model cannot be scored causally: {refusal}")
     return "threshold"
 
@@ -103,7 +103,7 @@ class Scorer:
     def __init__(
         self, weights: Weights, perf: PerfConfig, *, mode: Mode | None = None, all_devices: bool = True
     ) -> None:
-        self.mode: Mode = causal_mode(weights.config) if mode is None else mode
+        self.mode: Mode = causal_mode(weights) if mode is None else mode
         self._weights, self._perf = weights, scoring_perf(weights.config, perf, self.mode)
         self.devices = len(jax.devices()) if all_devices else 1
         if self.devices > 1:

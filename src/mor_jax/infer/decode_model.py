@@ -21,7 +21,8 @@ from mor_jax.errors import require
 from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.mesh import check_model, on_mesh, params_shardings, replicated
 from mor_jax.model.parameters import compute_copy, head_matrix
-from mor_jax.model.routing.router import RouterParams, has_boundary
+from mor_jax.model.routing.boundaries import boundaries_of, has_boundary
+from mor_jax.model.routing.router import RouterParams
 from mor_jax.model.transformer import logical_axes
 
 
@@ -59,7 +60,7 @@ class DecodeModel:
     router: RouterParams | None = None
     aux_router: RouterParams | None = None
     boundary_R: jax.Array | None = None
-    """Expert-choice: raw score from which a token goes on; -inf where capacity 1 lets all pass."""
+    """Expert-choice: raw score from which a token goes on, of ``boundaries_of``."""
     bias_R: jax.Array | None = None
     """Token-choice, loss-free balancing: added to the scores for choosing only."""
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
@@ -73,8 +74,8 @@ class DecodeModel:
         return 1 if self.mesh is None else self.mesh.shape["tensor"]
 
 
-def decoding_refusal(config: ModelConfig) -> str | None:
-    """Say why a model cannot decode, or None if it can."""
+def decoding_refusal(config: ModelConfig, running_R: jax.Array | None = None) -> str | None:
+    """Say why a model cannot decode, or None if it can; ``running_R`` is ``Weights.boundaries_R``."""
     if config.recursion.kv_strategy == "shared_update":
         return (
             "recursion.kv_strategy='shared_update' cannot decode: each recursion attends to recursion 1's keys and "
@@ -87,10 +88,10 @@ def decoding_refusal(config: ModelConfig) -> str | None:
             f"recursion.relaxation (lora_rank={relaxation.lora_rank}, encoding={relaxation.encoding}) has no decoding "
             "yet: tokens at different recursions would need different weights in one pass"
         )
-    if not has_boundary(config):
+    if not has_boundary(config, running_R):
         return (
-            f"routing.sampling={config.routing.sampling!r}, random={config.routing.random} trains no causal boundary; "
-            "calibrate routing.boundaries on held-out text first"
+            f"routing.sampling={config.routing.sampling!r}, random={config.routing.random} trains no causal boundary, "
+            "and the weights come without running ones; calibrate routing.boundaries on held-out text first"
         )
     return None
 
@@ -100,6 +101,7 @@ def prepare_weights(
     params: Params,
     *,
     router_bias_R: jax.Array | None = None,
+    running_R: jax.Array | None = None,
     boundaries: Sequence[float] | None = None,
     mesh: Mesh | None = None,
     known_tokens: int | None = None,
@@ -110,7 +112,8 @@ def prepare_weights(
         config: the model.
         params: parameter tree of ``init_params``.
         router_bias_R: float32 bias of loss-free balancing.
-        boundaries: raw-score boundary of every recursion; None takes ``routing.boundaries``, or 0.
+        running_R: float32 running boundaries of expert-choice (``Weights.boundaries_R``).
+        boundaries: raw-score boundary of every recursion; None takes the model's own (``boundaries_of``).
         mesh: devices that share the model over `tensor`, its other axes of size 1; None is the default device. Weights
             are placed as shards, and never lie whole on one of them.
         known_tokens: the tokenizer's vocabulary; ids beyond it are never drawn.
@@ -127,7 +130,7 @@ def prepare_weights(
         require(kind == "expert", f"boundaries={tuple(boundaries)} belong to expert-choice, not routing.kind={kind!r}")
         routing = dataclasses.replace(config.routing, boundaries=tuple(float(b) for b in boundaries))
         config = dataclasses.replace(config, routing=routing)
-    refusal = decoding_refusal(config)
+    refusal = decoding_refusal(config, running_R)
     require(refusal is None, refusal or "")
     whole: Any = jnp.asarray
     if mesh is not None:
@@ -150,7 +153,7 @@ def prepare_weights(
         norms=weights.get("block_norms"),
         router=weights.get("router"),
         aux_router=weights.get("aux_router"),
-        boundary_R=whole(_boundaries(config)) if routing.kind == "expert" else None,
+        boundary_R=whole(boundaries_of(config, running_R)) if routing.kind == "expert" else None,
         bias_R=whole(router_bias_R) if routing.is_loss_free and router_bias_R is not None else None,
         mesh=mesh,
         known_tokens=None if known_tokens is None or known_tokens >= config.vocab_size else known_tokens,
@@ -182,9 +185,3 @@ def _layer_weights(layer: Any, shards: int) -> LayerWeights:
         attention_norm_D=scale("attention_norm"),
         ffn_norm_D=scale("ffn_norm"),
     )
-
-
-def _boundaries(config: ModelConfig) -> jax.Array:
-    values = config.routing.boundaries or (0.0,) * config.recursion.num_recursions
-    pairs = zip(config.capacities, values, strict=True)
-    return jnp.array([-jnp.inf if capacity == 1.0 else value for capacity, value in pairs], jnp.float32)

@@ -12,6 +12,7 @@ from flax import struct
 
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.model.routing import router as routing
+from mor_jax.model.routing.decide import best_depth
 
 
 @struct.dataclass
@@ -50,8 +51,7 @@ def start_walk(model: DecodeModel, x_BTD: jax.Array, max_depth_BT: jax.Array) ->
         assert model.router is not None
         raw_BTR = routing.raw_scores(model.router, x_BTD, model.config.routing.temperature)
         gates_BTR = routing.score(model.config, raw_BTR)
-        ranking_BTR = gates_BTR if model.bias_R is None else gates_BTR + model.bias_R[None, None, :]
-        limit_BT = jnp.minimum(1 + jnp.argmax(ranking_BTR, axis=-1).astype(jnp.int32), max_depth_BT)
+        limit_BT = best_depth(gates_BTR, model.bias_R, max_depth_BT)
     walk = Walk(
         x_BTD=x_BTD,
         origin_BTD=x_BTD if kind == "token" else None,

@@ -128,7 +128,8 @@ def describe_config(
 ) -> dict[str, Any]:
     """Write a vanilla or recursive model as a Hugging Face Llama configuration, recursions unrolled.
 
-    Document masks are no part of it: whoever runs a Llama passes one document per row, where they change nothing.
+    Document masks and positions that restart with a document are no part of it: whoever runs a Llama passes one
+    document per row, where neither changes anything.
 
     Args:
         model: the model.

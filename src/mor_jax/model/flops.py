@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mor_jax.config import Execution, LoraTarget, ModelConfig
+from mor_jax.config import Config, Execution, LoraTarget, ModelConfig
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.model.weight_axes import widths
 
@@ -247,6 +247,19 @@ def train_flops_per_token(model: ModelConfig, length: int | None = None) -> floa
     """Return the exact training FLOPs per token that MFU is measured by: causal attention, no rematerialisation."""
     length = model.context_length if length is None else length
     return sum(train_flops(model, length).values()) / length
+
+
+def run_flops(config: Config, start: int = 0, end: int | None = None) -> float:
+    """Return the exact training FLOPs of a run: those of every step by the model that its stage of growth trains.
+
+    Args:
+        config: of the run.
+        start: 0-based first step that counts.
+        end: the step after the last one; None is the end of the run.
+    """
+    tokens, last = config.train.batch_size * config.model.context_length, config.train.steps if end is None else end
+    steps = ((max(0, min(stage.end, last) - max(stage.start, start)), stage.model) for stage in config.stages)
+    return sum(count * tokens * train_flops_per_token(model) for count, model in steps if count)
 
 
 def kv_bytes_per_token(

@@ -58,7 +58,7 @@ def forward(
 
     Args:
         config: the model.
-        params: float32 parameter tree; may carry ``router_state/bias`` (see ``split_router_state``).
+        params: float32 parameter tree; may carry ``router_state`` (see ``split_router_state``).
         tokens_BT: int32 token ids.
         labels: int32 [B, T], not shifted: position t predicts label t+1; -100 is not predicted. Default: the tokens.
         mode: expert-choice selection: `topk` looks ahead along the sequence, `threshold` is causal.
@@ -66,7 +66,8 @@ def forward(
         step: 1-based training step that drives the warm-ups; None is after them.
         attention_mask: [B, T]; nothing attends to tokens with 0, which route like any other (as released).
         segment_ids: int32 document numbers from 1; 0 is padding, which takes no part in anything.
-        positions: int32 rotary positions; default 0..T-1.
+        positions: int32 places in the documents, which ``rotary_positions='document'`` uses; default is one document
+            per row.
         loss_normalizer: divides the summed cross-entropy, and scales router_z and balancing by B * T over it.
             Default: the number of targets.
         return_hidden: whether to return the hidden states on the way.
@@ -88,6 +89,10 @@ def forward(
     )
     given = {"labels": labels_BT, "attention_mask": mask_BT, "segment_ids": segments_BT, "positions": positions_BT}
     _check_arguments(tokens_BT, given, execution)
+    require(
+        segments_BT is None or positions_BT is not None or config.rotary_positions == "row",
+        "segment_ids without positions: rotary_positions='document' counts the places in each document",
+    )
     weights = Weights.of_tree(config, jax.tree.map(jnp.asarray, params))
     zero_based_step = _zero_based(step) if train else None
     rows = Rows(tokens_BT, positions_BT, segments_BT, mask_BT)

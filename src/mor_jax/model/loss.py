@@ -43,18 +43,20 @@ class CrossEntropy:
     """nll_sum + z_coefficient x z_sum."""
 
 
-def target_mask(model: ModelConfig, segment_ids: Any) -> Any:
+def target_mask(model: ModelConfig, segment_ids: Any, *, within_documents: bool = False) -> Any:
     """Which targets of a packed row count.
 
     Args:
         model: says whether attention, and so prediction, crosses document borders.
         segment_ids: int [B, T+1], 1-based, 0 = padding; numpy or jax.
+        within_documents: whether to count as a model with masked documents does, to compare another with it.
 
     Returns:
         bool [B, T]: the target is no padding and, unless attention crosses borders, of its input's document.
     """
     inputs, targets = segment_ids[:, :-1], segment_ids[:, 1:]
-    return (targets != 0) if model.attend_across_documents else (targets != 0) & (inputs == targets)
+    crosses = model.attend_across_documents and not within_documents
+    return (targets != 0) if crosses else (targets != 0) & (inputs == targets)
 
 
 def _chunked(x_BTX: jax.Array, chunk: int) -> jax.Array:

@@ -22,10 +22,11 @@ from mor_jax.model.layers import RMSNorm, normal_init
 from mor_jax.model.parameters import Weights, compute_copy, from_tree, to_tree
 from mor_jax.model.recurse import make_context, recurse, recurse_scan
 from mor_jax.model.relaxation import collect_unshared
+from mor_jax.model.routing.boundaries import boundaries_of, has_boundary
 from mor_jax.model.routing.capacity import warmup_steps
 from mor_jax.model.routing.decide import RoutingInputs
 from mor_jax.model.routing.gather import expert_gather, token_gather
-from mor_jax.model.routing.router import Router, has_boundary
+from mor_jax.model.routing.router import Router
 from mor_jax.model.routing.scan import expert_scan, token_scan
 from mor_jax.model.routing.trace import RoutingTrace
 from mor_jax.model.rows import Rows
@@ -71,6 +72,8 @@ class Transformer(nn.Module):
         rows: Rows,
         *,
         router_bias_R: jax.Array | None = None,
+        boundaries_R: jax.Array | None = None,
+        max_depth: jax.Array | None = None,
         step: int | jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> TrunkOutput:
@@ -101,7 +104,9 @@ class Transformer(nn.Module):
                 aux_router=Router(config, name="aux_router")() if config.routing.has_aux_router else None,
                 counted_BT=rows.counted_BT,
                 unshared=self._unshared(),
+                boundary_R=boundaries_of(config, boundaries_R) if config.routing.kind == "expert" else None,
                 bias_R=router_bias_R if config.routing.is_loss_free else None,
+                max_depth=max_depth,
                 noise_RBT=_noise(config, key, x_BTD) if config.routing.random else None,
                 step=step,
                 slot_multiple=self.perf.slot_multiple,
@@ -233,9 +238,9 @@ def apply_trunk(
     require(mode in get_args(Mode), f"mode={mode!r} is not one of {', '.join(map(repr, get_args(Mode)))}")
     if mode == "threshold":
         require(
-            has_boundary(config),
+            has_boundary(config, weights.boundaries_R),
             f"mode='threshold' needs a boundary: routing.sampling={routing.sampling!r}, random={routing.random} trains "
-            f"none and routing.boundaries is not calibrated",
+            f"none, routing.boundaries is not calibrated, and the weights come without running ones",
         )
     if warmup_steps(config) == 0:
         step = None
@@ -245,6 +250,7 @@ def apply_trunk(
     )
     variables = from_tree(_gather_block(config, perf, compute_copy(config, weights.params)))
     trunk = Transformer(config, perf, mode, return_stages)
-    output = trunk.apply(variables, rows, router_bias_R=weights.router_bias_R, step=step, key=key)
+    state = {name: getattr(weights, name) for name in ("router_bias_R", "boundaries_R", "max_depth")}
+    output = trunk.apply(variables, rows, **state, step=step, key=key)
     assert isinstance(output, TrunkOutput)
     return output

@@ -1,10 +1,12 @@
 """Open a run for evaluation: its configuration, tokenizer and the weights of its newest checkpoint, on one device."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config, MeshConfig, ModelConfig
@@ -12,9 +14,13 @@ from mor_jax.config import io as config_io
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 from mor_jax.mesh.devices import Device
+from mor_jax.model.cut import cut_params
 from mor_jax.model.parameters import Weights
+from mor_jax.model.routing.boundaries import listed
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.state import abstract_model_state
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,23 +28,35 @@ class RestoredRun:
     """A run as evaluation needs it."""
 
     config: Config
+    """Of the run; inside a stage of ``train.growth``, as if it trained that stage's model throughout."""
     params: Params
     router_bias_R: jax.Array
     """float32 [R]: loss-free bias of token-choice; zeros otherwise."""
     tokenizer: Tokenizer
     step: int
     """Optimiser steps behind the parameters."""
+    boundaries_R: jax.Array | None = None
+    """float32 [R]: running boundaries of expert-choice; None where training kept none."""
 
     @property
     def weights(self) -> Weights:
         """The model to evaluate."""
-        return Weights(self.config.model, self.params, self.router_bias_R)
+        return Weights(self.config.model, self.params, self.router_bias_R, self.boundaries_R)
+
+    @property
+    def boundaries(self) -> tuple[float, ...] | None:
+        """What `threshold` of expert-choice compares with, as `--boundaries` takes it; None where 0 was trained."""
+        routing = self.config.model.routing
+        if routing.boundaries is not None or self.boundaries_R is None:
+            return routing.boundaries
+        return tuple(listed(self.config.model, self.boundaries_R))
 
 
 def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRun:
     """Restore the weights of a run that ``mor train`` wrote, whatever it was trained on.
 
-    The optimiser's state is not read. Nothing in the folder is changed, so the run may be training meanwhile.
+    The optimiser's state is not read. Nothing in the folder is changed, so the run may be training meanwhile. A run
+    still inside a stage of ``train.growth`` is the model of that stage: of the rest nothing is trained yet.
 
     Args:
         run_folder: holds config.json, tokenizer.json and checkpoints/.
@@ -66,7 +84,23 @@ def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRu
         checkpoints.close()
     if state is None:
         raise UserError(f"{folder} holds no complete checkpoint")
-    return RestoredRun(local, state.params, state.router_bias_R, tokenizer, int(state.step))
+    params, step = state.params, int(state.step)
+    stage = config.stage_after(step)
+    if stage.model != config.model:
+        _log.info("step %d of %d is of a stage of train.growth: %s", step, config.train.steps, stage.description)
+        local, params = local.of_stage(stage), cut_params(config.model, stage.model, params)
+    boundaries_R = _known(local.model, state.boundaries_R)
+    return RestoredRun(local, params, state.router_bias_R, tokenizer, step, boundaries_R)
+
+
+def _known(model: ModelConfig, boundaries_R: jax.Array) -> jax.Array | None:
+    """Running boundaries, or None for a model without, and for a run that trained before they were kept."""
+    if not model.routing.keeps_boundaries:
+        return None
+    if np.all(np.isnan(boundaries_R)):
+        _log.info("its training kept no running boundaries: `threshold` is what the auxiliary loss or calibration says")
+        return None
+    return boundaries_R
 
 
 def load_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:

@@ -106,7 +106,7 @@ def expert_gather(
                 out, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
         else:
             out, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
-        state = state + gated(config, whole(gate), out, state)
+        state = state + gated(config, whole(gate), out, state, inputs.step)
         records.append((raw_BT, aux_BT, active_BT, descent.expand(ones_BC), descent.expand(gate)))
         rows.append(view.rows_BC[:, :count])
         if return_stages:
@@ -149,7 +149,7 @@ def token_gather(
             gates = gather_rows(gates, selection)
             chosen, view = take_rows(chosen, selection.index_BC), take_tokens(view, selection)
         state, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
-        deltas.append(gated(config, whole(gates[:, :, r]), state, origin))
+        deltas.append(gated(config, whole(gates[:, :, r]), state, origin, inputs.step))
         selected.append(descent.expand(valid_BC.astype(jnp.float32)))
         if return_stages:
             stages.append(descent.expand(state))

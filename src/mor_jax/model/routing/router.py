@@ -1,4 +1,4 @@
-"""The router: a network that scores tokens, and what its scores mean - gates and boundaries (paper section 2.2.1).
+"""The router: a network that scores tokens, and what its scores mean as gates (paper section 2.2.1).
 
 Letters: B rows, T tokens, C computed tokens, D width, R recursions.
 """
@@ -96,25 +96,23 @@ def score(config: ModelConfig, raw: jax.Array) -> jax.Array:
 
 
 @jax.named_scope("routing")
-def gated(config: ModelConfig, gate_BC: jax.Array, out_BCD: jax.Array, x_BCD: jax.Array) -> jax.Array:
-    """What a token's residual stream receives: g * block(x), or g * (block(x) - x) in the `plain` form."""
+def gated(
+    config: ModelConfig,
+    gate_BC: jax.Array,
+    out_BCD: jax.Array,
+    x_BCD: jax.Array,
+    step: int | jax.Array | None = None,
+) -> jax.Array:
+    """What a token's residual stream receives: g * block(x), or g * (block(x) - x) in the `plain` form.
+
+    While the gate warms up (0-based optimiser ``step``) it is mixed with block(x) - x, which makes of the stream what
+    a pass without a router does.
+    """
     delta_BCD = out_BCD if config.routing.residual == "paper" else out_BCD - x_BCD
-    if config.routing.gating == "additive":
+    if config.routing.gating == "weighted":
+        delta_BCD = gate_BC[:, :, None].astype(out_BCD.dtype) * delta_BCD
+    warmup = config.routing.gate_warmup_steps
+    if step is None or not warmup:
         return delta_BCD
-    return gate_BC[:, :, None].astype(out_BCD.dtype) * delta_BCD
-
-
-def boundary_decision(config: ModelConfig, raw: jax.Array, recursion: int) -> jax.Array:
-    """bool: whether `threshold` lets a token go on at this recursion; capacity 1 lets all (shape of `raw`)."""
-    if config.capacities[recursion] == 1.0:
-        return jnp.ones(raw.shape, bool)
-    boundaries: Any = config.routing.boundaries
-    return raw >= (boundaries[recursion] if boundaries is not None else 0.0)
-
-
-def has_boundary(config: ModelConfig) -> bool:
-    """Whether mode `threshold` means something: token-choice, a trained boundary, or a calibrated one."""
-    routing = config.routing
-    if routing.kind != "expert":
-        return True
-    return not routing.random and (routing.boundaries is not None or routing.sampling != "none")
+    share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup).astype(out_BCD.dtype)
+    return share * delta_BCD + (1 - share) * (out_BCD - x_BCD)

@@ -68,22 +68,20 @@ def expert_scan(
     """Expert-choice over whole rows, by top-k or by threshold."""
     length, recursions = x_BTD.shape[1], config.recursion.num_recursions
     shares = config.recursion.kv_strategy != "recursion"
-    boundaries = config.routing.boundaries or (0.0,) * recursions
-    selects_all = np.array(config.capacities) == 1.0
 
     def body(block: Any, carry: Any, xs: Any) -> Any:
         x_BTD, active_BT, first = carry
-        r, router_r, aux_r, unshared_r, count, boundary, all_pass, noise_BT = xs
+        r, router_r, aux_r, unshared_r, count, boundary, noise_BT = xs
         raw, aux = expert_scores(config, router_r, aux_r, x_BTD, noise_BT)
         if mode == "topk":
             # padding ranks below every token, tokens that have left below padding
             ranking = jnp.where(inputs.counted_BT, jax.lax.stop_gradient(raw), jnp.finfo(jnp.float32).min)
             selected_BT = active_BT & top_mask(jnp.where(active_BT, ranking, -jnp.inf), count)
         else:
-            selected_BT = active_BT & (all_pass | (aux >= boundary))
+            selected_BT = active_BT & (aux >= boundary)
         out, first = _run_block(config, block, x_BTD, inputs.view, first, r, selected_BT, unshared_r)
         gate = score(config, raw)
-        x_BTD = jnp.where(selected_BT[:, :, None], x_BTD + gated(config, gate, out, x_BTD), x_BTD)
+        x_BTD = jnp.where(selected_BT[:, :, None], x_BTD + gated(config, gate, out, x_BTD, inputs.step), x_BTD)
         record = (raw, aux, active_BT, selected_BT, gate, x_BTD if return_stages else None)
         return (x_BTD, selected_BT, first), record
 
@@ -93,8 +91,7 @@ def expert_scan(
         inputs.aux_router,
         inputs.unshared,
         _counts(config, length, inputs.step),
-        jnp.array(boundaries, jnp.float32),
-        jnp.array(selects_all),
+        inputs.boundary_R,
         inputs.noise_RBT,
     )
     carry = (x_BTD, jnp.ones(x_BTD.shape[:2], bool), empty_kv(config, x_BTD) if shares else None)
@@ -116,7 +113,7 @@ def token_scan(
         selected_BT = chosen_BT > r
         out, first = _run_block(config, block, state, inputs.view, first, r, selected_BT, unshared_r)
         leaves_BT1 = (chosen_BT == r + 1)[:, :, None]
-        delta = jnp.where(leaves_BT1, gated(config, gate, out, x_BTD), delta)
+        delta = jnp.where(leaves_BT1, gated(config, gate, out, x_BTD, inputs.step), delta)
         state = jnp.where(selected_BT[:, :, None], out, state)
         stage = jnp.where(selected_BT[:, :, None], out, jnp.zeros((), out.dtype)) if return_stages else None
         return (state, delta, first), (selected_BT, stage)
