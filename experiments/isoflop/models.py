@@ -75,7 +75,8 @@ def configured(scale: str, family: Family, width: int, changes: Mapping[str, Any
     """
     base = _debug(width) if scale == "debug" else _full(width, corpus)
     config = with_overrides(base, {**OVERRIDES[family], **RECIPE, **changes})
-    steps = steps_for(config.model, scale_of(scale).budget, config.train.batch_size, "training")
+    budget, train = scale_of(scale).budget, config.train
+    steps = steps_for(config.model, budget, train.batch_size, "training", train.growth)
     warmup = max(1, round(_WARMUP_SHARE * steps))
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup))
     return with_steps(config, steps)
