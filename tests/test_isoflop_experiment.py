@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from mor_jax.model.flops import count_parameters, train_flops_per_token
+from mor_jax.model.flops import count_parameters, run_flops
 from mor_jax.sweep.paired import PairedDifference
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "isoflop"
@@ -42,7 +42,7 @@ def _documents(source, count, parts):
 
 
 def test_no_part_of_a_held_out_work_is_trained_on(tmp_path):
-    documents = [*_documents("books", 300, 12), *_documents("openstax", 40, 50), *_documents("usgov", 400, 1)]
+    documents = [*_documents("books", 600, 12), *_documents("openstax", 40, 50), *_documents("usgov", 400, 1)]
     paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
     for path, half in zip(paths, (documents[::2], documents[1::2]), strict=True):
         path.write_text("".join(json.dumps(document) + "\n" for document in half))
@@ -76,23 +76,16 @@ def test_every_run_spends_the_budget(scale):
         run = ablation.at_best({}, family, part, 1)
         assert (run.config.train.seed, run.config.data.seed) == (1, 1)
         assert not run.config.model.attend_across_documents
-        if "growth" not in part.name:  # whose first steps cost less
-            tokens = run.config.train.steps * run.config.train.batch_size * run.config.model.context_length
-            spent = train_flops_per_token(run.config.model) * tokens
-            assert spent == pytest.approx(MODELS.SCALES[scale].budget, rel=0.6 / run.config.train.steps)
+        spent, budget = run_flops(run.config), MODELS.SCALES[scale].budget
+        assert spent == pytest.approx(budget, rel=0.6 / run.config.train.steps), run.name
 
 
 def test_sizes_bracket_the_tokens_for_each_parameter():
     for run in ABLATION.Ablation("full").sizes({}):
         config = run.config
         tokens = config.train.steps * config.train.batch_size * config.model.context_length
-        assert 5 < tokens / count_parameters(config.model).non_embedding < 60, run.name
+        assert 4.5 < tokens / count_parameters(config.model).non_embedding < 60, run.name
         assert tokens < 4 * 160e6  # epochs of the corpus
-
-
-def _results(ablation, losses):
-    """Results of runs by (family, part, seed) at their best, each a loss or what the name begins with."""
-    return {run.name: {"state": "done", "nll": loss} for run, loss in losses}
 
 
 def test_stages_choose_by_what_was_found():
@@ -100,6 +93,7 @@ def test_stages_choose_by_what_was_found():
     sizes = ablation.sizes({})
     assert sizes[0].name == "vanilla-d24-lr0.003-base-s0" and len({run.name for run in sizes}) == len(sizes) == 14
     found = {run.name: {"state": "done", "nll": 5.0} for run in sizes}
+    found["vanilla-d24-lr0.003-base-s0"]["nll"] = 4.9
     found["mor-d32-lr0.003-base-s0"]["nll"] = 4.9
     found["mor-d24-lr0.006-base-s0"]["nll"] = 4.8
     found["mor-d24-lr0.006-adamw-s0"]["nll"] = 4.7

@@ -40,7 +40,7 @@ class Scale:
     budget: float
     """Exact training FLOPs of a run."""
     widths: Mapping[Family, tuple[int, int, int]]
-    """Sizes, so that the best lies inside: 5 to 60 tokens for each unique parameter without embedding."""
+    """Sizes, so that the best lies inside: about 5 to 60 tokens for each unique parameter without embedding."""
     rate: float
     """Peak learning rate that is tried first; half and twice it are tried at the middle width."""
 
@@ -75,7 +75,8 @@ def configured(scale: str, family: Family, width: int, changes: Mapping[str, Any
     """
     base = _debug(width) if scale == "debug" else _full(width, corpus)
     config = with_overrides(base, {**OVERRIDES[family], **RECIPE, **changes})
-    steps = steps_for(config.model, scale_of(scale).budget, config.train.batch_size, "training")
+    budget, train = scale_of(scale).budget, config.train
+    steps = steps_for(config.model, budget, train.batch_size, "training", train.growth)
     warmup = max(1, round(_WARMUP_SHARE * steps))
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup))
     return with_steps(config, steps)
