@@ -13,9 +13,9 @@ import numpy as np
 
 from mor_jax.config import ModelConfig
 
-HORIZON = 32
-"""Batches that a running boundary averages over: enough to even out what single batches differ by, and few beside the
-steps over which a decaying rate lets the scores come to rest."""
+HORIZON = 8
+"""Batches that a running boundary averages over (their mean age): enough to even out what batches differ by, and few
+beside the steps over which a decaying rate lets the scores come to rest."""
 
 
 def has_boundary(config: ModelConfig, running_R: jax.Array | None = None) -> bool:
