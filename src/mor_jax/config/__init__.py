@@ -23,6 +23,7 @@ from mor_jax.config.model import (
     Dtype,
     ModelConfig,
 )
+from mor_jax.config.parts import PartsConfig
 from mor_jax.config.recursion import (
     Balancing,
     GateResidual,
@@ -72,6 +73,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "Packing",
+    "PartsConfig",
     "PerfConfig",
     "RecursionConfig",
     "RelaxationConfig",

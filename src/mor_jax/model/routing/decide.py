@@ -10,6 +10,7 @@ from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model.layer_context import TokenView
+from mor_jax.model.parts import Carried
 from mor_jax.model.relaxation import Unshared
 from mor_jax.model.routing.router import RouterParams, raw_scores, score
 
@@ -26,6 +27,8 @@ class RoutingInputs:
     aux_router: RouterParams | None = None
     unshared: Unshared | None = None
     """What recursions do not share, leaves [R, L, ...]; None if they share everything."""
+    carried: Carried | None = None
+    """Of all T tokens, for the parts that are on."""
     bias_R: jax.Array | None = None
     """Token-choice, loss-free balancing: added to the scores for choosing only."""
     noise_RBT: jax.Array | None = None
