@@ -57,7 +57,8 @@ def test_every_mesh_equals_one_device(case, mesh):
 PARTS = PartsConfig(True, True, "learned", logit_softcap=4.0, value_residual=True)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp x tensor", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp x tensor", "all"])
 def test_parts_on_a_mesh_equal_one_device(mesh):
     """Beside the kernels where rows are whole: norms of heads come before the rotation, which is then XLA's."""
     config = config_of("expert")

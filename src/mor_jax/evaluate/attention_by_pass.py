@@ -21,8 +21,8 @@ from mor_jax.evaluate.passes import evaluation_perf
 from mor_jax.mesh.processes import to_host
 from mor_jax.model.decoder_layer import DecoderLayer
 from mor_jax.model.layer_context import LayerContext
+from mor_jax.model.modern_parts import carry, inject
 from mor_jax.model.parameters import Weights, compute_copy, from_tree
-from mor_jax.model.parts import carry, inject
 from mor_jax.model.recurse import at, empty_kv, scan_context
 from mor_jax.model.relaxation import collect_unshared
 from mor_jax.model.rows import Rows

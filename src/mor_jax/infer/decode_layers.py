@@ -21,7 +21,7 @@ from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.kernels.norm import rms_norm
 from mor_jax.kernels.rotary import Rotary, rotary_tables
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.parts import Carried, cap_logits, inject, norm_joint_heads, scale_branch
+from mor_jax.model.modern_parts import Carried, cap_logits, inject, norm_joint_heads, scale_branch
 
 Own = dict[str, jax.Array]
 """What a layer has of its row's recursion: norm scales [B, 1, D], and scales of ``PartsConfig``."""

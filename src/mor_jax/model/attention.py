@@ -15,7 +15,7 @@ from mor_jax.kernels.rotary import Rotary, apply_rotary, rotates_jointly, split_
 from mor_jax.mesh.axes import axis_size, constrain
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import compute_weight
-from mor_jax.model.parts import head_norms, matrix_init, mix_values
+from mor_jax.model.modern_parts import head_norms, matrix_init, mix_values
 from mor_jax.model.relaxation import low_rank
 from mor_jax.model.routing.select import merge_rows
 

@@ -12,7 +12,7 @@ from mor_jax.mesh.axes import constrain
 from mor_jax.model.attention import Attention
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, SwiGLU
-from mor_jax.model.parts import scale_branch
+from mor_jax.model.modern_parts import scale_branch
 from mor_jax.model.relaxation import Unshared
 
 _SAVED_NAMES = ("query", "key", "value", "attention", "gate_up")

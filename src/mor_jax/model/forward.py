@@ -13,8 +13,8 @@ from mor_jax.array_types import Params
 from mor_jax.config import Execution, Mode, ModelConfig, ResolvedPerf
 from mor_jax.errors import require
 from mor_jax.model.loss import target_mask
+from mor_jax.model.modern_parts import cap_logits
 from mor_jax.model.parameters import Weights, head_matrix
-from mor_jax.model.parts import cap_logits
 from mor_jax.model.routing.capacity import routed_tokens
 from mor_jax.model.routing.trace import RoutingTrace
 from mor_jax.model.rows import Rows

@@ -10,7 +10,7 @@ import jax
 from mor_jax.config import Kernels, ModelConfig, ResolvedPerf
 from mor_jax.kernels.norm import residual_norm
 from mor_jax.kernels.swiglu import feed_forward
-from mor_jax.model.parts import matrix_init
+from mor_jax.model.modern_parts import matrix_init
 from mor_jax.model.relaxation import low_rank
 
 

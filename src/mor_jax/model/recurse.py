@@ -18,7 +18,7 @@ from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.kernels.rotary import rotary_tables
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.layer_context import LayerContext
-from mor_jax.model.parts import Carried, inject
+from mor_jax.model.modern_parts import Carried, inject
 from mor_jax.model.relaxation import Unshared
 
 Block = Callable[[jax.Array, LayerContext, KeyValue | None, Unshared | None], tuple[jax.Array, KeyValue | None]]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import LoraTarget, ModelConfig
-from mor_jax.model.parts import collect_parts
+from mor_jax.model.modern_parts import collect_parts
 from mor_jax.model.weight_axes import weight_axes
 
 Unshared = dict[str, Any]

@@ -13,7 +13,7 @@ import numpy as np
 from mor_jax.array_types import Params
 from mor_jax.config import InitStrategy, ModelConfig
 from mor_jax.errors import require
-from mor_jax.model.parts import NAMES
+from mor_jax.model.modern_parts import NAMES
 from mor_jax.model.relaxation import lora_from_residuals
 from mor_jax.model.transformer import init_params
 

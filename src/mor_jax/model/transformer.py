@@ -19,8 +19,8 @@ from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
 from mor_jax.model.decoder_layer import remat_layer
 from mor_jax.model.layers import RMSNorm, normal_init
+from mor_jax.model.modern_parts import Carried, carry
 from mor_jax.model.parameters import Weights, compute_copy, from_tree, to_tree
-from mor_jax.model.parts import Carried, carry
 from mor_jax.model.recurse import make_context, recurse, recurse_scan
 from mor_jax.model.relaxation import collect_unshared
 from mor_jax.model.routing.capacity import warmup_steps

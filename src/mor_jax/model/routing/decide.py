@@ -10,7 +10,7 @@ from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model.layer_context import TokenView
-from mor_jax.model.parts import Carried
+from mor_jax.model.modern_parts import Carried
 from mor_jax.model.relaxation import Unshared
 from mor_jax.model.routing.router import RouterParams, raw_scores, score
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mor_jax.array_types import KeyValue
 from mor_jax.config import Mode, ModelConfig
-from mor_jax.model.parts import inject
+from mor_jax.model.modern_parts import inject
 from mor_jax.model.recurse import empty_kv, scan_context
 from mor_jax.model.relaxation import Unshared
 from mor_jax.model.routing.capacity import routed_tokens, warmup_table
