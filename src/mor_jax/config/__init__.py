@@ -25,6 +25,7 @@ from mor_jax.config.model import (
     ModelConfig,
     RotaryPositions,
 )
+from mor_jax.config.parts import PartsConfig
 from mor_jax.config.recursion import (
     Balancing,
     GateResidual,
@@ -77,6 +78,7 @@ __all__ = [
     "OptimizerConfig",
     "OptimizerKind",
     "Packing",
+    "PartsConfig",
     "PerfConfig",
     "RecursionConfig",
     "RelaxationConfig",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mor_jax.config.checks import require_choice, require_positive
+from mor_jax.config.parts import PartsConfig
 from mor_jax.config.recursion import RecursionConfig, RoutingConfig
 from mor_jax.errors import require
 
@@ -49,6 +50,7 @@ class ModelConfig:
     """Compute dtype; parameters are float32."""
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    parts: PartsConfig = field(default_factory=PartsConfig)
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, Dtype)
@@ -76,6 +78,7 @@ class ModelConfig:
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: rotary embedding rotates pairs")
         self._check_layers()
         self._check_routing()
+        self.parts.check(self.recursion)
 
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:

@@ -292,6 +292,7 @@ def _check_expressible(config: ModelConfig) -> None:
         problems.append("recursion.kv_strategy='shared_update' works only in expert-choice with middle_cycle")
     if recursion.relaxation.lora_rank or recursion.relaxation.encoding:
         problems.append("recursion.relaxation: its checkpoints hold no low-rank updates or recursion encodings")
+    problems += [f"parts.{part}: it has no such part" for part in config.parts.changes]
     if not config.attend_across_documents:
         problems.append("attend_across_documents=False: it has no document masks")
     elif config.rotary_positions == "document":
