@@ -61,6 +61,7 @@ def _refused_after(outcome: Outcome, *words: str) -> None:
         (("prepare", "nowhere.txt", "--out", "x"), ("nowhere.txt: no such file",)),
         (("eval", "nowhere"), ("nowhere is not a run folder",)),
         (("eval", "nowhere", "--stride", "4"), ("--stride needs --text",)),
+        (("eval", "nowhere", "--tasks", "copa", "--within-documents"), ("--within-documents is for losses",)),
         (("eval", "nowhere", "--evalsets", "x"), ("--evalsets needs --tasks",)),
         (("eval", "nowhere", "--limit", "3"), ("--limit needs --tasks",)),
         (("eval", "nowhere", "--batch-size", "3"), ("--batch-size needs --tasks",)),

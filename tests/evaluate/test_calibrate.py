@@ -12,7 +12,7 @@ from mor_jax.errors import UserError
 from mor_jax.evaluate.calibrate import _cut, calibrate, with_boundaries
 from mor_jax.evaluate.passes import batch_trace
 from mor_jax.model.parameters import Weights
-from mor_jax.model.routing.router import has_boundary
+from mor_jax.model.routing.boundaries import has_boundary
 from mor_jax.model.rows import Rows
 
 
@@ -28,14 +28,20 @@ def test_as_many_tokens_pass_as_by_topk():
     boundaries = calibrate(weights(cfg), cfg.perf, batches)
     fixed = with_boundaries(cfg, boundaries)
     assert boundaries[0] == 0.0 and has_boundary(fixed.model)  # the first recursion takes all
+    running = dataclasses.replace(weights(cfg), boundaries_R=np.array(boundaries, np.float32))
+    assert has_boundary(cfg.model, running.boundaries_R)
     shares = {}
-    for name, each, mode in (("topk", cfg, "topk"), ("threshold", fixed, "threshold")):
-        model = Weights(each.model, params(cfg))
+    for name, model, mode in (
+        ("topk", weights(cfg), "topk"),
+        ("threshold", Weights(fixed.model, params(cfg)), "threshold"),
+        ("running", running, "threshold"),
+    ):
         traces = [batch_trace(model, PLAIN, mode, Rows.of_batch(b), jax.random.key(0)) for b in batches]
         depths = [np.asarray(trace.depth_BT) for trace in traces]
         shares[name] = np.mean(np.concatenate(depths) == 2)
     assert shares["topk"] == 0.5
     np.testing.assert_allclose(shares["threshold"], 0.5, atol=1 / (3 * 8 * 16))
+    assert shares["running"] == shares["threshold"]
 
 
 def test_what_has_no_boundary_to_calibrate_is_refused():

@@ -64,8 +64,8 @@ def test_rows_are_spread_over_all_devices():
 
 
 def test_a_recipe_without_a_boundary_cannot_be_scored():
-    assert causal_mode(config().model) == "threshold"
-    assert causal_mode(config("token").model) == causal_mode(config("none", sharing="none").model) == "topk"
+    assert causal_mode(weights(config())) == "threshold"
+    assert causal_mode(weights(config("token"))) == causal_mode(weights(config("none", sharing="none"))) == "topk"
     with pytest.raises(UserError, match=r"cannot be scored causally: model\.routing.sampling='none'"):
-        causal_mode(config(sampling="none").model)
+        causal_mode(weights(config(sampling="none")))
     assert Bytes().vocab_size < config().model.vocab_size  # the head has entries that no text holds

@@ -22,7 +22,7 @@ from mor_jax.model.transformer import apply_trunk, logical_axes
 ZERO_BIAS = jnp.zeros(2)
 
 
-def _plain(cfg, batches: Sequence, mode: Mode):
+def _plain(cfg, batches: Sequence, mode: Mode, *, within_documents: bool = False):
     """(nats, targets, bytes) summed by hand over whole logits, and the traces."""
 
     @jax.jit
@@ -35,7 +35,8 @@ def _plain(cfg, batches: Sequence, mode: Mode):
         log_BTV, trace = jax.device_get(forward(rows))
         for b, t in np.ndindex(*log_BTV.shape[:2]):
             now, following = rows["segment_ids"][b, t : t + 2]
-            if following and (cfg.model.attend_across_documents or now == following):
+            crosses = cfg.model.attend_across_documents and not within_documents
+            if following and (crosses or now == following):
                 target = rows["tokens"][b, t + 1]
                 nats -= float(log_BTV[b, t, target])
                 targets += 1
@@ -49,8 +50,8 @@ def test_both_modes_equal_plain_sums(kind, across):
     cfg = config(kind, across=across)
     batches = [batch(0), batch(1, padding=3)]
     losses = validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(*batches), 4)
-    assert modes_of(cfg.model) == ("topk", "threshold")
-    for mode in modes_of(cfg.model):
+    assert modes_of(weights(cfg)) == ("topk", "threshold")
+    for mode in modes_of(weights(cfg)):
         nats, targets, size, _ = _plain(cfg, batches, mode)
         assert (losses["validation_tokens"], losses["validation_bytes"]) == (targets, size)
         np.testing.assert_allclose(losses[f"validation_{mode}_nll"], nats / targets, rtol=1e-5)
@@ -60,6 +61,18 @@ def test_both_modes_equal_plain_sums(kind, across):
     assert losses["validation_gap"] == gap
     assert ("validation_topk_dropped" in losses) == (kind == "token")
     assert all(isinstance(v, int | float | list) for v in losses.values())  # writers take numbers and lists of them
+
+
+def test_a_model_is_measured_on_the_targets_of_one_with_masked_documents():
+    across, masked = config("none"), config("none", across=False)
+    batches = [batch(0), batch(1, padding=3)]
+    found = validation_losses(weights(across), across.perf, HeldOut(*batches), 4, within_documents=True)
+    other = validation_losses(weights(masked), masked.perf, HeldOut(*batches), 4)
+    nats, targets, size, _ = _plain(across, batches, "topk", within_documents=True)
+    for name, value in (("validation_tokens", targets), ("validation_bytes", size)):
+        assert found[name] == other[name] == value
+    np.testing.assert_allclose(found["validation_nll"], nats / targets, rtol=1e-5)
+    assert abs(found["validation_nll"] - other["validation_nll"]) > 1e-3  # it still sees the documents before
 
 
 def test_routing_figures_are_counted_over_all_rows():
@@ -94,10 +107,10 @@ def test_without_a_boundary_threshold_is_left_out_and_said(routing):
     losses = validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(batch(0)), 2)
     assert "validation_topk_nll" in losses
     assert not [k for k in losses if "threshold" in k or "gap" in k]
-    assert "boundaries" in str(threshold_refusal(cfg.model))
-    assert "threshold refused" in summary(cfg.model, losses)
+    assert "boundaries" in str(threshold_refusal(weights(cfg)))
+    assert "threshold refused" in summary(weights(cfg), losses)
     calibrated = config(boundaries=(0.0, 0.1), **routing)
-    assert threshold_refusal(calibrated.model) is None
+    assert threshold_refusal(weights(calibrated)) is None
 
 
 def test_without_a_router_there_is_one_loss():
@@ -107,12 +120,12 @@ def test_without_a_router_there_is_one_loss():
     assert set(losses) == {"validation_tokens", "validation_bytes", "validation_nll", "validation_bits_per_byte"}
     np.testing.assert_allclose(losses["validation_nll"], nats / targets, rtol=1e-5)
     np.testing.assert_allclose(losses["validation_bits_per_byte"], nats / math.log(2) / size, rtol=1e-5)
-    assert summary(cfg.model, losses).startswith(f"{losses['validation_nll']:.4f} nats/token")
+    assert summary(weights(cfg), losses).startswith(f"{losses['validation_nll']:.4f} nats/token")
 
 
 def test_summary_says_which_mode_looks_ahead():
     cfg = config()
-    text = summary(cfg.model, validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(batch(0)), 2))
+    text = summary(weights(cfg), validation_losses(weights(cfg, ZERO_BIAS), cfg.perf, HeldOut(batch(0)), 2))
     assert "bits/byte (looks ahead)" in text and "bits/byte (causal)" in text and "gap" in text
 
 

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
+from mor_jax.config import ModelConfig, RecursionConfig, ResolvedPerf, RoutingConfig
+from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import DecodeModel, prepare_weights
-from mor_jax.model.forward import forward
-from mor_jax.model.transformer import init_params
+from mor_jax.model.parameters import Weights, head_matrix
+from mor_jax.model.rows import Rows
+from mor_jax.model.transformer import apply_trunk, init_params
 
 VOCABULARY = 31
 _ROUTINGS = {
@@ -68,17 +70,17 @@ def decode_model(config: ModelConfig) -> DecodeModel:
 
 
 @functools.cache
-def full_forward(config: ModelConfig) -> Any:
-    """Compiled ``f(tokens_BT) -> (logits_BTV, depth_BT)`` of the full forward pass under `threshold`."""
-    bias = router_bias(config)
-    params = make_params(config) | ({} if bias is None else {"router_state": {"bias": bias}})
+def full_forward(config: ModelConfig, max_depth: int | None = None) -> Any:
+    """Compiled ``f(tokens_BT) -> (logits_BTV, depth_BT)`` of the full forward pass under `threshold`, as evaluated."""
+    weights = Weights(config, make_params(config), router_bias(config))
+    weights = weights if max_depth is None else cap_depth(weights, max_depth)
 
     @jax.jit
     def run(tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        output = forward(config, params, tokens_BT, mode="threshold", execution="scan")
-        passes = kv_layout(config).passes
+        output = apply_trunk(weights, ResolvedPerf(execution="scan"), Rows(tokens_BT), mode="threshold")
+        passes = kv_layout(weights.config).passes
         depth_BT = jnp.full(tokens_BT.shape, passes) if output.trace is None else output.trace.depth_BT
-        return output.logits, depth_BT
+        return output.hidden_BTD @ head_matrix(weights.config, weights.params).T, depth_BT
 
     return run
 

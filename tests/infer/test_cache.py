@@ -76,3 +76,13 @@ def test_what_cannot_decode_is_refused_with_a_reason():
     assert decoding_refusal(model_config("expert", "cycle")) is None
     untrained = ModelConfig(recursion=RecursionConfig(2, "cycle"), routing=RoutingConfig("expert", sampling="none"))
     assert "trains no causal boundary" in (decoding_refusal(untrained) or "")
+    assert decoding_refusal(untrained, jnp.zeros(2)) is None
+
+
+def test_decoding_compares_with_the_running_boundaries_unless_others_are_given():
+    config = model_config("expert", "cycle")
+    running_R = jnp.array([-jnp.inf, 0.25, jnp.nan])
+    prepared = prepare_weights(config, make_params(config), running_R=running_R)
+    np.testing.assert_array_equal(prepared.boundary_R, [-np.inf, 0.25, 0.0])
+    given = prepare_weights(config, make_params(config), running_R=running_R, boundaries=(0.0, 0.5, 0.75))
+    np.testing.assert_array_equal(given.boundary_R, [-np.inf, 0.5, 0.75])

@@ -9,6 +9,7 @@ import pytest
 from decode_examples import decode_model, full_forward, model_config
 from engine_examples import LENGTH, OPTIONS, make_requests, serve
 
+from mor_jax.config import PartsConfig
 from mor_jax.errors import UserError
 from mor_jax.infer import stages
 from mor_jax.infer.cache import kv_usage
@@ -18,7 +19,7 @@ from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
 
 
-def _check_greedy(config, requests, results, margin=1e-4):
+def _check_greedy(config, requests, results, margin=1e-4, max_depth=None):
     """Each token is the full forward pass's most likely one, with its log-probability and depth; count close calls."""
     close = 0
     for request, result in zip(requests, results, strict=True):
@@ -27,7 +28,7 @@ def _check_greedy(config, requests, results, margin=1e-4):
         row = np.zeros((1, LENGTH), np.int32)
         whole = [*request.prompt, *(t.token for t in result)]
         row[0, : len(whole)] = whole
-        logits_TV, depth_T = (np.asarray(x[0]) for x in full_forward(config)(row))
+        logits_TV, depth_T = (np.asarray(x[0]) for x in full_forward(config, max_depth)(row))
         for nth, token in enumerate(result):
             place = len(request.prompt) - 1 + nth
             logits_V = logits_TV[place].astype(np.float64)
@@ -125,10 +126,16 @@ def test_cancelled_requests_give_nothing_more_and_leave_nothing(engine):
     test_nothing_stays_behind(engine)
 
 
-def test_a_budget_of_passes_holds(engine):
+@pytest.mark.parametrize("routing", ["expert", "token"])
+def test_every_request_keeps_its_budget_of_passes_as_evaluation_does(routing, config, engine):
+    if routing == "token":
+        config = model_config("token", "cycle", "recursion")
+        engine = Engine(decode_model(config), OPTIONS)
     requests = [dataclasses.replace(r, max_depth=1 + i % 2) for i, r in enumerate(make_requests(8, seed=4))]
-    for request, result in zip(requests, serve(engine, requests), strict=True):
-        assert max(t.depth for t in result) <= (request.max_depth or 0)
+    results = serve(engine, requests)
+    for cap in (1, 2):
+        assert _check_greedy(config, requests[cap - 1 :: 2], results[cap - 1 :: 2], max_depth=cap) == 0
+        assert max(t.depth for result in results[cap - 1 :: 2] for t in result) == cap
 
 
 def test_a_stop_token_ends_a_request(engine):
@@ -205,10 +212,13 @@ def test_an_engine_without_cuts_refuses_them_and_draws_the_same(config, engine):
         ("none", "middle_cycle", "recursion"),
         ("none", "middle_sequence", "shared"),
         ("none", "none", "recursion"),
+        ("expert", "middle_cycle", "recursion-parts"),
     ],
 )
 def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv):
-    config = model_config(routing, sharing, kv)
+    parts = PartsConfig(qk_norm=True, input_injection=True, residual_scale="learned", logit_softcap=2.0)
+    kv, *with_parts = kv.split("-")
+    config = model_config(routing, sharing, kv, **({"parts": parts} if with_parts else {}))
     engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, block_pages=None, edge_pages=None))
     engine.warm_up()
     before, requests = compilations(), make_requests(40)

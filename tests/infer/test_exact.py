@@ -9,26 +9,28 @@ import numpy as np
 import pytest
 from decode_examples import decode_model, full_forward, model_config, tokens
 
+from mor_jax.config import PartsConfig
 from mor_jax.infer import paged_attention as attention
 from mor_jax.infer.cache import CacheShape, init_cache
+from mor_jax.infer.decode_model import decoding_refusal
 from mor_jax.infer.prefill import prefill
 
 PROMPTS = (13, 7, 1)
 LENGTH, CHUNK = 19, 5
 
 
-def _read(model, cache, tokens_BT, start_B, count_B, width):
+def _read(model, cache, tokens_BT, start_B, count_B, width, max_depth):
     """Read the next ``count_B`` tokens of three sequences in one call of a static width."""
     rows = np.zeros((3, width), np.int32)
     for row, (start, count) in enumerate(zip(start_B, count_B, strict=True)):
         rows[row, :count] = tokens_BT[row, start : start + count]
     # the cache has room for more sequences, and rows stand for any of them
     places = jnp.array([3, 0, 2], jnp.int32)
-    sizes = (jnp.asarray(start_B, jnp.int32), jnp.asarray(count_B, jnp.int32), jnp.full(3, 9, jnp.int32))
+    sizes = (jnp.asarray(start_B, jnp.int32), jnp.asarray(count_B, jnp.int32), jnp.full(3, max_depth, jnp.int32))
     return prefill(model, cache, places, jnp.asarray(rows), *sizes, piece=3, return_logits=True)
 
 
-def _decode_all(config, tokens_BT):
+def _decode_all(config, tokens_BT, max_depth=9):
     """Logits and depths of every token: prompts of mixed lengths in chunks, then one token at a time."""
     model = decode_model(config)
     cache = init_cache(config, CacheShape(sequences=4, max_length=LENGTH + 2, page_size=4))
@@ -39,7 +41,7 @@ def _decode_all(config, tokens_BT):
         left_B = np.array(PROMPTS) - read_B
         width = CHUNK if (left_B > 0).any() else 1
         count_B = np.clip(left_B, 0, CHUNK) if width == CHUNK else np.minimum(LENGTH - read_B, 1)
-        cache, output = _read(model, cache, tokens_BT, read_B, count_B, width)
+        cache, output = _read(model, cache, tokens_BT, read_B, count_B, width, max_depth)
         for row, count in enumerate(count_B):
             span = slice(read_B[row], read_B[row] + count)
             logits_BTV[row, span] = output.logits_BTV[row, :count]
@@ -87,6 +89,30 @@ def _check_lengths(config, depth_BT, cache):
 )
 def test_decoding_is_the_causal_forward_pass(routing, sharing, kv):
     _check(model_config(routing, sharing, kv))
+
+
+@pytest.mark.parametrize(
+    ("routing", "sharing", "kv"),
+    [
+        ("expert", "middle_cycle", "recursion"),
+        ("token", "cycle", "recursion"),
+        pytest.param("expert-aux", "cycle", "shared", marks=pytest.mark.slow),
+        pytest.param("token-bias", "middle_cycle", "shared", marks=pytest.mark.slow),
+    ],
+)
+def test_a_cap_on_the_passes_means_the_same_to_evaluation_and_decoding(routing, sharing, kv):
+    """Same depths and logits, so the same tokens; for token-choice another model than one whose depths are clamped."""
+    config, tokens_BT = model_config(routing, sharing, kv), tokens(3, LENGTH)
+    _, free_BT = full_forward(config)(tokens_BT)
+    for cap in (1, 2):
+        expected_BTV, expected_BT = full_forward(config, cap)(tokens_BT)
+        logits_BTV, depth_BT, _ = _decode_all(config, tokens_BT, cap)
+        np.testing.assert_array_equal(depth_BT, expected_BT)
+        np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-4, rtol=0)
+        np.testing.assert_array_equal(logits_BTV.argmax(-1), np.asarray(expected_BTV).argmax(-1))
+        assert depth_BT.max() == cap
+    if config.routing.kind == "token":
+        assert np.any(depth_BT != np.minimum(free_BT, 2)), "a token's best depth of two is not always the deeper one"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +171,31 @@ def test_blocks_of_pages_add_up_to_plain_attention():
         got = jax.jit(attention.attend_by_blocks, static_argnums=(4, 5))(*arguments, size, step)
         np.testing.assert_allclose(got[seen], want[seen], atol=1e-5, rtol=0)
         assert not np.any(got[~seen])
+
+
+PARTS = PartsConfig(qk_norm=True, input_injection=True, residual_scale="learned", logit_softcap=2.0)
+BY_DEPTH = PartsConfig(qk_norm=True, residual_scale="depth", logit_softcap=2.0)
+
+
+@pytest.mark.parametrize(
+    ("routing", "sharing", "kv", "parts"),
+    [
+        ("expert", "middle_cycle", "recursion", PARTS),
+        pytest.param("expert-aux", "cycle", "shared", PARTS, marks=pytest.mark.slow),
+        pytest.param("token", "cycle", "shared", PARTS, marks=pytest.mark.slow),
+        pytest.param("none", "middle_cycle", "recursion", PARTS, marks=pytest.mark.slow),
+        pytest.param("none", "middle_sequence", "shared", BY_DEPTH, marks=pytest.mark.slow),
+        pytest.param("none", "none", "recursion", BY_DEPTH, marks=pytest.mark.slow),
+    ],
+)
+def test_parts_decode_exactly(routing, sharing, kv, parts):
+    layers = {} if sharing == "none" else {"num_layers": 5 if "middle" in sharing else 3}
+    _check(model_config(routing, sharing, kv, parts=parts, **layers))
+
+
+def test_a_part_that_does_not_decode_is_refused_by_name():
+    refusal = decoding_refusal(model_config("expert", parts=PartsConfig(value_residual=True)))
+    assert refusal is not None and refusal.startswith("parts.value_residual=True")
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ def test_our_weights_round_trip_bitwise_with_tokenizer_and_card(model, tmp_path)
     params = random_params(model)
     if model is LOSS_FREE:
         params["router_state"] = {"bias": np.array([0.5, 0.0, -0.5], np.float32)}
+    if model is EXPERT:
+        params["router_state"] = {"boundaries": np.array([-np.inf, 0.25, -0.5], np.float32)}
     weights.save(tmp_path, model, params, Tokenizer.bytes_level(), origin="a test")
     loaded = open_model(tmp_path)
     assert (loaded.kind, loaded.model) == ("weights", model)

@@ -33,6 +33,7 @@ def test_official_to_ours_to_official_is_bitwise(name):
     config, params = official.load(description, state)
     described, exported = official.export(config, params)
     assert described == {key: description[key] for key in KEYS}
+    assert config.attend_across_documents and config.rotary_positions == "row"
     assert _equal_bits(exported, state)
 
 
@@ -79,12 +80,20 @@ def test_a_whole_state_dict_with_its_ties_is_accepted(name):
 
 def test_router_bias_is_state_beside_the_parameters():
     config, params = official.load(*golden_files.model("mor_token_mc3_lossfree"))
-    trained, bias_R = split_router_state(params)
+    trained, bias_R, _ = split_router_state(params)
     assert "router_state" not in trained
     assert bias_R is not None and bias_R.shape == (config.recursion.num_recursions,)
     assert split_router_state(trained)[1] is None
     with pytest.raises(UserError, match="missing router_state/bias"):
         official.export(config, trained)
+
+
+def test_running_boundaries_have_no_place_in_the_release_and_that_is_logged(caplog):
+    config, params = official.load(*golden_files.model(EXPERT))
+    running = {"router_state": {"boundaries": np.zeros(config.recursion.num_recursions, np.float32)}}
+    with_boundaries = official.export(config, {**params, **running})[1]
+    assert "running boundaries of expert-choice: they are left out" in caplog.text
+    assert _equal_bits(with_boundaries, official.export(config, params)[1])
 
 
 def test_every_bad_tensor_is_named_at_once():
@@ -165,6 +174,7 @@ def test_update_cache_counts_only_where_the_release_obeys_it():
     [
         (dataclasses.replace(TINY, recursion=RecursionConfig(2, "cycle")), "never ties the head"),
         (dataclasses.replace(TINY, attend_across_documents=False), "attend_across_documents"),
+        (dataclasses.replace(TINY, rotary_positions="document"), r"cannot express this model: rotary_positions='doc"),
         (
             dataclasses.replace(
                 TINY,

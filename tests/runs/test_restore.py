@@ -29,7 +29,10 @@ def state() -> TrainState:
     key = jax.random.key(1)
     noise = lambda x: jax.random.normal(key, x.shape) if x.ndim else x  # noqa: E731
     return dataclasses.replace(
-        state, opt_state=jax.tree.map(noise, state.opt_state), router_bias_R=jnp.array([0.25, -0.5])
+        state,
+        opt_state=jax.tree.map(noise, state.opt_state),
+        router_bias_R=jnp.array([0.25, -0.5]),
+        boundaries_R=jnp.array([-jnp.inf, 0.125]),
     )
 
 
@@ -79,11 +82,13 @@ def test_only_the_bytes_of_the_weights_are_read(state, tmp_path):
     assert restored.step == 3
     jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
     np.testing.assert_array_equal(restored.router_bias_R, state.router_bias_R)
+    np.testing.assert_array_equal(restored.weights.boundaries_R, state.boundaries_R)
+    assert restored.boundaries == (0.0, 0.125)
 
 
 def test_weights_go_straight_to_the_device_asked_for(state, tmp_path):
     restored = restore_run(_save(tmp_path / "run", state, 1), device=jax.devices()[3])
-    places = {device for x in jax.tree.leaves((restored.params, restored.router_bias_R)) for device in x.devices()}
+    places = {device for x in jax.tree.leaves(restored.weights) for device in x.devices()}
     assert places == {jax.devices()[3]}
 
 

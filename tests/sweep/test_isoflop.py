@@ -9,8 +9,8 @@ from mor_jax.config import GrowthStage
 from mor_jax.errors import UserError
 from mor_jax.model.flops import paper_flops_per_token, run_flops, train_flops_per_token
 from mor_jax.runs.optimizer import make_schedule
-from mor_jax.sweep.isoflop import plan_isoflop, steps_for
-from mor_jax.sweep.recipes import at_flops_of, expert, recursive, vanilla
+from mor_jax.sweep.isoflop import plan_isoflop, steps_for, with_scaled_steps, with_steps
+from mor_jax.sweep.recipes import at_flops_of, expert, recursive, token, vanilla
 
 DEBUG = vanilla("debug")
 
@@ -56,6 +56,19 @@ def test_what_cannot_branch_is_refused():
         plan_isoflop({"a": grown}, [2e9, 8e9], count="training")
     with pytest.raises(UserError, match="at least one budget"):
         plan_isoflop({"a": DEBUG}, [])
+
+
+def test_a_run_of_another_length_has_warm_ups_of_the_same_share():
+    routed = expert("small", 3, capacity_warmup_steps=80)
+    short = with_scaled_steps(routed, 0.35)
+    assert (routed.train.steps, routed.optimizer.warmup_steps) == (800, 40)
+    assert (short.train.steps, short.optimizer.warmup_steps) == (280, 14)
+    assert (short.model.routing.capacity_warmup_steps, short.model.routing.balance_warmup_steps) == (28, 0)
+    chosen = with_scaled_steps(token("small", 3, balance_warmup_steps=100), 2.0)
+    assert (chosen.model.routing.balance_warmup_steps, chosen.train.steps) == (200, 1600)
+    assert with_scaled_steps(short, 1e-9).train.steps == 1  # and warm-ups of one step, which such a run allows
+    pinned = with_steps(routed, 800, (700,))
+    assert with_scaled_steps(pinned, 1.0) == pinned
 
 
 def test_equal_flops_buy_routed_models_more_steps():

@@ -59,6 +59,8 @@ def test_a_run_leaves_config_metrics_checkpoints_and_pictures(straight):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert [line["step"] for line in lines if "validation_gap" in line] == [2, 4, 6]
+    running = [line["boundaries_R"] for line in lines]
+    assert all(boundaries[0] == 0.0 for boundaries in running) and len({b[1] for b in running}) == 6
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["3", "6"]
 
 

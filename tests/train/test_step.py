@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from tiny_runs import make_batch, tiny_config, with_train
 
-from mor_jax.config import Config, PerfConfig, RoutingConfig
+from mor_jax.config import Config, PerfConfig, ResolvedPerf, RoutingConfig
 from mor_jax.errors import UserError
 from mor_jax.mesh.mesh import make_mesh, shard_batch
+from mor_jax.model.parameters import Weights
+from mor_jax.model.rows import Rows
+from mor_jax.model.transformer import apply_trunk
 from mor_jax.runs.state import TrainState, init_train_state
 from mor_jax.train.step import compile_train_step, count_targets, loss_fn, train_step
 
@@ -55,6 +58,7 @@ def test_accumulation_equals_the_big_batch(routing):
     moments = [jax.tree.leaves(s.opt_state) for s in (big, small)]
     _assert_close(*moments, tolerance=1e-6)
     np.testing.assert_array_equal(big.router_bias_R, small.router_bias_R)
+    np.testing.assert_allclose(big.boundaries_R, small.boundaries_R, rtol=1e-4)
 
 
 def test_the_loss_is_the_mean_over_all_counted_targets_of_all_rows():
@@ -93,6 +97,22 @@ def test_the_loss_free_bias_moves_against_the_load():
     load_R = metrics["load_R"]
     np.testing.assert_allclose(state.router_bias_R, 0.001 * np.sign(load_R.mean() - load_R), atol=1e-9)
     assert np.any(np.asarray(state.router_bias_R) != 0)
+
+
+def test_the_running_boundary_is_the_cut_of_the_whole_batch():
+    """Half of each row's tokens are chosen, padding last: the score between them and the rest, over all rows."""
+    config = dataclasses.replace(tiny_config(routing=EXPERT), perf=PerfConfig(loss_chunk=16, execution="scan"))
+    state, batch = _state(config), {name: jnp.asarray(x) for name, x in make_batch(config).items()}
+    weights = Weights(config.model, state.params)
+    trace: Any = jax.jit(lambda: apply_trunk(weights, ResolvedPerf(execution="scan"), Rows.of_batch(batch)).trace)()
+    counted_BT = np.asarray(batch["segment_ids"][:, :-1]) > 0
+    scores = np.sort(np.asarray(trace.scores_RBT)[1][counted_BT])[::-1]
+    chosen = int(np.minimum(counted_BT.sum(axis=1), 16).sum())
+    assert chosen < counted_BT.sum()
+    new, metrics = jax.jit(lambda state: train_step(config, state, batch))(state)
+    wanted = (scores[chosen - 1] + scores[chosen]) / 2
+    np.testing.assert_allclose(new.boundaries_R, [-np.inf, wanted], rtol=1e-4)
+    np.testing.assert_allclose(metrics["boundaries_R"], [0.0, wanted], rtol=1e-4)
 
 
 def test_one_compilation_serves_many_steps_and_the_loss_falls():

@@ -46,6 +46,8 @@ class EvalArguments:
     """Rows of training text on which the boundaries of expert-choice are calibrated first."""
     max_depth: int | None = None
     """Cap on the passes of a token (test-time scaling)."""
+    within_documents: bool = False
+    """Leave a document's first token out also where attention crosses borders: to compare with masked documents."""
     json: bool = False
     """Print JSON, with all statistics."""
 
@@ -76,6 +78,7 @@ def _check(options: EvalArguments) -> None:
         ("--limit", options.limit, tasks, "needs --tasks"),
         ("--num-fewshot", options.num_fewshot, tasks, "needs --tasks"),
         ("--batch-size", options.batch_size, tasks, "needs --tasks"),
+        ("--within-documents", options.within_documents or None, not tasks, "is for losses"),
     ):
         require(value is None or applies, f"{flag} {rule}")
     for flag, value in (("--rows", options.rows), ("--limit", options.limit), ("--batch-size", options.batch_size)):
@@ -89,16 +92,22 @@ def _held_out(options: EvalArguments) -> None:
     from mor_jax.evaluate.validation import summary
 
     restored, losses = evaluate_run(
-        to_path(options.run), rows=options.rows, max_depth=options.max_depth, calibration_rows=options.calibrate
+        to_path(options.run),
+        rows=options.rows,
+        max_depth=options.max_depth,
+        calibration_rows=options.calibrate,
+        within_documents=options.within_documents,
     )
-    boundaries = restored.config.model.routing.boundaries
+    boundaries = restored.boundaries
     if options.json:
         _print_json({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses})
         return
-    if options.calibrate:
-        print(f"calibrated boundaries: {', '.join(f'{boundary:.4f}' for boundary in boundaries or ())}")
+    if boundaries is not None:
+        calibrated = restored.config.model.routing.boundaries is not None
+        words = ", ".join(f"{boundary:.4f}" for boundary in boundaries)
+        print(f"{'calibrated' if calibrated else 'running'} boundaries: {words}")
     print(f"step {restored.step}, {losses['validation_tokens']} held-out tokens")
-    print(summary(restored.config.model, losses))
+    print(summary(restored.weights, losses))
 
 
 def _restored(options: EvalArguments) -> "RestoredRun":
@@ -114,10 +123,15 @@ def _text(options: EvalArguments) -> None:
     from mor_jax.evaluate.text_loss import text_losses, text_summary
 
     restored = _restored(options)
-    losses = text_losses(restored, options.text, stride=options.stride, max_depth=options.max_depth)
+    losses = text_losses(
+        restored,
+        options.text,
+        stride=options.stride,
+        max_depth=options.max_depth,
+        within_documents=options.within_documents,
+    )
     if options.json:
-        boundaries = restored.config.model.routing.boundaries
-        _print_json({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses})
+        _print_json({"run": options.run, "step": restored.step, "boundaries": restored.boundaries, **losses})
         return
     print(f"step {restored.step}, window {losses['context']} tokens, stride {losses['stride']}")
     print(text_summary(losses))
@@ -144,7 +158,7 @@ def _tasks(options: EvalArguments) -> None:
     scored = {name: figures for name, figures in results.items() if "error" not in figures}
     if options.json:
         report: dict[str, Any] = {"run": options.run, "step": restored.step, "mode": scorer.mode}
-        report |= {"boundaries": scorer.model.routing.boundaries, "tasks": results}
+        report |= {"boundaries": restored.boundaries, "tasks": results}
         _print_json(report)
     else:
         print(f"step {restored.step}, selection {scorer.mode}")

@@ -23,7 +23,9 @@ from mor_jax.config.growth import GrowthStage, Stage, fewer_passes, stage_models
 from mor_jax.config.model import (
     Dtype,
     ModelConfig,
+    RotaryPositions,
 )
+from mor_jax.config.parts import PartsConfig
 from mor_jax.config.recursion import (
     Balancing,
     GateResidual,
@@ -46,6 +48,7 @@ from mor_jax.config.training import (
     InitConfig,
     InitStrategy,
     OptimizerConfig,
+    OptimizerKind,
     Packing,
     TrainConfig,
 )
@@ -73,13 +76,16 @@ __all__ = [
     "Mode",
     "ModelConfig",
     "OptimizerConfig",
+    "OptimizerKind",
     "Packing",
+    "PartsConfig",
     "PerfConfig",
     "RecursionConfig",
     "RelaxationConfig",
     "Remat",
     "RematPolicy",
     "ResolvedPerf",
+    "RotaryPositions",
     "RouterKind",
     "RoutingConfig",
     "RoutingKind",

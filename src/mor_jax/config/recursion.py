@@ -136,11 +136,12 @@ class RoutingConfig:
     capacity_slack: float = 1.25
     """Token-choice under `gather`: seats per recursion are this times the default capacities (at most the sequence)."""
     sampling: Sampling = "aux_loss"
-    """Expert-choice: what learns the causal boundary: a loss on the router itself, a separate router, or nothing."""
+    """Expert-choice: what learns a causal boundary at 0: a loss on the router itself, a separate router, or nothing."""
     sampling_coefficient: float = 0.001
     """Weight of the auxiliary loss."""
     random: bool = False
-    """Expert-choice: select at random (ablation of table 13); gates still come from the router."""
+    """Expert-choice: uniform random numbers in place of the router's scores, for choosing and, times alpha, as gates
+    (ablation of table 13, as released); the router's weights are not used, and no loss trains them."""
     balancing: Balancing = "loss"
     """Token-choice: balancing loss, loss-free bias, or nothing."""
     balancing_coefficient: float = 0.1
@@ -152,7 +153,8 @@ class RoutingConfig:
     z_loss_coefficient: float = 0.0
     """Weight of the router z-loss."""
     boundaries: tuple[float, ...] | None = None
-    """Expert-choice, mode `threshold`: raw-score boundary per recursion from calibration; None is 0 for all."""
+    """Expert-choice, mode `threshold`: raw-score boundary per recursion from calibration; None takes the running
+    ones that training keeps, or else 0 for all."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -187,6 +189,11 @@ class RoutingConfig:
     def is_loss_free(self) -> bool:
         """Whether token-choice is balanced by a bias that is no parameter (``router_bias_R``)."""
         return self.kind == "token" and self.balancing == "loss_free"
+
+    @property
+    def keeps_boundaries(self) -> bool:
+        """Whether training keeps running boundaries of expert-choice: where the router's own scores select."""
+        return self.kind == "expert" and not self.random and self.sampling != "aux_router"
 
     @property
     def has_aux_router(self) -> bool:

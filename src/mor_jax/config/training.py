@@ -14,6 +14,7 @@ from mor_jax.config.model import ModelConfig
 from mor_jax.errors import require
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+OptimizerKind = Literal["adamw", "muon"]
 InitStrategy = Literal["stepwise", "average", "lower", "upper", "random"]
 Packing = Literal["concat", "best_fit"]
 """How documents fill the rows of a prepared corpus."""
@@ -54,8 +55,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with decay mask and clipping (paper appendix B)."""
+    """AdamW (paper appendix B) or Muon, with decay mask and clipping."""
 
+    kind: OptimizerKind = "adamw"
+    """`muon` orthogonalises the momentum of the layers' matrices, one by one; everything else stays AdamW's. Its
+    updates are as large as AdamW's, so that learning rate and weight decay mean the same."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine"] = "wsd"
@@ -67,6 +71,7 @@ class OptimizerConfig:
     min_ratio: float = 0.1
     """cosine: final learning rate over the peak."""
     beta1: float = 0.9
+    """AdamW's, as beta2 and epsilon are: Muon's momentum is 0.95."""
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
@@ -77,6 +82,7 @@ class OptimizerConfig:
     """Learning rate of an auxiliary router over the model's."""
 
     def __post_init__(self) -> None:
+        require_choice("optimizer.kind", self.kind, OptimizerKind)
         require_choice("optimizer.schedule", self.schedule, Literal["wsd", "cosine"])
         require_positive(learning_rate=self.learning_rate, epsilon=self.epsilon, aux_router_ratio=self.aux_router_ratio)
         require_not_negative(warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, clip_norm=self.clip_norm)

@@ -19,6 +19,7 @@ from mor_jax.evaluate.pictures import trace_rows
 from mor_jax.evaluate.routing import depth_by_token, tokens_per_depth
 from mor_jax.evaluate.scoring import Scorer
 from mor_jax.evaluate.validation import modes_of
+from mor_jax.model.loss import target_mask
 from mor_jax.model.rows import Rows
 from mor_jax.runs.folder import writing_to
 from mor_jax.runs.metrics import read_metrics
@@ -48,7 +49,7 @@ def analyse(run: RestoredRun, batches: Sequence[Mapping[str, Any]], metrics: Seq
     report: dict[str, Any] = {"run_step": run.step}
     written: list[Path] = []
     routed = run.config.model.routing.kind != "none"
-    mode: Mode = "threshold" if "threshold" in modes_of(run.config.model) else "topk"
+    mode: Mode = "threshold" if "threshold" in modes_of(run.weights) else "topk"
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if routed:
@@ -85,7 +86,7 @@ def routed_text(run: RestoredRun, batches: Sequence[Mapping[str, Any]], mode: Mo
     counts_V = np.zeros(model.vocab_size, np.int64)
     for batch in batches:
         nll_BT = np.asarray(scorer(batch).nll_BT, np.float64)
-        known_BT = batch["segment_ids"][:, 1:] > 0
+        known_BT = target_mask(model, batch["segment_ids"])
         for nll_T, known_T, segments_T in zip(nll_BT, known_BT, batch["segment_ids"][:, :-1], strict=True):
             length = int(np.count_nonzero(segments_T))
             if length:
@@ -114,10 +115,15 @@ def _token_table(text: RoutedText) -> list[dict[str, Any]]:
 
 
 def router_history(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Collect what the router did over training: ``step``, and at each of them the ``ROUTER_METRICS``."""
+    """Collect what the router did over training: ``step``, and at each of them the ``ROUTER_METRICS``.
+
+    Where training kept running boundaries of expert-choice, also ``boundaries_R``.
+    """
     lines = [line for line in metrics if all(name in line for name in ROUTER_METRICS)]
     history: dict[str, list[Any]] = {"step": [line["step"] for line in lines]}
-    return history | {name: [line[name] for line in lines] for name in ROUTER_METRICS}
+    kept = bool(lines) and all("boundaries_R" in line for line in lines)
+    names = (*ROUTER_METRICS, "boundaries_R") if kept else ROUTER_METRICS
+    return history | {name: [line[name] for line in lines] for name in names}
 
 
 def read_history(run_folder: Path) -> dict[str, list[Any]]:

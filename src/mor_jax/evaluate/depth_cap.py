@@ -1,6 +1,6 @@
 """A cap on the passes that a token may take at evaluation: the test-time scaling curve (paper section 4.3).
 
-Nothing of the model's code knows of it: a capped model is ``Weights`` that say so.
+A capped model is ``Weights`` that say so.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ def cap_depth(weights: Weights, max_depth: int) -> Weights:
 
     Without a router and with expert-choice the recursions beyond the cap are cut off: the kept ones decide as before,
     and nothing is computed for the others. A token of token-choice takes the best-scored depth among those allowed,
-    with its own gate.
+    with its own gate (``routing.decide.best_depth``). The engine's ``max_depth`` means the same.
 
     Args:
         weights: the model.
@@ -30,7 +30,7 @@ def cap_depth(weights: Weights, max_depth: int) -> Weights:
     Raises:
         UserError: a cap outside 1..N_r, or a model that repeats layers in place.
     """
-    model, bias_R = weights.config, weights.router_bias_R
+    model = weights.config
     recursion, routing = model.recursion, model.routing
     count = recursion.num_recursions
     require(1 <= max_depth <= count, f"max_depth={max_depth} is outside 1..num_recursions={count}")
@@ -39,10 +39,8 @@ def cap_depth(weights: Weights, max_depth: int) -> Weights:
     if max_depth == count:
         return weights
     if routing.kind == "token":
-        bias_R = bias_R if routing.is_loss_free and bias_R is not None else jnp.zeros(count)
-        allowed_R = jnp.arange(count) < max_depth
-        routing = dataclasses.replace(routing, balancing="loss_free")
-        capped = dataclasses.replace(model, routing=routing)
-        return Weights(capped, weights.params, jnp.where(allowed_R, bias_R, -jnp.inf))
+        return dataclasses.replace(weights, max_depth=jnp.asarray(max_depth, jnp.int32))
     capped = fewer_passes(model, max_depth)
-    return Weights(capped, cut_params(model, capped, weights.params), bias_R)
+    running_R = None if weights.boundaries_R is None else weights.boundaries_R[:max_depth]
+    kept = cut_params(model, capped, weights.params)
+    return dataclasses.replace(weights, config=capped, params=kept, boundaries_R=running_R)

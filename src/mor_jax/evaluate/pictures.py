@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mor_jax.config import Config, Mode, ModelConfig, PerfConfig
+from mor_jax.config import Config, Mode, PerfConfig
 from mor_jax.evaluate.html import Section, routing_page
 from mor_jax.evaluate.passes import MODE_NOTES, Tokenizer, batch_trace, evaluation_perf, spread
 from mor_jax.evaluate.routing import RoutedRow, routed_rows
 from mor_jax.evaluate.validation import HeldOut, first_rows, modes_of
 from mor_jax.mesh.processes import is_primary, to_host
 from mor_jax.model.parameters import Weights
+from mor_jax.model.routing.boundaries import listed
 from mor_jax.model.rows import Rows
 from mor_jax.runs.folder import writing_to
 from mor_jax.runs.metrics import read_metrics
@@ -77,7 +78,7 @@ def write_pictures(
         UserError: the folder cannot be written.
     """
     model = weights.config
-    modes = () if model.routing.kind == "none" else modes_of(model)
+    modes = () if model.routing.kind == "none" else modes_of(weights)
     by_mode: dict[Mode, list[RoutedRow]] = {mode: trace_rows(weights, perf, batches, mode) for mode in modes}
     written: list[Path] = []
     if not is_primary():
@@ -94,7 +95,7 @@ def write_pictures(
         mode: Mode = "threshold" if "threshold" in by_mode else "topk"
         written += [folder / "depth.png", folder / "routing.html"]
         plot_depth(written[-2], metrics, by_mode[mode], mode, title)
-        sections = [_section(model, name, rows) for name, rows in reversed(by_mode.items())]
+        sections = [_section(weights, name, rows) for name, rows in reversed(by_mode.items())]
         written[-1].write_text(routing_page(title, sections, tokenizer), encoding="utf-8")
     return written
 
@@ -109,9 +110,13 @@ def trace_rows(weights: Weights, perf: PerfConfig, batches: Iterable[Rows], mode
     return routed
 
 
-def _section(model: ModelConfig, mode: Mode, rows: Sequence[RoutedRow]) -> Section:
+def _section(weights: Weights, mode: Mode, rows: Sequence[RoutedRow]) -> Section:
+    model = weights.config
     count = max(1, _PAGE_TOKENS // model.context_length)
     note = MODE_NOTES[mode] if model.routing.kind == "expert" else _TOKEN_CHOICE_NOTE
+    if mode == "threshold" and model.routing.kind == "expert":
+        boundaries = listed(model, weights.boundaries_R)
+        note += f"; boundaries {', '.join(f'{boundary:.4g}' for boundary in boundaries)}"
     shown = f"; the first {count} of {len(rows)} rows" if len(rows) > count else ""
     return Section(title=mode, note=note + shown, rows=rows[:count])
 

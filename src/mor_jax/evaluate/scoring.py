@@ -38,15 +38,15 @@ class TokenScores:
     """int32: the most likely token."""
 
 
-def causal_mode(model: ModelConfig) -> Mode:
+def causal_mode(weights: Weights) -> Mode:
     """Return the selection mode under which no token depends on later ones.
 
     Raises:
         UserError: expert-choice without a boundary has none.
     """
-    if model.routing.kind != "expert":
+    if weights.config.routing.kind != "expert":
         return "topk"  # nothing compares tokens
-    refusal = threshold_refusal(model)
+    refusal = threshold_refusal(weights)
     require(refusal is None, f"this model cannot be scored causally: {refusal}")
     return "threshold"
 
@@ -66,7 +66,8 @@ def score_rows(weights: Weights, perf: ResolvedPerf, mode: Mode, rows: Rows, tar
     """Score the targets of rows of inputs, both [B, T]; ``perf`` is of ``scoring_perf``."""
     hidden_BTD = apply_trunk(weights, perf, rows, mode=mode).hidden_BTD
     head_VD, chunk = head_matrix(weights.config, weights.params), min(_CHUNK, targets_BT.shape[1])
-    return TokenScores(*token_scores(hidden_BTD, head_VD, targets_BT, chunk=chunk))
+    softcap = weights.config.parts.logit_softcap
+    return TokenScores(*token_scores(hidden_BTD, head_VD, targets_BT, chunk=chunk, softcap=softcap))
 
 
 class RowScorer(Protocol):
@@ -103,7 +104,7 @@ class Scorer:
     def __init__(
         self, weights: Weights, perf: PerfConfig, *, mode: Mode | None = None, all_devices: bool = True
     ) -> None:
-        self.mode: Mode = causal_mode(weights.config) if mode is None else mode
+        self.mode: Mode = causal_mode(weights) if mode is None else mode
         self._weights, self._perf = weights, scoring_perf(weights.config, perf, self.mode)
         self.devices = len(jax.devices()) if all_devices else 1
         if self.devices > 1:

@@ -17,7 +17,7 @@ from mor_jax.evaluate.passes import MODE_NOTES, BatchTotals, batch_totals, evalu
 from mor_jax.evaluate.text_bytes import token_lengths
 from mor_jax.mesh.processes import to_host
 from mor_jax.model.parameters import Weights
-from mor_jax.model.routing.router import has_boundary
+from mor_jax.model.routing.boundaries import has_boundary
 
 
 class HeldOut(Protocol):
@@ -38,24 +38,27 @@ class HeldOut(Protocol):
         ...
 
 
-def threshold_refusal(model: ModelConfig) -> str | None:
+def threshold_refusal(weights: Weights) -> str | None:
     """Say why a model cannot be evaluated under `threshold`, or None if it can."""
+    model = weights.config
     if model.routing.kind == "none":
         return "without a router there is nothing to select"
-    if has_boundary(model):
+    if has_boundary(model, weights.boundaries_R):
         return None
     return (
         f"model.routing.sampling={model.routing.sampling!r}, random={model.routing.random} trains no causal boundary, "
-        "and model.routing.boundaries holds no calibrated one"
+        "model.routing.boundaries holds no calibrated one, and the weights come without running ones"
     )
 
 
-def modes_of(model: ModelConfig) -> tuple[Mode, ...]:
+def modes_of(weights: Weights) -> tuple[Mode, ...]:
     """Selection modes to evaluate a model in: `topk` alone where `threshold` is refused."""
-    return ("topk",) if threshold_refusal(model) else ("topk", "threshold")
+    return ("topk",) if threshold_refusal(weights) else ("topk", "threshold")
 
 
-def validation_losses(weights: Weights, perf: PerfConfig, dataset: HeldOut, rows: int) -> dict[str, Any]:
+def validation_losses(
+    weights: Weights, perf: PerfConfig, dataset: HeldOut, rows: int, *, within_documents: bool = False
+) -> dict[str, Any]:
     """Measure a model on the first ``rows`` rows of held-out text (in whole batches, as far as it reaches).
 
     Capacities are those after every warm-up.
@@ -65,6 +68,8 @@ def validation_losses(weights: Weights, perf: PerfConfig, dataset: HeldOut, rows
         perf: of its run; see ``evaluation_perf``.
         dataset: held-out rows with their tokenizer; read from its first batch, and not moved.
         rows: rows to measure.
+        within_documents: whether a document's first token is no target even where attention crosses borders: to
+            compare with a model whose documents are masked.
 
     Returns:
         Numbers and lists of numbers. Always ``validation_tokens`` and ``validation_bytes``. Without a router
@@ -81,12 +86,13 @@ def validation_losses(weights: Weights, perf: PerfConfig, dataset: HeldOut, rows
     require(rows > 0, f"eval_rows={rows} must be positive")
     model, execution = weights.config, evaluation_perf(perf)
     lengths_2V = token_lengths(dataset.tokenizer, model.vocab_size)
-    sums: dict[Mode, _Sums] = {mode: _Sums(model) for mode in modes_of(model)}
+    sums: dict[Mode, _Sums] = {mode: _Sums(model) for mode in modes_of(weights)}
     for index, batch in enumerate(first_rows(dataset, rows)):
         key = jax.random.fold_in(jax.random.key(0), index)
         batch = spread(weights.params, batch)
         for mode, total in sums.items():
-            total.add(to_host(batch_totals(weights, execution, mode, batch, lengths_2V, key)))
+            found = batch_totals(weights, execution, mode, batch, lengths_2V, key, within_documents=within_documents)
+            total.add(to_host(found))
     require(sums["topk"].tokens > 0, "the validation split holds no target tokens: give data.source more text")
     return _report(model, sums)
 
@@ -105,16 +111,17 @@ def first_rows(dataset: HeldOut, rows: int) -> Iterator[Mapping[str, Any]]:
         yield dataset.batch(step)
 
 
-def summary(model: ModelConfig, losses: Mapping[str, Any]) -> str:
+def summary(weights: Weights, losses: Mapping[str, Any]) -> str:
     """Say a result of ``validation_losses`` in one line, with what each selection mode means."""
+    model = weights.config
     if model.routing.kind == "none":
         return f"{losses['validation_nll']:.4f} nats/token, {losses['validation_bits_per_byte']:.4f} bits/byte"
     parts = []
-    for mode in modes_of(model):
+    for mode in modes_of(weights):
         nll, bits = losses[f"validation_{mode}_nll"], losses[f"validation_{mode}_bits_per_byte"]
         note = MODE_NOTES[mode].split(":")[0] if model.routing.kind == "expert" else "causal"
         parts.append(f"{mode} {nll:.4f} nats/token, {bits:.4f} bits/byte ({note})")
-    refusal = threshold_refusal(model)
+    refusal = threshold_refusal(weights)
     parts.append(f"threshold refused: {refusal}" if refusal else f"gap {losses['validation_gap']:+.4f} nats/token")
     return "; ".join(parts)
 

@@ -21,7 +21,8 @@ from mor_jax.errors import require
 from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.mesh import check_model, on_mesh, params_shardings, replicated
 from mor_jax.model.parameters import compute_copy, head_matrix
-from mor_jax.model.routing.router import RouterParams, has_boundary
+from mor_jax.model.routing.boundaries import boundaries_of, has_boundary
+from mor_jax.model.routing.router import RouterParams
 from mor_jax.model.transformer import logical_axes
 
 
@@ -39,6 +40,8 @@ class LayerWeights:
     attention_norm_D: jax.Array | None = None
     """float32; None where the recursions have their own (``DecodeModel.norms``)."""
     ffn_norm_D: jax.Array | None = None
+    head_norms_H: tuple[jax.Array, jax.Array] | None = None
+    """float32 scales of queries and keys; None does not normalise them."""
 
 
 @struct.dataclass
@@ -56,10 +59,14 @@ class DecodeModel:
     last: LayerWeights | None = None
     norms: Any = None
     """Norm scales [R, L, D], if the recursions do not share them."""
+    injection_RD: jax.Array | None = None
+    """Scales of ``parts.input_injection``, if it is on."""
+    pass_scale_R: jax.Array | None = None
+    """Scales of ``parts.residual_scale="learned"``."""
     router: RouterParams | None = None
     aux_router: RouterParams | None = None
     boundary_R: jax.Array | None = None
-    """Expert-choice: raw score from which a token goes on; -inf where capacity 1 lets all pass."""
+    """Expert-choice: raw score from which a token goes on, of ``boundaries_of``."""
     bias_R: jax.Array | None = None
     """Token-choice, loss-free balancing: added to the scores for choosing only."""
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
@@ -73,8 +80,8 @@ class DecodeModel:
         return 1 if self.mesh is None else self.mesh.shape["tensor"]
 
 
-def decoding_refusal(config: ModelConfig) -> str | None:
-    """Say why a model cannot decode, or None if it can."""
+def decoding_refusal(config: ModelConfig, running_R: jax.Array | None = None) -> str | None:
+    """Say why a model cannot decode, or None if it can; ``running_R`` is ``Weights.boundaries_R``."""
     if config.recursion.kv_strategy == "shared_update":
         return (
             "recursion.kv_strategy='shared_update' cannot decode: each recursion attends to recursion 1's keys and "
@@ -87,10 +94,12 @@ def decoding_refusal(config: ModelConfig) -> str | None:
             f"recursion.relaxation (lora_rank={relaxation.lora_rank}, encoding={relaxation.encoding}) has no decoding "
             "yet: tokens at different recursions would need different weights in one pass"
         )
-    if not has_boundary(config):
+    if config.parts.value_residual:
+        return "parts.value_residual=True has no decoding yet: the values of the first layer are not handed on"
+    if not has_boundary(config, running_R):
         return (
-            f"routing.sampling={config.routing.sampling!r}, random={config.routing.random} trains no causal boundary; "
-            "calibrate routing.boundaries on held-out text first"
+            f"routing.sampling={config.routing.sampling!r}, random={config.routing.random} trains no causal boundary, "
+            "and the weights come without running ones; calibrate routing.boundaries on held-out text first"
         )
     return None
 
@@ -100,6 +109,7 @@ def prepare_weights(
     params: Params,
     *,
     router_bias_R: jax.Array | None = None,
+    running_R: jax.Array | None = None,
     boundaries: Sequence[float] | None = None,
     mesh: Mesh | None = None,
     known_tokens: int | None = None,
@@ -110,7 +120,8 @@ def prepare_weights(
         config: the model.
         params: parameter tree of ``init_params``.
         router_bias_R: float32 bias of loss-free balancing.
-        boundaries: raw-score boundary of every recursion; None takes ``routing.boundaries``, or 0.
+        running_R: float32 running boundaries of expert-choice (``Weights.boundaries_R``).
+        boundaries: raw-score boundary of every recursion; None takes the model's own (``boundaries_of``).
         mesh: devices that share the model over `tensor`, its other axes of size 1; None is the default device. Weights
             are placed as shards, and never lie whole on one of them.
         known_tokens: the tokenizer's vocabulary; ids beyond it are never drawn.
@@ -127,7 +138,7 @@ def prepare_weights(
         require(kind == "expert", f"boundaries={tuple(boundaries)} belong to expert-choice, not routing.kind={kind!r}")
         routing = dataclasses.replace(config.routing, boundaries=tuple(float(b) for b in boundaries))
         config = dataclasses.replace(config, routing=routing)
-    refusal = decoding_refusal(config)
+    refusal = decoding_refusal(config, running_R)
     require(refusal is None, refusal or "")
     whole: Any = jnp.asarray
     if mesh is not None:
@@ -148,9 +159,11 @@ def prepare_weights(
         first=weights.get("first"),
         last=weights.get("last"),
         norms=weights.get("block_norms"),
+        injection_RD=weights.get("input_injection", {}).get("scale"),
+        pass_scale_R=weights.get("residual_scale", {}).get("scale"),
         router=weights.get("router"),
         aux_router=weights.get("aux_router"),
-        boundary_R=whole(_boundaries(config)) if routing.kind == "expert" else None,
+        boundary_R=whole(boundaries_of(config, running_R)) if routing.kind == "expert" else None,
         bias_R=whole(router_bias_R) if routing.is_loss_free and router_bias_R is not None else None,
         mesh=mesh,
         known_tokens=None if known_tokens is None or known_tokens >= config.vocab_size else known_tokens,
@@ -174,6 +187,8 @@ def _layer_weights(layer: Any, shards: int) -> LayerWeights:
     parts = [heads.reshape(width, shards, -1, head_dim) for heads in (attention["query"], keys, values)]
     gate_up = ffn["gate_up"].reshape(width, 2, shards, -1)
     scale = lambda name: layer[name]["scale"] if name in layer else None  # noqa: E731
+    names = ("query_norm", "key_norm")
+    head_norms = tuple(attention[name]["scale"] for name in names) if names[0] in attention else None
     return LayerWeights(
         query_key_value_XD=constrain(jnp.concatenate(parts, axis=2).reshape(width, -1).T, "heads", "embed"),
         output_DY=constrain(attention["output"].reshape(-1, width).T, "embed", "heads"),
@@ -181,10 +196,5 @@ def _layer_weights(layer: Any, shards: int) -> LayerWeights:
         down_DF=constrain(ffn["down"].T, "embed", "ffn"),
         attention_norm_D=scale("attention_norm"),
         ffn_norm_D=scale("ffn_norm"),
+        head_norms_H=head_norms,
     )
-
-
-def _boundaries(config: ModelConfig) -> jax.Array:
-    values = config.routing.boundaries or (0.0,) * config.recursion.num_recursions
-    pairs = zip(config.capacities, values, strict=True)
-    return jnp.array([-jnp.inf if capacity == 1.0 else value for capacity, value in pairs], jnp.float32)

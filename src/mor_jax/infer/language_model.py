@@ -62,7 +62,8 @@ class LanguageModel:
         params: its parameter tree.
         tokenizer: ``data.tokenizer.Tokenizer``, or anything like it.
         router_bias_R: bias of loss-free balancing.
-        boundaries: raw-score boundary of every recursion; None takes the configuration's, or 0.
+        running_R: running boundaries of expert-choice (``Weights.boundaries_R``).
+        boundaries: raw-score boundary of every recursion; None takes the model's own (``boundaries_of``).
         mesh: devices to run on.
 
     Raises:
@@ -76,6 +77,7 @@ class LanguageModel:
         tokenizer: Any,
         *,
         router_bias_R: jax.Array | None = None,
+        running_R: jax.Array | None = None,
         boundaries: Sequence[float] | None = None,
         mesh: EngineMesh = ONE_DEVICE,
     ) -> None:
@@ -85,6 +87,7 @@ class LanguageModel:
                 config,
                 params,
                 router_bias_R=router_bias_R,
+                running_R=running_R,
                 boundaries=boundaries,
                 mesh=devices,
                 known_tokens=tokenizer.vocab_size,
@@ -238,8 +241,9 @@ def load(
     opened = open_model(Path(path))
     if opened.tokenizer is None:
         raise UserError(f"{path} holds no tokenizer that can be used")
-    params, bias_R = split_router_state(opened.params)
-    return LanguageModel(opened.model, params, opened.tokenizer, router_bias_R=bias_R, boundaries=boundaries, mesh=mesh)
+    params, bias_R, running_R = split_router_state(opened.params)
+    state: dict[str, Any] = {"router_bias_R": bias_R, "running_R": running_R}
+    return LanguageModel(opened.model, params, opened.tokenizer, **state, boundaries=boundaries, mesh=mesh)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from mor_jax.interop.sources import LoadedModel, open_model
 from mor_jax.interop.tensor_files import write_shards
 from mor_jax.interop.tensors import tensors
 from mor_jax.model.forward import forward
+from mor_jax.model.parameters import ROUTER_STATE
 from mor_jax.runs.folder import writing_to
 
 _CHECK_TOKENS = (2, 64)
@@ -49,7 +50,7 @@ def key_map(loaded: LoadedModel, target: Target) -> list[tuple[str, str]]:
         return llama.key_map(model)
     if target == "official":
         official.describe(model)
-    listed = tensors(model) if target == "official" else weights.listing(model)
+    listed = tensors(model) if target == "official" else weights.listing(model, loaded.params.get(ROUTER_STATE, ()))
     return [(tensor.name, _place(tensor.path, tensor.index)) for tensor in listed]
 
 

@@ -3,6 +3,7 @@
 The release's expert-choice attention is taken as shared between recursions, as its commit 82c97f29 fixed it.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -18,9 +19,10 @@ from mor_jax.interop.description import describe, parse
 from mor_jax.interop.released import describe_folder, write_configuration
 from mor_jax.interop.tensor_files import TensorFiles
 from mor_jax.interop.tensors import Path, Tensor, attention_aliases, router_bias_name, tensors
-from mor_jax.model.parameters import ROUTER_STATE
+from mor_jax.model.parameters import ROUTER_STATE, split_router_state
 
 __all__ = ["describe", "export", "load", "read", "write_configuration"]
+_log = logging.getLogger(__name__)
 _BIAS_PATH = (ROUTER_STATE, "bias")
 
 
@@ -99,7 +101,8 @@ def export(config: ModelConfig, params: Params) -> tuple[dict[str, Any], dict[st
     Args:
         config: the model.
         params: parameter tree, or a tree of gradients of the same form (a tied tensor appears once: its gradient is
-            already the sum over its uses); with loss-free balancing including ``router_state``.
+            already the sum over its uses); with loss-free balancing including ``router_state/bias``. Running
+            boundaries of expert-choice are left out, and that is logged.
 
     Returns:
         (description, float32 arrays by official name), each distinct tensor once.
@@ -108,6 +111,10 @@ def export(config: ModelConfig, params: Params) -> tuple[dict[str, Any], dict[st
         UserError: a model that the release cannot express, or a tree that does not fit the configuration.
     """
     description = describe(config)
+    if "boundaries" in params.get(ROUTER_STATE, {}):
+        _log.warning("the release has no place for the running boundaries of expert-choice: they are left out")
+        params, bias_R, _ = split_router_state(params)
+        params = params if bias_R is None else {**params, ROUTER_STATE: {"bias": bias_R}}
     flat = {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     _check_leaves(_leaves(config), flat)
     return description, {tensor.name: value for tensor, value in take_apart(params, _all_tensors(config))}

@@ -29,7 +29,8 @@ class LoadedModel:
 
     model: ModelConfig
     params: Params
-    """float32 parameter tree; with ``router_state/bias`` where token-choice balances without a loss."""
+    """float32 parameter tree; with ``router_state`` where token-choice balances without a loss or expert-choice has
+    running boundaries."""
     tokenizer: Tokenizer | None
     """None where the folder has none that this project can use."""
     kind: Kind
@@ -109,10 +110,11 @@ def open_run(folder: Path, *, device: Device | None = None) -> RestoredRun:
     placement = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
     shapes = abstract_model_state(model, placement)
     _, tree = weights.load(folder, shardings=jax.tree.map(lambda x: x.sharding, shapes.params))
-    params, bias_R = split_router_state(tree)
+    params, bias_R, running_R = split_router_state(tree)
     bias_R = np.zeros(shapes.router_bias_R.shape, np.float32) if bias_R is None else bias_R
     config = Config(preset=folder.name, model=model, data=DataConfig(tokenizer=str(folder / "tokenizer.json")))
-    return RestoredRun(config, params, jax.device_put(bias_R, placement), tokenizer, step=0)
+    bias_R, running_R = jax.device_put((bias_R, running_R), placement)
+    return RestoredRun(config, params, bias_R, tokenizer, step=0, boundaries_R=running_R)
 
 
 def _open_run(folder: Path) -> LoadedModel:
@@ -120,6 +122,8 @@ def _open_run(folder: Path) -> LoadedModel:
     model, params = run.config.model, jax.tree.map(np.asarray, dict(run.params))
     if model.routing.is_loss_free:
         params[ROUTER_STATE] = {"bias": np.asarray(run.router_bias_R)}
+    if run.boundaries_R is not None:
+        params[ROUTER_STATE] = {"boundaries": np.asarray(run.boundaries_R)}
     origin = f"run {folder.resolve().name} of preset {run.config.preset}, step {run.step}"
     return LoadedModel(model, params, run.tokenizer, "run", origin)
 

@@ -33,7 +33,7 @@ def initial_weights(config: Config) -> InitialWeights | None:
     folder = Path(config.init.source)
     loaded = open_model(folder)
     _check_constants(loaded.model, config)
-    params, bias_R = split_router_state(loaded.params)
+    params, bias_R, _ = split_router_state(loaded.params)
     if leaf_shapes(loaded.model) == leaf_shapes(config.model):
         built = params
     else:

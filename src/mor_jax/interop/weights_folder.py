@@ -7,7 +7,7 @@ writer holds a stack.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ def is_weights_folder(folder: Path) -> bool:
         return False
 
 
-def listing(model: ModelConfig, *, with_bias: bool = False) -> list[Tensor]:
-    """List every written tensor of a model; its shape there is its shape in the tree."""
+def listing(model: ModelConfig, state: Iterable[str] = ()) -> list[Tensor]:
+    """List every written tensor of a model, with these entries of ``router_state``; shapes are those in the tree."""
     listed = []
     for path, shape in leaf_shapes(model).items():
         if path[0] != _STACKED:
@@ -47,15 +47,13 @@ def listing(model: ModelConfig, *, with_bias: bool = False) -> list[Tensor]:
             continue
         names = [".".join((_STACKED, str(layer), *path[1:])) for layer in range(model.block_depth)]
         listed += [Tensor(name, shape[1:], path, (layer,)) for layer, name in enumerate(names)]
-    if with_bias:
-        count = model.recursion.num_recursions
-        listed.append(Tensor(f"{ROUTER_STATE}.bias", (count,), (ROUTER_STATE, "bias")))
-    return listed
+    shape = (model.recursion.num_recursions,)
+    return listed + [Tensor(f"{ROUTER_STATE}.{name}", shape, (ROUTER_STATE, name)) for name in state]
 
 
 def named(model: ModelConfig, params: Params, progress: Progress | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, float32 array) of every tensor, one at a time."""
-    for tensor, value in take_apart(params, listing(model, with_bias=ROUTER_STATE in params)):
+    for tensor, value in take_apart(params, listing(model, params.get(ROUTER_STATE, ()))):
         yield tensor.name, value.astype(np.float32, copy=False)
         if progress is not None:
             progress(tensor.name)
@@ -90,7 +88,7 @@ def save(
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
-    shapes = {tensor.name: tensor.shape for tensor in listing(model, with_bias=ROUTER_STATE in params)}
+    shapes = {tensor.name: tensor.shape for tensor in listing(model, params.get(ROUTER_STATE, ()))}
     write_shards(folder, shapes, named(model, params, progress))
     (folder / "README.md").write_text(model_card(model, origin), encoding="utf-8")
 
@@ -122,21 +120,21 @@ def load(
         progress: called with the name of every tensor read.
 
     Returns:
-        (model, float32 parameter tree; with a loss-free bias as ``router_state/bias``).
+        (model, float32 parameter tree; with what the folder has of ``router_state``).
 
     Raises:
         UserError: files that cannot be used, or tensors that do not fit - all named at once.
     """
     model, files = read_config(folder), TensorFiles(folder)
-    bias = f"{ROUTER_STATE}.bias" in files.names()
-    listed = listing(model, with_bias=bias)
+    state = [name for name in ("bias", "boundaries") if f"{ROUTER_STATE}.{name}" in files.names()]
+    listed = listing(model, state)
     check_names(str(folder), listed, files, lambda _: False)
     if lazy:
         return model, lazily(model, listed, files.read)
-    if not bias or shardings is None:
+    if not state or shardings is None:
         return model, assemble(model, listed, files.read, shardings=shardings, progress=progress)
-    params = assemble(model, listed[:-1], files.read, shardings=shardings, progress=progress)
-    return model, {**params, ROUTER_STATE: {"bias": files.read(listed[-1].name)}}
+    params = assemble(model, listing(model), files.read, shardings=shardings, progress=progress)
+    return model, {**params, ROUTER_STATE: {name: files.read(f"{ROUTER_STATE}.{name}") for name in state}}
 
 
 def model_card(model: ModelConfig, origin: str) -> str:

@@ -9,7 +9,8 @@ from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 
 ROUTER_STATE = "router_state"
-"""Entry of imported trees beside the trained ones: the loss-free router bias, which no gradient reaches (table 14)."""
+"""Entry of imported trees beside the trained ones, for what no gradient reaches: the loss-free bias of token-choice
+(`bias`, table 14) and the running boundaries of expert-choice (`boundaries`)."""
 
 
 @struct.dataclass
@@ -21,24 +22,29 @@ class Weights:
     """Parameter tree of ``transformer.init_params``."""
     router_bias_R: jax.Array | None = None
     """float32 [R]: bias of loss-free balancing; read by token-choice that is balanced so, None is zeros."""
+    boundaries_R: jax.Array | None = None
+    """float32 [R]: running boundaries of expert-choice whose own router selects, NaN where there is none yet."""
+    max_depth: jax.Array | None = None
+    """int32 scalar: passes that a token of token-choice may take at most; None is all. See ``evaluate.depth_cap``."""
 
     @classmethod
     def of_tree(cls, config: ModelConfig, tree: Params) -> "Weights":
-        """Make them from an imported tree, which may hold the bias (see ``split_router_state``)."""
+        """Make them from an imported tree, which may hold the router's state (see ``split_router_state``)."""
         return cls(config, *split_router_state(tree))
 
 
-def split_router_state(tree: Params) -> tuple[dict[str, Any], jax.Array | None]:
-    """Take the router bias out of an imported parameter tree.
+def split_router_state(tree: Params) -> tuple[dict[str, Any], jax.Array | None, jax.Array | None]:
+    """Take the router's state out of an imported parameter tree.
 
     Args:
-        tree: parameters, perhaps with the extra entry ``router_state/bias`` (float32 [R]).
+        tree: parameters, perhaps with the extra entries ``router_state/bias`` or ``/boundaries`` (float32 [R]).
 
     Returns:
-        (the tree of trained parameters, the bias or None).
+        (the tree of trained parameters, the loss-free bias or None, the running boundaries or None).
     """
     trained = {name: value for name, value in tree.items() if name != ROUTER_STATE}
-    return trained, tree[ROUTER_STATE]["bias"] if ROUTER_STATE in tree else None
+    state = tree.get(ROUTER_STATE, {})
+    return trained, state.get("bias"), state.get("boundaries")
 
 
 def to_tree(variables: Any) -> dict[str, Any]:

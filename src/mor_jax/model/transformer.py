@@ -19,13 +19,15 @@ from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
 from mor_jax.model.decoder_layer import remat_layer
 from mor_jax.model.layers import RMSNorm, normal_init
+from mor_jax.model.modern_parts import Carried, carry
 from mor_jax.model.parameters import Weights, compute_copy, from_tree, to_tree
 from mor_jax.model.recurse import make_context, recurse, recurse_scan
 from mor_jax.model.relaxation import collect_unshared
+from mor_jax.model.routing.boundaries import boundaries_of, has_boundary
 from mor_jax.model.routing.capacity import warmup_steps
 from mor_jax.model.routing.decide import RoutingInputs
 from mor_jax.model.routing.gather import expert_gather, token_gather
-from mor_jax.model.routing.router import Router, has_boundary
+from mor_jax.model.routing.router import Router
 from mor_jax.model.routing.scan import expert_scan, token_scan
 from mor_jax.model.routing.trace import RoutingTrace
 from mor_jax.model.rows import Rows
@@ -71,6 +73,8 @@ class Transformer(nn.Module):
         rows: Rows,
         *,
         router_bias_R: jax.Array | None = None,
+        boundaries_R: jax.Array | None = None,
+        max_depth: jax.Array | None = None,
         step: int | jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> TrunkOutput:
@@ -90,18 +94,24 @@ class Transformer(nn.Module):
         view = rows.view(config)
         layer, context = remat_layer(self.perf, in_loop=False), make_context(config, view)
         first = last = trace = None
+        unshared, embedded_BTD = self._unshared(), x_BTD
         if config.recursion.has_middle:
             first = x_BTD = layer(config, self.perf, name="first")(x_BTD, context, None, None)[0]
+        params = None if self.is_initializing() else self.variables["params"]
+        carried = carry(config, params, embedded_BTD, x_BTD, unshared)
         if config.routing.kind == "none":
-            x_BTD, recursions = self._recursions(x_BTD, view)
+            x_BTD, recursions = self._recursions(x_BTD, view, unshared, carried)
         else:
             inputs = RoutingInputs(
                 view=view,
                 router=Router(config, name="router")(),
                 aux_router=Router(config, name="aux_router")() if config.routing.has_aux_router else None,
                 counted_BT=rows.counted_BT,
-                unshared=self._unshared(),
+                unshared=unshared,
+                carried=carried,
+                boundary_R=boundaries_of(config, boundaries_R) if config.routing.kind == "expert" else None,
                 bias_R=router_bias_R if config.routing.is_loss_free else None,
+                max_depth=max_depth,
                 noise_RBT=_noise(config, key, x_BTD) if config.routing.random else None,
                 step=step,
                 slot_multiple=self.perf.slot_multiple,
@@ -135,14 +145,16 @@ class Transformer(nn.Module):
     def _unshared(self) -> Any:
         return collect_unshared(self.config, lambda module, name: module(self.config, name=name)())
 
-    def _recursions(self, x_BTD: jax.Array, view: TokenView) -> tuple[jax.Array, Sequence[jax.Array]]:
+    def _recursions(
+        self, x_BTD: jax.Array, view: TokenView, unshared: Any, carried: Carried | None
+    ) -> tuple[jax.Array, Sequence[jax.Array]]:
         """Every recursion computes every token; return the hidden states after the last, and after each."""
-        config, block, unshared = self.config, self._block(), self._unshared()
+        config, block = self.config, self._block()
         if config.recursion.is_sequence:
             by_layer = jax.tree.map(lambda own_RLX: jnp.swapaxes(own_RLX, 0, 1), unshared)
             return block(x_BTD, make_context(config, view), None, by_layer)[0], ()
         run = recurse_scan if self.perf.execution == "scan" and config.recursion.sharing != "none" else recurse
-        states = run(config, block, x_BTD, view, unshared)
+        states = run(config, block, x_BTD, view, unshared, carried)
         return states[-1], states
 
     def _routed_recursions(
@@ -233,9 +245,9 @@ def apply_trunk(
     require(mode in get_args(Mode), f"mode={mode!r} is not one of {', '.join(map(repr, get_args(Mode)))}")
     if mode == "threshold":
         require(
-            has_boundary(config),
+            has_boundary(config, weights.boundaries_R),
             f"mode='threshold' needs a boundary: routing.sampling={routing.sampling!r}, random={routing.random} trains "
-            f"none and routing.boundaries is not calibrated",
+            f"none, routing.boundaries is not calibrated, and the weights come without running ones",
         )
     if warmup_steps(config) == 0:
         step = None
@@ -245,6 +257,7 @@ def apply_trunk(
     )
     variables = from_tree(_gather_block(config, perf, compute_copy(config, weights.params)))
     trunk = Transformer(config, perf, mode, return_stages)
-    output = trunk.apply(variables, rows, router_bias_R=weights.router_bias_R, step=step, key=key)
+    state = {name: getattr(weights, name) for name in ("router_bias_R", "boundaries_R", "max_depth")}
+    output = trunk.apply(variables, rows, **state, step=step, key=key)
     assert isinstance(output, TrunkOutput)
     return output

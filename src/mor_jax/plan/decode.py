@@ -127,7 +127,7 @@ def compile_decode(config: Config, topology: Topology, options: EngineOptions) -
         DoesNotFitError: they exceed the memory of a chip.
         UserError: the model cannot decode, or the mesh asks for a sharded engine.
     """
-    refusal = decoding_refusal(config.model)
+    refusal = decoding_refusal(config.model, _router_state(config.model))
     require(refusal is None, refusal or "")
     for axis in ("fsdp", "context", "tensor"):
         size = getattr(config.mesh, axis)
@@ -152,9 +152,14 @@ def compile_decode(config: Config, topology: Topology, options: EngineOptions) -
     return CompiledDecode(config, topology, options, shape, model, state, *programs)
 
 
+def _router_state(model: ModelConfig) -> jax.Array:
+    """What training adds to the weights, float32 [R]: a loss-free bias or running boundaries."""
+    return jnp.zeros(model.recursion.num_recursions)
+
+
 def _weights(model: ModelConfig, key: jax.Array) -> DecodeModel:
-    bias_R = jnp.zeros(model.recursion.num_recursions)
-    return prepare_weights(model, init_params(model, key), router_bias_R=bias_R)
+    state_R = _router_state(model)
+    return prepare_weights(model, init_params(model, key), router_bias_R=state_R, running_R=state_R)
 
 
 def _compile(lower: Any) -> Program:

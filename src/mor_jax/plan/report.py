@@ -11,10 +11,12 @@ from rich.text import Text
 
 from mor_jax.config import io as config_io
 from mor_jax.mesh.devices import GIB
-from mor_jax.plan.collectives import bytes_by_kind, collectives
+from mor_jax.model.optimizer_costs import optimizer_costs
+from mor_jax.plan.collectives import Collective, bytes_by_kind, collectives
 from mor_jax.plan.compile import CompiledStep
-from mor_jax.plan.hlo_flops import matrix_flops
+from mor_jax.plan.hlo_flops import MatrixFlops, matrix_flops
 from mor_jax.plan.roofline import roofline, step_flops
+from mor_jax.train.step import OPTIMIZER_SCOPE
 
 WIDTH = 110
 """Columns that the tables need."""
@@ -31,7 +33,8 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
     """
     config, topology = step.config, step.topology
     sizes = {str(axis): size for axis, size in step.mesh.shape.items()}
-    traffic = bytes_by_kind(collectives(step.module, step.mesh.size, topology.slices))
+    found = collectives(step.module, step.mesh.size, topology.slices)
+    traffic = bytes_by_kind(found)
     received = (sum(kind["bytes"] for kind in traffic.values()), sum(kind["bytes_across"] for kind in traffic.values()))
     fused = step.attention != "xla"
     bound = roofline(config, sizes, topology.generation, received, fused_attention=fused)
@@ -53,6 +56,7 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
             "compiled_per_device": compiled.total,
             "kernel_calls": compiled.opaque_calls.get("tpu_custom_call", 0),
         },
+        "optimizer": _optimizer(step, sizes, found, compiled),
         "collectives_per_device": traffic,
         "loops_of_unknown_length": len(step.module.unknown_loops),
         "estimate": {
@@ -69,6 +73,24 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
         "compile_seconds": step.seconds,
         "versions": versions(),
         "config": config_io.to_dict(config),
+    }
+
+
+def _optimizer(
+    step: CompiledStep, sizes: dict[str, int], found: list[Collective], compiled: MatrixFlops
+) -> dict[str, Any]:
+    """What the optimiser takes: FLOPs of the whole step, the rest of one device; its state is in the memory's table."""
+    config = step.config
+    whole, here = optimizer_costs(config), optimizer_costs(config, sizes)
+    mine = [item for item in found if OPTIMIZER_SCOPE in item.op_name]
+    return {
+        "kind": config.optimizer.kind,
+        "flops": whole.flops,
+        "share_of_model_flops": whole.flops / step_flops(config).model,
+        "flops_per_device": here.flops,
+        "compiled_flops_per_device": sum(n for name, n in compiled.by_op_name.items() if OPTIMIZER_SCOPE in name),
+        "bytes_per_device": here.traffic,
+        "received_per_device": sum(item.total_bytes for item in mine),
     }
 
 
@@ -111,6 +133,19 @@ def _headline(plan: dict[str, Any]) -> str:
         f"micro-batches, execution {plan['execution']}, remat {plan['remat']}, attention {plan['attention']}\n"
         f"{flops['model']:.4g} FLOPs per step, {flops['per_token']:.4g} per token, {flops['executed']:.4g} executed "
         f"per step; compiled in {plan['compile_seconds']:.0f} s\n"
+        f"{_optimizer_line(plan['optimizer'])}\n"
+    )
+
+
+def _optimizer_line(optimizer: dict[str, Any]) -> str:
+    products = "no matrix products"
+    if optimizer["flops"]:
+        share, here = optimizer["share_of_model_flops"], optimizer["flops_per_device"]
+        products = f"{optimizer['flops']:.4g} FLOPs ({share:.2%} of the model's), {here:.4g} on one device"
+    moved, received = optimizer["bytes_per_device"] / GIB, optimizer["received_per_device"] / 1e6
+    return (
+        f"optimiser {optimizer['kind']}, per step: {products}; one device moves {moved:.3f} GiB of its memory and "
+        f"receives {received:,.1f} MB"
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -25,6 +26,8 @@ from mor_jax.runs.state import ModelState, TrainState
 
 _log = logging.getLogger(__name__)
 _LISTED = 8
+_LATER_LEAVES = ("boundaries_R",)
+"""Leaves that checkpoints of earlier versions lack: float32, filled with NaN, which says that there is nothing yet."""
 T = TypeVar("T")
 
 
@@ -95,6 +98,12 @@ def _tree_differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]) 
         if was != now:
             lines.append(f"{name} is {was[1]}{was[0]} but the model needs {now[1]}{now[0]}")
     return sorted(lines)
+
+
+def _nothing_yet(leaf: Any) -> jax.Array:
+    """NaN in the place of a leaf that was not saved."""
+    nans = np.full(leaf.shape, np.nan, leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: nans[index])
 
 
 def _agreed(read: Callable[[], T]) -> T:
@@ -171,8 +180,8 @@ class Checkpoints:
             None when the folder holds no checkpoint.
 
         Raises:
-            UserError: the checkpoint belongs to another model, none of the checkpoints is good, or the processes do not
-                share the folder.
+            UserError: the checkpoint belongs to another model or optimiser, none of the checkpoints is good, or the
+                processes do not share the folder.
         """
         found = self._newest_good(_abstract_storable(abstract_state))
         return None if found is None else Restored(_from_storable(found.tree), found.data_step, found.data_hash)
@@ -221,7 +230,7 @@ class Checkpoints:
     def _restore_step(self, step: int, wanted: dict[str, Any], partial: bool) -> _Verified:
         _log.info("restoring checkpoint %d", step)
 
-        def describe() -> tuple[dict[str, Any], int, str, list[str]]:
+        def describe() -> tuple[dict[str, Any], int, str, dict[str, Any], list[str]]:
             about = self._read(step, "about", ocp.args.JsonRestore())
             try:
                 if about.pop("checksum") != _checksum(about):
@@ -229,17 +238,20 @@ class Checkpoints:
                 saved = about["leaves"]
                 if partial:
                     saved = {name: leaf for name, leaf in saved.items() if name.split("/")[0] in wanted}
-                differences = _tree_differences(saved, _leaves(wanted))
-                return saved, int(about["data_step"]), str(about["data_hash"]), differences
+                there = {k: v for k, v in wanted.items() if k not in _LATER_LEAVES or k in saved}
+                differences = _tree_differences(saved, _leaves(there))
+                return saved, int(about["data_step"]), str(about["data_hash"]), there, differences
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise DamagedCheckpointError(f"its description cannot be used ({error!r})") from error
 
-        saved, data_step, data_hash, lines = _agreed(describe)
+        saved, data_step, data_hash, there, lines = _agreed(describe)
         if lines:
             more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-            raise UserError(f"{self.folder / str(step)} is of another model: {'; '.join(lines[:_LISTED])}{more}")
+            same_model = all(line.startswith("opt_state/") for line in lines)
+            what = "optimiser (optimizer.kind)" if same_model else "model"
+            raise UserError(f"{self.folder / str(step)} is of another {what}: {'; '.join(lines[:_LISTED])}{more}")
         arguments = ocp.args.PyTreeRestore(
-            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=partial
+            there, restore_args=ocp.checkpoint_utils.construct_restore_args(there), partial_restore=partial
         )
         tree = _agreed(lambda: self._read(step, "state", arguments))
         changed = [
@@ -247,7 +259,8 @@ class Checkpoints:
         ]
         if changed:
             raise DamagedCheckpointError(f"the bits of {', '.join(changed[:_LISTED])} differ from what was saved")
-        return _Verified(tree, data_step, data_hash)
+        absent = {name: _nothing_yet(leaf) for name, leaf in wanted.items() if name not in there}
+        return _Verified({**tree, **absent}, data_step, data_hash)
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         try:

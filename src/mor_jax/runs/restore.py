@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from mor_jax.array_types import Params
 from mor_jax.config import Config, MeshConfig, ModelConfig
@@ -15,6 +16,7 @@ from mor_jax.errors import UserError, require
 from mor_jax.mesh.devices import Device
 from mor_jax.model.cut import cut_params
 from mor_jax.model.parameters import Weights
+from mor_jax.model.routing.boundaries import listed
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.state import abstract_model_state
 
@@ -33,11 +35,21 @@ class RestoredRun:
     tokenizer: Tokenizer
     step: int
     """Optimiser steps behind the parameters."""
+    boundaries_R: jax.Array | None = None
+    """float32 [R]: running boundaries of expert-choice; None where training kept none."""
 
     @property
     def weights(self) -> Weights:
         """The model to evaluate."""
-        return Weights(self.config.model, self.params, self.router_bias_R)
+        return Weights(self.config.model, self.params, self.router_bias_R, self.boundaries_R)
+
+    @property
+    def boundaries(self) -> tuple[float, ...] | None:
+        """What `threshold` of expert-choice compares with, as `--boundaries` takes it; None where 0 was trained."""
+        routing = self.config.model.routing
+        if routing.boundaries is not None or self.boundaries_R is None:
+            return routing.boundaries
+        return tuple(listed(self.config.model, self.boundaries_R))
 
 
 def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRun:
@@ -77,7 +89,18 @@ def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRu
     if stage.model != config.model:
         _log.info("step %d of %d is of a stage of train.growth: %s", step, config.train.steps, stage.description)
         local, params = local.of_stage(stage), cut_params(config.model, stage.model, params)
-    return RestoredRun(local, params, state.router_bias_R, tokenizer, step)
+    boundaries_R = _known(local.model, state.boundaries_R)
+    return RestoredRun(local, params, state.router_bias_R, tokenizer, step, boundaries_R)
+
+
+def _known(model: ModelConfig, boundaries_R: jax.Array) -> jax.Array | None:
+    """Running boundaries, or None for a model without, and for a run that trained before they were kept."""
+    if not model.routing.keeps_boundaries:
+        return None
+    if np.all(np.isnan(boundaries_R)):
+        _log.info("its training kept no running boundaries: `threshold` is what the auxiliary loss or calibration says")
+        return None
+    return boundaries_R
 
 
 def load_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:

@@ -30,6 +30,8 @@ class TrainState:
     """Of ``make_optimizer``."""
     router_bias_R: jax.Array
     """float32 [R]: token-choice's loss-free bias; zeros otherwise."""
+    boundaries_R: jax.Array
+    """float32 [R]: running boundaries of expert-choice (``routing.boundaries``); NaN where there is none (yet)."""
     key: jax.Array
     """Typed random key; every step folds its number in."""
 
@@ -44,6 +46,8 @@ class ModelState:
     """float32 weights."""
     router_bias_R: jax.Array
     """float32 [R]: token-choice's loss-free bias; zeros otherwise."""
+    boundaries_R: jax.Array
+    """float32 [R]: running boundaries of expert-choice; NaN where there is none."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def _init(config: Config) -> TrainState:
         params=params,
         opt_state=make_optimizer(config.optimizer, config.train.steps).init(params),
         router_bias_R=jnp.zeros((config.model.recursion.num_recursions,), jnp.float32),
+        boundaries_R=jnp.full((config.model.recursion.num_recursions,), jnp.nan, jnp.float32),
         key=run_key,
     )
 
@@ -102,8 +107,9 @@ def abstract_model_state(model: ModelConfig, sharding: jax.sharding.Sharding) ->
     """Return the model's part of a train state as ``jax.ShapeDtypeStruct``, every leaf on one sharding."""
 
     def init() -> ModelState:
-        bias_R = jnp.zeros((model.recursion.num_recursions,), jnp.float32)
-        return ModelState(jnp.zeros((), jnp.int32), init_params(model, jax.random.key(0)), bias_R)
+        per_recursion = jnp.zeros((model.recursion.num_recursions,), jnp.float32)
+        params = init_params(model, jax.random.key(0))
+        return ModelState(jnp.zeros((), jnp.int32), params, router_bias_R=per_recursion, boundaries_R=per_recursion)
 
     shapes = jax.eval_shape(init)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

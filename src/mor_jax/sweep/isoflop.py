@@ -7,7 +7,7 @@ section 3.2 and table 9).
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from mor_jax.config import Config, GrowthStage, ModelConfig, stage_models
 from mor_jax.errors import require
@@ -48,6 +48,26 @@ def with_steps(config: Config, steps: int, pinned_steps: Sequence[int] = ()) -> 
     """Return a configuration that trains for ``steps`` and keeps the checkpoints of ``pinned_steps``."""
     train = dataclasses.replace(config.train, steps=steps, pinned_steps=tuple(pinned_steps))
     return dataclasses.replace(config, train=train)
+
+
+def with_scaled_steps(config: Config, factor: float) -> Config:
+    """Return a configuration that trains ``factor`` times as long, with every warm-up the same share of it as before.
+
+    Steps that start from another run's pinned checkpoint are numbers, not shares: ``train.pinned_steps`` stays.
+    """
+
+    def scaled(steps: int) -> int:
+        return max(min(steps, 1), round(factor * steps))  # a warm-up of none stays none
+
+    def warmups(part: Any) -> Any:
+        return dataclasses.replace(part, **{k: scaled(v) for k, v in vars(part).items() if k.endswith("warmup_steps")})
+
+    return dataclasses.replace(
+        config,
+        optimizer=warmups(config.optimizer),
+        model=dataclasses.replace(config.model, routing=warmups(config.model.routing)),
+        train=dataclasses.replace(config.train, steps=scaled(config.train.steps)),
+    )
 
 
 def plan_isoflop(

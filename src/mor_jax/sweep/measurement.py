@@ -48,7 +48,7 @@ def measurer(texts: Sequence[Path], *, depth_curve: bool, calibration_rows: int 
 
 def _has_passes(run: RestoredRun) -> bool:
     model = run.config.model
-    refused = model.routing.kind == "expert" and threshold_refusal(model) is not None
+    refused = model.routing.kind == "expert" and threshold_refusal(run.weights) is not None
     return model.recursion.num_recursions > 1 and not model.recursion.is_sequence and not refused
 
 

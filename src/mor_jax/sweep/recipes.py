@@ -131,14 +131,14 @@ the depth of `long` and three times its width: 50M parameters without embedding,
 
 
 def vanilla(scale: str) -> Config:
-    """Return the vanilla Transformer of a scale.
+    """Return the vanilla Transformer of a scale; like every model of one, it masks documents.
 
     Raises:
         UserError: there is no such scale.
     """
     if scale not in _SCALES:
         raise UserError(f"--scale {scale!r} is not one of {', '.join(map(repr, SCALES))}{suggest(scale, SCALES)}")
-    return _SCALES[scale]()
+    return _with_model(_SCALES[scale](), attend_across_documents=False)
 
 
 def recursive(

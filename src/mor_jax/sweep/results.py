@@ -33,6 +33,7 @@ _PACKAGES = ("mor-jax", "jax", "jaxlib", "flax", "optax")
 _ROUTER = (
     ("gap", "validation_gap"),
     ("threshold_accuracy", "validation_threshold_accuracy"),
+    ("running_boundaries", "boundaries_R"),
     ("topk_nll", "validation_topk_nll"),
     ("topk_bits_per_byte", "validation_topk_bits_per_byte"),
     ("dead_token_ratio", "validation_topk_dead_token_ratio"),

@@ -168,6 +168,8 @@ class _Run:
         if self.start > config.train.steps:
             raise UserError(f"{self.folder} is at step {self.start}, beyond train.steps={config.train.steps}")
         self.dataset.step = restored.data_step
+        if config.model.routing.keeps_boundaries and np.all(np.isnan(self.state.boundaries_R)):
+            _log.info("the checkpoint holds no running boundaries: they begin anew")
 
     def _initial_weights(self) -> InitialWeights | None:
         """Load the weights that the run starts from, before anything is written."""
@@ -287,8 +289,8 @@ class _Run:
 
     def _weights(self, done: int) -> Weights:
         """The model that the steps up to ``done`` have trained."""
-        whole, trained = self.config.model, self.config.stage_after(done).model
-        return Weights(trained, cut_params(whole, trained, self.state.params), self.state.router_bias_R)
+        whole, trained, state = self.config.model, self.config.stage_after(done).model, self.state
+        return Weights(trained, cut_params(whole, trained, state.params), state.router_bias_R, state.boundaries_R)
 
     def close(self) -> None:
         """Complete the last save and close what is open."""

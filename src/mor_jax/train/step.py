@@ -21,7 +21,9 @@ from mor_jax.mesh.mesh import batch_sharding, replicated
 from mor_jax.model.cut import cut_params, zero_unused
 from mor_jax.model.loss import fused_cross_entropy, target_mask
 from mor_jax.model.parameters import Weights, head_matrix
+from mor_jax.model.routing.boundaries import follow, printable, score_cut
 from mor_jax.model.routing.losses import RoutingLosses, RoutingStatistics
+from mor_jax.model.routing.trace import RoutingTrace
 from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk, logical_axes
 from mor_jax.perf import compiler_options, resolve_perf
@@ -31,11 +33,16 @@ from mor_jax.runs.state import TrainState, abstract_train_state
 Batch = Mapping[str, jax.Array]
 """int32 [B, T+1] arrays `tokens`, `segment_ids` (1-based, 0 = padding) and `positions` (restarting per document)."""
 Metrics = dict[str, jax.Array]
+OPTIMIZER_SCOPE = "optimiser"
+"""Part of the name of every operation of the update in a compiled step."""
 
 
 @struct.dataclass
 class LossParts:
-    """What the loss of a (micro-)batch is made of; adds up over micro-batches to the figures of the whole batch."""
+    """What the loss of a (micro-)batch is made of.
+
+    Adds up over micro-batches to the figures of the whole batch, but for the scores, which are laid side by side.
+    """
 
     lm: jax.Array
     """Summed negative log-likelihood over the target tokens of the whole batch, in nats per token."""
@@ -47,6 +54,10 @@ class LossParts:
     """Unweighted router losses / A; None without a router."""
     statistics: RoutingStatistics | None
     """Routing statistics / A; None without a router."""
+    chosen_R: jax.Array | None = None
+    """int32 [R]: tokens that each recursion took; None unless ``routing.keeps_boundaries``."""
+    scores_RBT: jax.Array | None = None
+    """float32: raw scores of the tokens that each recursion could choose, -inf for others; None likewise."""
 
 
 def count_targets(config: Config, batch: Batch) -> jax.Array:
@@ -62,6 +73,7 @@ def loss_fn(
     key: jax.Array,
     step: jax.Array | None,
     *,
+    boundaries_R: jax.Array | None = None,
     perf: ResolvedPerf | None = None,
     targets: jax.Array | None = None,
     micro_batches: int = 1,
@@ -81,6 +93,7 @@ def loss_fn(
         key: random key of a random router.
         step: int32 scalar, 0-based optimiser step that drives the warm-ups of routing, counted from where routing
             enters; None is after them.
+        boundaries_R: float32 [R], running boundaries of expert-choice, for the statistics; None is none.
         perf: how to execute the model; None is ``config.perf``, plainly where it leaves something open.
         targets: target tokens of the whole batch; None counts this one's.
         micro_batches: how many micro-batches the whole batch has.
@@ -92,7 +105,8 @@ def loss_fn(
     model, routing = config.model, config.model.routing
     perf = config.perf.resolved() if perf is None else perf
     targets = count_targets(config, batch) if targets is None else targets
-    output = apply_trunk(Weights(model, params, router_bias_R), perf, Rows.of_batch(batch), step=step, key=key)
+    weights, rows = Weights(model, params, router_bias_R, boundaries_R), Rows.of_batch(batch)
+    output = apply_trunk(weights, perf, rows, step=step, key=key)
     entropy = fused_cross_entropy(
         output.hidden_BTD,
         head_matrix(model, params),
@@ -102,6 +116,7 @@ def loss_fn(
         z_coefficient=config.train.logit_z_loss,
         logits_dtype=perf.logits_dtype,
         fused=perf.fused,
+        softcap=model.parts.logit_softcap,
     )
     scale = 1.0 / jnp.maximum(targets, 1.0)
     total = entropy.loss_sum * scale
@@ -113,7 +128,16 @@ def loss_fn(
     total += routing.balancing_coefficient * losses.balancing
     total += routing.z_loss_coefficient * losses.router_z
     parts = LossParts(lm=lm, logit_z=logit_z, total=total, losses=losses, statistics=statistics)
+    if routing.keeps_boundaries:
+        parts = _with_scores(parts, output.trace, rows.counted_BT)
     return total + losses.aux_router, parts
+
+
+def _with_scores(parts: LossParts, trace: RoutingTrace, counted_BT: jax.Array) -> LossParts:
+    """Add what the boundaries follow: the scores that competed, and how many tokens won."""
+    chosen_R = jnp.sum(trace.selected_RBT & counted_BT[None], axis=(1, 2), dtype=jnp.int32)
+    scores_RBT = jnp.where(trace.active_RBT & counted_BT[None], trace.scores_RBT, -jnp.inf)
+    return dataclasses.replace(parts, chosen_R=chosen_R, scores_RBT=jax.lax.stop_gradient(scores_RBT))
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -136,8 +160,9 @@ def _gradients(
     def differentiate(index: jax.Array, rows: Batch) -> tuple[Params, LossParts]:
         def loss(params: Params) -> tuple[jax.Array, LossParts]:
             key = jax.random.fold_in(step_key, index)
+            how: dict[str, Any] = {"perf": perf, "targets": targets, "micro_batches": count}
             params, bias_R = cut_params(whole, config.model, params), state.router_bias_R
-            return loss_fn(config, params, bias_R, rows, key, step, perf=perf, targets=targets, micro_batches=count)
+            return loss_fn(config, params, bias_R, rows, key, step, boundaries_R=state.boundaries_R, **how)
 
         gradients, parts = jax.grad(loss, has_aux=True)(state.params)
         return jax.tree.map(lambda g, axes: constrain(g, *axes), gradients, axes_of_params), parts
@@ -145,14 +170,21 @@ def _gradients(
     if count == 1:
         return differentiate(jnp.zeros((), jnp.int32), batch)
 
-    def add(sums: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, differentiate(*inputs)), None
+    def parts_of(inputs: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array | None]:
+        gradients, parts = differentiate(*inputs)
+        return (gradients, dataclasses.replace(parts, scores_RBT=None)), parts.scores_RBT
+
+    def add(sums: Any, inputs: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array | None]:
+        summands, scores_RBT = parts_of(inputs)
+        return jax.tree.map(jnp.add, sums, summands), scores_RBT
 
     inputs = (jnp.arange(count), _micro_batches(batch, count))
     first = jax.tree.map(lambda x: x[0], inputs)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, *first))
-    sums, _ = jax.lax.scan(add, zeros, inputs)
-    return sums
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(parts_of, first)[0])
+    (gradients, parts), scores_ARBT = jax.lax.scan(add, zeros, inputs)
+    if scores_ARBT is None:
+        return gradients, parts
+    return gradients, dataclasses.replace(parts, scores_RBT=jnp.moveaxis(scores_ARBT, 0, 1))
 
 
 def _update_bias(
@@ -166,6 +198,15 @@ def _update_bias(
     moved_R = state.router_bias_R + routing.bias_update_rate * jnp.sign(jnp.mean(load_R) - load_R)
     warm = routed_step + 1 >= routing.balance_warmup_steps  # before, no router chose the depths
     return jnp.where(warm, moved_R, state.router_bias_R)
+
+
+def _follow_boundaries(state: TrainState, routed_step: jax.Array, parts: LossParts) -> jax.Array:
+    """Running boundaries of expert-choice: move those of the recursions that routed towards the batch's cuts."""
+    if parts.scores_RBT is None or parts.chosen_R is None:
+        return state.boundaries_R
+    recursions = parts.chosen_R.shape[0]
+    cut_R = score_cut(parts.scores_RBT, parts.chosen_R)
+    return state.boundaries_R.at[:recursions].set(follow(state.boundaries_R[:recursions], cut_R, routed_step))
 
 
 def train_step(
@@ -200,7 +241,7 @@ def train_step(
     step = routed_step if perf.execution == "scan" else None
     gradients, parts = _gradients(own, config.model, perf, state, batch, step)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    with jax.named_scope("optimiser"):
+    with jax.named_scope(OPTIMIZER_SCOPE):
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         updates = zero_unused(config.model, own.model, updates)  # weight decay would shrink what waits
         params = optax.apply_updates(state.params, updates)
@@ -217,12 +258,16 @@ def train_step(
     if parts.losses is not None and parts.statistics is not None:
         metrics |= {f"{name}_loss": value for name, value in vars(parts.losses).items()}
         metrics |= vars(parts.statistics)
+    boundaries_R = _follow_boundaries(state, routed_step, parts)
+    if config.model.routing.keeps_boundaries:
+        metrics["boundaries_R"] = printable(config.model, boundaries_R)
     new_state = dataclasses.replace(
         state,
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
         router_bias_R=_update_bias(own, state, routed_step, parts.statistics),
+        boundaries_R=boundaries_R,
     )
     return new_state, metrics
 

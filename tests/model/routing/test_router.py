@@ -1,4 +1,4 @@
-"""Router scores, gates and boundaries against tables worked out by hand."""
+"""Router scores, gates and the depths that they choose against tables worked out by hand."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ import pytest
 
 from mor_jax.config import ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.model.routing import router as routing
+from mor_jax.model.routing.decide import best_depth
 
 LN2 = math.log(2)
 TOKEN = RoutingConfig("token", score="softmax", alpha=1.0)
@@ -113,26 +114,9 @@ def test_gate_and_residual_forms(gating, residual, expected):
     )
 
 
-def test_the_boundary_is_zero_or_calibrated_and_full_capacity_takes_all():
-    raw = jnp.array([-1.0, 0.0, 0.6, 2.0])
-    model = _model(2)
-    np.testing.assert_array_equal(routing.boundary_decision(model, raw, 0), [True, True, True, True])
-    np.testing.assert_array_equal(routing.boundary_decision(model, raw, 1), [False, True, True, True])
-    calibrated = _model(2, boundaries=(0.0, 0.6))
-    np.testing.assert_array_equal(routing.boundary_decision(calibrated, raw, 1), [False, False, True, True])
-
-
-@pytest.mark.parametrize(
-    ("changes", "has"),
-    [
-        ({}, True),
-        ({"sampling": "aux_router"}, True),
-        ({"sampling": "none"}, False),
-        ({"random": True}, False),
-        ({"sampling": "none", "boundaries": (0.0, 0.1)}, True),
-        ({"kind": "token", "score": "softmax"}, True),
-        ({"kind": "none", "sampling": "none"}, True),
-    ],
-)
-def test_which_recipes_have_a_boundary(changes, has):
-    assert routing.has_boundary(_model(2, **changes)) is has
+def test_the_best_depth_is_the_best_scored_of_those_allowed():
+    gates_BTR = jnp.array([[[0.2, 0.1, 0.7], [0.1, 0.3, 0.6], [0.4, 0.4, 0.2], [0.1, 0.2, 0.7]]])
+    assert best_depth(gates_BTR, None).tolist() == [[3, 3, 1, 3]]
+    assert best_depth(gates_BTR, None, jnp.int32(2)).tolist() == [[1, 2, 1, 2]]
+    assert best_depth(gates_BTR, None, jnp.array([[1, 2, 3, 3]])).tolist() == [[1, 2, 1, 3]]
+    assert best_depth(gates_BTR, jnp.array([0.0, 0.5, 0.5]), jnp.int32(2)).tolist() == [[2, 2, 2, 2]]

@@ -1,4 +1,4 @@
-"""The router: a network that scores tokens, and what its scores mean - gates and boundaries (paper section 2.2.1).
+"""The router: a network that scores tokens, and what its scores mean as gates (paper section 2.2.1).
 
 Letters: B rows, T tokens, C computed tokens, D width, R recursions.
 """
@@ -87,9 +87,12 @@ def _matmul(x_BTX: jax.Array, kernel_XY: jax.Array) -> jax.Array:
 
 @jax.named_scope("routing")
 def score(config: ModelConfig, raw: jax.Array) -> jax.Array:
-    """Raw router output to gate: alpha times the score function (softmax over the last axis)."""
+    """Raw router output to gate: alpha times the score function (softmax over the last axis).
+
+    A random router's numbers are scores already, as in the release.
+    """
     functions = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "softmax": jax.nn.softmax, "none": lambda x: x}
-    return config.routing.alpha * functions[config.routing.score](raw)
+    return config.routing.alpha * (raw if config.routing.random else functions[config.routing.score](raw))
 
 
 @jax.named_scope("routing")
@@ -113,19 +116,3 @@ def gated(
         return delta_BCD
     share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup).astype(out_BCD.dtype)
     return share * delta_BCD + (1 - share) * (out_BCD - x_BCD)
-
-
-def boundary_decision(config: ModelConfig, raw: jax.Array, recursion: int) -> jax.Array:
-    """bool: whether `threshold` lets a token go on at this recursion; capacity 1 lets all (shape of `raw`)."""
-    if config.capacities[recursion] == 1.0:
-        return jnp.ones(raw.shape, bool)
-    boundaries: Any = config.routing.boundaries
-    return raw >= (boundaries[recursion] if boundaries is not None else 0.0)
-
-
-def has_boundary(config: ModelConfig) -> bool:
-    """Whether mode `threshold` means something: token-choice, a trained boundary, or a calibrated one."""
-    routing = config.routing
-    if routing.kind != "expert" or routing.boundaries is not None:
-        return True
-    return routing.sampling != "none" and not routing.random

@@ -10,7 +10,6 @@ from flax import struct
 from mor_jax.config import ModelConfig
 from mor_jax.model.routing.decide import RoutingInputs
 from mor_jax.model.routing.losses import RoutingLosses, RoutingStatistics, expert_losses, statistics, token_losses
-from mor_jax.model.routing.router import boundary_decision
 
 
 @struct.dataclass
@@ -64,8 +63,8 @@ def expert_trace(
     active_RBT, selected_RBT = active_RBT.astype(bool), selected_RBT.astype(bool)
     counted_RBT = active_RBT & inputs.counted_BT[None]
     has_aux = inputs.aux_router is not None
-    boundary_scores = aux_RBT if has_aux else raw_RBT
-    decisions = [boundary_decision(config, s, r) for r, s in enumerate(boundary_scores)]
+    assert inputs.boundary_R is not None
+    compared_RBT = aux_RBT if has_aux else raw_RBT
     depth_BT = jnp.sum(selected_RBT, axis=0, dtype=jnp.int32)
     return RoutingTrace(
         depth_BT=depth_BT,
@@ -78,7 +77,7 @@ def expert_trace(
             config,
             depth_BT=depth_BT,
             chosen_BT=depth_BT,
-            decision_RBT=jnp.stack(decisions),
+            decision_RBT=compared_RBT >= inputs.boundary_R[:, None, None],
             active_RBT=counted_RBT,
             selected_RBT=selected_RBT,
             counted_BT=inputs.counted_BT,
