@@ -188,7 +188,10 @@ def test_loss_with_its_gradient(vocabulary, logits_dtype, softcap, gpu):
     assert ("output_operand_aliases = [#stablehlo" in text) == (logits_dtype == "bfloat16")
 
 
-def _attention_gradient(tokens, *, cached, parts=PartsConfig()):
+_PLAIN = PartsConfig()
+
+
+def _attention_gradient(tokens, *, cached, parts=_PLAIN):
     """The gradient of an attention layer of the 360M model by its weights and input, and abstract arguments."""
     config = dataclasses.replace(presets.get("vanilla-360m").config.model, parts=parts)
     layer = Attention(config, ResolvedPerf(attention_backend="triton", fusion="triton"))
