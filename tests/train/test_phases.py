@@ -88,7 +88,8 @@ def test_metrics_and_validation_are_the_stages(straight):
     assert [line["num_recursions"] for line in lines] == [1, 1, 2, 2]
     assert [line["step"] for line in lines if "validation_nll" in line] == [2]
     assert [line["step"] for line in lines if "validation_topk_nll" in line] == [4]
-    assert ["tokens_per_depth" in line for line in lines] == [False] * 2 + [True] * 2
+    for routed in ("tokens_per_depth", "boundaries_R"):
+        assert [routed in line for line in lines] == [False] * 2 + [True] * 2
 
 
 def test_what_a_stage_has_no_part_of_keeps_its_values_and_no_moments(straight, tmp_path):
@@ -107,6 +108,11 @@ def test_what_a_stage_has_no_part_of_keeps_its_values_and_no_moments(straight, t
         assert [not np.array_equal(old[r], new[r]) for r in range(2)] == trained
         for moment in leaves_of(state.opt_state, "down_up"):
             assert [bool(np.any(moment[r] != 0)) for r in range(2)] == trained
+
+
+def test_running_boundaries_begin_where_routing_enters(straight, tmp_path):
+    one, whole = (state_at(straight, step, tmp_path / str(step)).boundaries_R for step in (2, 4))
+    assert np.all(np.isnan(one)) and np.isfinite(whole[1])
 
 
 def test_stops_before_at_and_after_borders_change_nothing(straight, tmp_path):

@@ -168,7 +168,8 @@ class _Run:
         if self.start > config.train.steps:
             raise UserError(f"{self.folder} is at step {self.start}, beyond train.steps={config.train.steps}")
         self.dataset.step = restored.data_step
-        if config.model.routing.keeps_boundaries and np.all(np.isnan(self.state.boundaries_R)):
+        routes = config.stage_after(self.start).model.routing.keeps_boundaries
+        if routes and np.all(np.isnan(self.state.boundaries_R)):
             _log.info("the checkpoint holds no running boundaries: they begin anew")
 
     def _initial_weights(self) -> InitialWeights | None:

@@ -259,8 +259,8 @@ def train_step(
         metrics |= {f"{name}_loss": value for name, value in vars(parts.losses).items()}
         metrics |= vars(parts.statistics)
     boundaries_R = _follow_boundaries(state, routed_step, parts)
-    if config.model.routing.keeps_boundaries:
-        metrics["boundaries_R"] = printable(config.model, boundaries_R)
+    if own.model.routing.keeps_boundaries:
+        metrics["boundaries_R"] = printable(own.model, boundaries_R[: own.model.recursion.num_recursions])
     new_state = dataclasses.replace(
         state,
         step=state.step + 1,
