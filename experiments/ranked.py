@@ -12,7 +12,7 @@ from typing import Any
 
 from mor_jax.config import PerfConfig
 from mor_jax.config import io as config_io
-from mor_jax.sweep.isoflop import with_steps
+from mor_jax.sweep.isoflop import with_scaled_steps
 from mor_jax.sweep.results import failed_result, write_json
 from mor_jax.sweep.runs import SweepRun, load_sweep
 
@@ -83,7 +83,7 @@ def ranked_runs(scale: str, factor: float = 1.0, perf: PerfConfig | None = None)
 
     Args:
         scale: as of ``mor sweep``.
-        factor: multiplies the steps of every run, so that equal FLOPs stay equal.
+        factor: multiplies the steps of every run, so that equal FLOPs stay equal; warm-ups keep their share of them.
         perf: replaces the runs' own.
     """
     found: dict[str, RankedRun] = {}
@@ -101,9 +101,7 @@ def experiment_runs(
     """Return the runs of one experiment by name, with scaled steps."""
     runs = {}
     for run in load_sweep(HERE / experiment / "sweep.py", scale):
-        least = run.config.optimizer.warmup_steps + 1  # short runs that start from others
-        steps = max(least, round(factor * run.config.train.steps))
-        config = with_steps(run.config, steps, run.config.train.pinned_steps)
+        config = with_scaled_steps(run.config, factor)
         config = config if perf is None else dataclasses.replace(config, perf=perf)
         runs[run.name] = dataclasses.replace(run, config=config)
     return runs

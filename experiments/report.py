@@ -23,10 +23,30 @@ _HEAD = """# Results
 Written by `python experiments/report.py` from the JSON files in `experiments/*/results`; do not edit. Loss is nats per
 token on held-out text. **Causal** is what generation attains: selection by threshold. *topk* looks ahead along the row,
 as training does and as the paper evaluates; it stands beside it. Effects are differences of loss, negative is better.
-The paper's are of 360M-parameter models trained on 10 to 31 billion tokens (30 to 90 tokens a parameter); ours have
-six to a thousand times fewer parameters and see a few tokens for each, so the direction of an effect is what can be
-compared. None of these scales says which architecture wins after billions of tokens. What speaks for and against a
-figure stands in the folders' outcomes.
+An effect [low, high] has the 95% t-interval of the differences seed by seed: runs of one seed see the same batches.
+Where the interval holds zero, or there is one seed only, nothing is decided. A mean ± is the standard deviation over
+the seeds of its row. The paper's effects are of 360M-parameter models; at equal FLOPs they saw 63 tokens for each
+parameter without embedding of its vanilla model and 254 of MoR with three recursions (32 and 85 in its ablations). Ours
+are six to a thousand times smaller, and at `large`, counted alike, saw 1.5 and 3.9: at most the direction of an effect
+can be compared. None of these scales says which architecture wins after billions of tokens. What speaks for and against
+a figure stands in the folders' outcomes.
+
+## What all of these runs share
+
+- **No baseline stands at its own best size.** Every scale compares models of one unrolled shape at equal training FLOPs
+  and few tokens a parameter; there the model that sees the most text wins. At half the FLOPs of `large` (1.48e16, one
+  seed, AdamW) a plain Transformer of MoR's four unique layers, each used once, had 3.524 nats, MoR with three
+  recursions 3.658 and the vanilla model of eight layers 3.706: so at 2.9e16, too, MoR as good as the eight layers says
+  nothing about the best plain model, which was not run there. At half the width eight layers beat four (3.457 and
+  3.478, Muon, 7.4e15). A comparison of each family at its own best size:
+  [isoflop](../experiments/isoflop/README.md), not run yet.
+- **Held-out text was drawn by the document**: 46% of its characters are parts of books and textbooks of which other
+  parts were trained on. That lowers every loss and favours models that remember more; the loss by source on a text of
+  its own stands beside where it was measured. New corpora hold out whole works.
+- **Warm-ups were not shortened with the runs** at `long` (100 steps of 1,020, 10% where 3% was meant; the capacity
+  warm-up 29% where 10% was) and hardly at `large`. Runs of another length now keep the share.
+- **Random selection kept the router's gates**; the release's random router has random gates, as `routing.random` has
+  now.
 """
 _GAP_HEAD = """## The gap between topk and threshold
 

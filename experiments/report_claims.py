@@ -1,12 +1,12 @@
 """Tables of docs/results.md that set the paper's effects beside ours, and what they leave open."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from claims import CLAIMS, Claim
 from report_tables import Result
 
+from mor_jax.sweep.paired import PairedDifference, paired_difference
 from mor_jax.sweep.table import group_summary
 
 _AGREES, _OPPOSES, _OPEN = "yes", "**no**", "undecided"
@@ -20,15 +20,14 @@ def claims_table(results: Mapping[str, Sequence[Result]], claims: Sequence[Claim
         results: of one scale, by experiment.
         claims: the paper's effects.
     """
-    noise = seed_noise(results)
-    rows = []
-    for claim in claims:
-        if was_run(results, claim):
-            cells = _effect_cells(claim, *_with_common_seeds(results[claim.experiment], claim), noise)
-            rows.append([claim.says, f"{claim.paper:+.4f} ({claim.table})", *cells])
+    rows = [
+        [claim.says, f"{claim.paper:+.4f} ({claim.table})", *_effect_cells(results, claim)]
+        for claim in claims
+        if was_run(results, claim)
+    ]
     rows.sort(key=lambda row: _ORDER.index(_verdict(row)))  # stable: the claims' own order within a verdict
     lines = [
-        "| claim | paper (table) | ours, causal | ours, topk | seeds | agrees in direction |",
+        "| claim | paper (table) | ours, causal [95% interval] | ours, topk | seeds | agrees in direction |",
         "|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
@@ -37,8 +36,7 @@ def claims_table(results: Mapping[str, Sequence[Result]], claims: Sequence[Claim
         f"{counts[_AGREES]} agree, {counts[_OPPOSES]} do not, {counts[_OPEN]} are undecided, "
         f"{len(claims) - len(rows)} were not run here."
     )
-    spread = f" Runs that differ in the seed only spread by up to {noise:.4f} (standard deviation)." if noise else ""
-    return f"{summary}{spread}\n\n" + "\n".join(lines) + "\n"
+    return f"{summary}{_seed_spread(results)}\n\n" + "\n".join(lines) + "\n"
 
 
 def not_run(by_scale: Sequence[Mapping[str, Sequence[Result]]], claims: Sequence[Claim] = CLAIMS) -> str:
@@ -53,57 +51,57 @@ def not_run(by_scale: Sequence[Mapping[str, Sequence[Result]]], claims: Sequence
 
 def was_run(results: Mapping[str, Sequence[Result]], claim: Claim) -> bool:
     """Whether both sides of a claim are finished for a common seed."""
-    return all(row.get("seeds") for row in _with_common_seeds(results.get(claim.experiment, ()), claim))
+    return any(_difference(results, claim, figure) is not None for figure in ("nll", "topk_nll"))
 
 
 def _verdict(row: Sequence[str]) -> str:
     return row[-1].split(":")[0].removesuffix(" (topk)")
 
 
-def _with_common_seeds(results: Sequence[Result], claim: Claim) -> tuple[Result, Result]:
-    """Summaries of the two groups over the seeds that both finished: those runs saw the same batches."""
-    pair = (claim.group, claim.baseline)
-    done = {group: {r["seed"]: r for r in results if r["group"] == group and r["state"] == "done"} for group in pair}
-    common = done[claim.group].keys() & done[claim.baseline].keys()
-    summaries = [group_summary([r for seed, r in done[group].items() if seed in common]) for group in pair]
-    ours, base = (summary[0] if summary else {} for summary in summaries)
-    return ours, base
+def _difference(results: Mapping[str, Sequence[Result]], claim: Claim, figure: str) -> PairedDifference | None:
+    """Effect of a claim in one loss over the seeds that both sides finished: those runs saw the same batches."""
+    ours, base = (
+        {
+            run["seed"]: loss
+            for run in results.get(claim.experiment, ())
+            if run["group"] == group and run["state"] == "done" and (loss := _loss(run, figure)) is not None
+        }
+        for group in (claim.group, claim.baseline)
+    )
+    return paired_difference(ours, base)
 
 
-def seed_noise(results: Mapping[str, Sequence[Result]]) -> float:
-    """Return the largest standard deviation of the causal loss between seeds; 0 where every group has one."""
-    return max((row.get("nll_spread", 0.0) for rows in results.values() for row in group_summary(rows)), default=0.0)
+def _loss(run: Result, figure: str) -> float | None:
+    """The causal loss, or that by top-k, which is the only one of a model without a router."""
+    return run.get("topk_nll", run.get("nll")) if figure == "topk_nll" else run.get("nll")
 
 
-def _effect_cells(claim: Claim, ours: Result, base: Result, noise: float) -> list[str]:
-    """Causal effect, effect by topk, seeds and verdict."""
-    seeds = str(ours["seeds"])
-    ahead = _look_ahead(ours) - _look_ahead(base) if _look_ahead(ours) and _look_ahead(base) else math.nan
-    topk = "" if math.isnan(ahead) else f"{ahead:+.4f}"
-    if "nll" not in ours or "nll" not in base:
-        return ["no causal boundary", topk, seeds, _agrees(claim.paper, ahead, 0.0, noise) + " (topk)"]
-    effect = ours["nll"] - base["nll"]
-    error = _standard_error(ours, base)
-    spread = f" ± {error:.4f}" if error else ""
-    return [f"{effect:+.4f}{spread}", topk, seeds, _agrees(claim.paper, effect, error, noise)]
+def _seed_spread(results: Mapping[str, Sequence[Result]]) -> str:
+    """Say how far seeds alone move the causal loss of a group; empty where every group has one."""
+    groups = [row for rows in results.values() for row in group_summary(rows) if "nll_spread" in row]
+    if not groups:
+        return ""
+    widest = max(groups, key=lambda row: row["nll_spread"])
+    return (
+        f" Runs that differ in the seed only spread by up to {widest['nll_spread']:.4f} (standard deviation of "
+        f"{widest['seeds']} seeds, {widest['group']})."
+    )
 
 
-def _look_ahead(row: Result) -> float:
-    """Loss by top-k; without a router there is only one loss."""
-    return row.get("topk_nll", row.get("nll", 0.0))
+def _effect_cells(results: Mapping[str, Sequence[Result]], claim: Claim) -> list[str]:
+    """Causal effect with its interval, effect by topk, seeds and verdict."""
+    causal, ahead = (_difference(results, claim, figure) for figure in ("nll", "topk_nll"))
+    topk = "" if ahead is None else f"{ahead.mean:+.4f}"
+    if causal is not None:
+        return [str(causal), topk, str(causal.seeds), _agrees(claim.paper, causal)]
+    assert ahead is not None
+    return ["no causal boundary", topk, str(ahead.seeds), _agrees(claim.paper, ahead) + " (topk)"]
 
 
-def _standard_error(ours: Result, base: Result) -> float:
-    """Of the difference of two means over seeds; 0 where either has one seed only."""
-    if "nll_spread" not in ours or "nll_spread" not in base:
-        return 0.0
-    return math.sqrt(ours["nll_spread"] ** 2 / ours["seeds"] + base["nll_spread"] ** 2 / base["seeds"])
-
-
-def _agrees(paper: float, effect: float, error: float, noise: float) -> str:
-    """Compare directions; a difference of two single runs tells nothing below what seeds alone do."""
-    if error and abs(effect) < 2 * error:
-        return f"{_OPEN}: within two standard errors of none"
-    if not error and abs(effect) < math.sqrt(2) * noise:
-        return f"{_OPEN}: {'same' if paper * effect > 0 else 'opposite'} sign, within the spread of seeds"
-    return _AGREES if paper * effect > 0 else _OPPOSES
+def _agrees(paper: float, effect: PairedDifference) -> str:
+    """Compare directions, if the interval of ours says which it has."""
+    if effect.half_width is None:
+        return f"{_OPEN}: one seed"
+    if not effect.excludes_zero:
+        return f"{_OPEN}: the interval holds zero"
+    return _AGREES if paper * effect.mean > 0 else _OPPOSES

@@ -14,7 +14,7 @@ def runs_table(results: Sequence[Result]) -> str:
     """Return one row per group: costs and losses, means over seeds with their spread; then what is missing."""
     lines = [
         "| model | parameters | tokens | training FLOPs | serving FLOPs/token "
-        "| causal | causal, calibrated | bits/byte | topk | gap | seeds |",
+        "| causal (± sd of the seeds) | causal, calibrated | bits/byte | topk | gap | seeds |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     missing: dict[str, list[str]] = {}

@@ -62,23 +62,28 @@ def _done(name, nll, seed=0, **others):
 def test_the_report_tells_agreement_from_disagreement_and_from_nothing():
     results = [_done("vanilla", 3.0, seed) for seed in (0, 1)] + [_done("vanilla", 3.002, 2)]
     results += [_done("expert-r2", 2.9 + seed / 1000, seed, topk_nll=2.8) for seed in (0, 1, 2)]
-    results += [_done("expert-r3", 2.95, topk_nll=2.9), _done("recursive-r3", 2.9)]
+    results += [_done("expert-r3", 2.95, topk_nll=2.9)]
+    results += [_done("recursive-r3", nll, seed) for seed, nll in ((0, 2.899), (1, 2.901))]
     table = CLAIM_TABLES.claims_table({"mor_vs_baselines": results})
     by_claim = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
-    assert "| -0.0997 ± 0.0009 | -0.2007 | 3 | yes |" in by_claim["MoR, N_r=2 against vanilla, equal FLOPs"]
-    assert "| -0.0500 | -0.1000 | 1 | **no** |" in by_claim["MoR, N_r=3 against vanilla, equal FLOPs"]
-    assert "| +0.0500 |" in by_claim["MoR against recursive, N_r=3, equal FLOPs"]
-    assert table.index("yes |") < table.index("**no** |") and "not run |" not in table
-    assert table.startswith(f"1 agree, 3 do not, 0 are undecided, {len(CLAIMS) - 4} were not run here.")
+    decided = by_claim["MoR, N_r=2 against vanilla, equal FLOPs"]  # differences -0.1, -0.099, -0.1
+    assert "| -0.0997 [-0.1011, -0.0982] | -0.2007 | 3 | yes |" in decided
+    alone = by_claim["MoR, N_r=3 against vanilla, equal FLOPs"]
+    assert "| -0.0500 | -0.1000 | 1 | undecided: one seed |" in alone
+    opposed = by_claim["recursive, N_r=3 against vanilla, equal FLOPs"]
+    assert "| -0.1000 [-0.1127, -0.0873] | -0.1000 | 2 | **no** |" in opposed
+    assert "| +0.0510 |" in by_claim["MoR against recursive, N_r=3, equal FLOPs"]
+    assert table.index("yes |") < table.index("**no** |") < table.index("one seed |") and "not run |" not in table
+    assert table.startswith(f"1 agree, 1 do not, 2 are undecided, {len(CLAIMS) - 4} were not run here.")
 
 
-def test_effects_within_the_spread_of_seeds_are_undecided():
+def test_what_seeds_could_have_done_is_undecided():
     noisy = [_done("vanilla", 3.0 + 0.1 * seed, seed) for seed in (0, 1, 2)]
-    noisy += [_done("expert-r2", 2.98 + 0.1 * seed, seed, topk_nll=2.9) for seed in (0, 1, 2)]
-    table = CLAIM_TABLES.claims_table({"mor_vs_baselines": [*noisy, _done("expert-r3", 2.9)]})
-    alone = next(line for line in table.splitlines() if line.startswith("| MoR, N_r=3 against vanilla, equal FLOPs"))
-    assert "| -0.1000 |" in alone and "undecided: opposite sign, within the spread of seeds" in alone
-    assert "undecided: within two standard errors" in CLAIM_TABLES.claims_table({"mor_vs_baselines": noisy})
+    shifts = (-0.05, 0.02, -0.03)  # paired: the same seeds move both by 0.1
+    noisy += [_done("expert-r2", 3.0 + 0.1 * s + shifts[s], s, topk_nll=2.9) for s in (0, 1, 2)]
+    table = CLAIM_TABLES.claims_table({"mor_vs_baselines": noisy})
+    assert "| -0.0200 [-0.1096, +0.0696] | -0.2000 | 3 | undecided: the interval holds zero |" in table
+    assert "spread by up to 0.1153 (standard deviation of 3 seeds, expert-r2)" in table
     elsewhere = {"mor_vs_baselines": [_done("vanilla", 3.0), _done("expert-r2", 2.95)], "recursions": noisy}
     assert CLAIM_TABLES.claims_table(elsewhere).startswith("0 agree, 0 do not, 1 are")  # seeds of another experiment
 

@@ -79,6 +79,13 @@ def test_layers_are_the_papers(name, depth, unrolled):
     assert (model.block_depth, model.unrolled_depth) == (depth, unrolled)
 
 
+def test_packed_rows_are_one_text_for_the_papers_models_and_documents_for_the_small_ones():
+    of_paper = [presets.get(name).config.model for name in PAPER]
+    assert len(of_paper) == 76
+    assert {(model.attend_across_documents, model.rotary_positions) for model in of_paper} == {(True, "row")}
+    assert not any(presets.get(name).config.model.attend_across_documents for name in ("demo", "debug"))
+
+
 @pytest.mark.parametrize("name", ["demo", "debug", "mor-360m-expert-r3-share"])
 def test_configurations_survive_json(name, tmp_path):
     config = presets.get(name).config

@@ -3,7 +3,7 @@
 import dataclasses
 
 from mor_jax.config import Config
-from mor_jax.sweep.isoflop import with_steps
+from mor_jax.sweep.isoflop import with_scaled_steps
 from mor_jax.sweep.recipes import at_flops_of, expert, recursive, seeded, vanilla
 from mor_jax.sweep.runs import SweepRun
 
@@ -20,7 +20,7 @@ SMALL_SHARE = 0.3125
 def runs(scale: str) -> list[SweepRun]:
     """Return vanilla, MoR of N_r = 2 and the recursive model of N_r = 3, rate by rate."""
     baseline = vanilla(scale)
-    baseline = with_steps(baseline, max(1, round(SHARE.get(scale, SMALL_SHARE) * baseline.train.steps)))
+    baseline = with_scaled_steps(baseline, SHARE.get(scale, SMALL_SHARE))
     models = {"vanilla": baseline, "expert-r2": expert(scale, 2), "recursive-r3": recursive(scale, 3)}
     matched = {name: at_flops_of(config, baseline) for name, config in models.items()}
     return [

@@ -1,10 +1,12 @@
-"""Write the table of docs/parity.md: python experiments/parity/table.py GOLDENS [--execution gather|scan].
+"""Write the table of docs/parity.md: python experiments/parity/table.py GOLDENS [--execution E] [--documents N...].
 
-Every case of the folder has a row: measured, or the reason why it differs by design.
+Every case of the folder has a row: measured, or the reason why it differs by design. `scan` and packed documents are
+only printed.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +24,14 @@ BY_DESIGN = {
 }
 
 
-def row(name: str, path: Path, execution: Execution) -> tuple[str, bool]:
+def row(name: str, path: Path, execution: Execution, documents: Sequence[int]) -> tuple[str, bool]:
     """One line of the table, and whether it is as it should be."""
     if name in BY_DESIGN:
         return f"| {name} | {BY_DESIGN[name]} |" + " |" * len(COLUMNS), True
     with np.load(path) as file:
         case = {key: file[key] for key in file.files}
     try:
-        report = compare(case, execution)
+        report = compare(case, execution, documents)
     except UserError as error:
         return f"| {name} | FAILS: {error} |" + " |" * len(COLUMNS), False
     routing = {None: "no router", True: "equal", False: "DIFFERS"}[report.routing_equal]
@@ -42,6 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("goldens", type=Path)
     parser.add_argument("--execution", choices=("gather", "scan"), default="gather")
+    parser.add_argument("--documents", type=int, nargs="*", default=(), help="give rows as documents of these lengths")
     options = parser.parse_args()
     header = [
         f"| case ({options.execution}) | routing | {' | '.join(COLUMNS)} |",
@@ -49,10 +52,10 @@ def main() -> int:
         f"| tolerance | exact | {' | '.join(f'{TOLERANCES[c]:.0e}' for c in COLUMNS)} |",
     ]
     paths = sorted(p for p in options.goldens.glob("*.npz") if not p.name.startswith("init_"))
-    rows = [row(path.stem, path, options.execution) for path in paths]
+    rows = [row(path.stem, path, options.execution, options.documents) for path in paths]
     table = "\n".join([*header, *(line for line, _ in rows)])
     print(table)
-    if options.execution == "gather":
+    if options.execution == "gather" and not options.documents:
         text = DOCUMENT.read_text(encoding="utf-8")
         before, rest = text.split(BEGIN)
         DOCUMENT.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")

@@ -19,13 +19,15 @@ class Case:
     slices: int
     fsdp: int
     execution: str = "gather"
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
         """Name of the result file."""
         slices = "" if self.slices == 1 else f"_x{self.slices}"
         execution = "" if self.execution == "gather" else f"_{self.execution}"
-        return f"{self.preset}_{self.topology.replace(':', '-')}{slices}{execution}"
+        optimizer = "" if self.optimizer == "adamw" else f"_{self.optimizer}"
+        return f"{self.preset}_{self.topology.replace(':', '-')}{slices}{execution}{optimizer}"
 
     @property
     def arguments(self) -> list[str]:
@@ -37,15 +39,20 @@ class Case:
             "mesh.fsdp": self.fsdp,
             "perf.remat": "full",
             "perf.execution": self.execution,
+            "optimizer.kind": self.optimizer,
         }
         return [self.preset, *(text for name, value in flags.items() for text in (f"--{name}", str(value))), "--json"]
 
 
+MUON = Case(PAIRS["360m"][0], *TOPOLOGIES[0], FSDP["360m"], optimizer="muon")
+
+
 def cases() -> list[Case]:
-    """List all cases: a pair on every topology, then the small MoR under `scan`, then the pairs of the larger size."""
+    """List all cases: a pair on every topology, then the small MoR under `scan`, then the pairs of the larger size;
+    last the small MoR with Muon."""
     found = []
     for size, presets in PAIRS.items():
         found += [Case(preset, *where, FSDP[size]) for where in TOPOLOGIES for preset in presets]
         if size == "360m":
             found += [Case(presets[0], *where, FSDP[size], "scan") for where in TOPOLOGIES]
-    return found
+    return [*found, MUON]

@@ -1,11 +1,12 @@
 """Print the results as markdown: `python experiments/plan/table.py [--matrix]`. Reads results/*.json only."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from cases import PAIRS, TOPOLOGIES, Case, cases
+from cases import MUON, PAIRS, TOPOLOGIES, Case, cases
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 1 << 30
@@ -65,7 +66,7 @@ def results_table(plans: dict[str, dict[str, Any]]) -> str:
         "M tokens/s at most",
         "compile s",
     )
-    return markdown(head, [row(case, plans[case.name]) for case in cases() if case.name in plans])
+    return markdown(head, [row(case, plans[case.name]) for case in cases() if case.name in plans and case != MUON])
 
 
 def ratio_table(plans: dict[str, dict[str, Any]]) -> str:
@@ -91,6 +92,42 @@ def ratio_table(plans: dict[str, dict[str, Any]]) -> str:
     return markdown(head, rows)
 
 
+def optimizer_table(plans: dict[str, dict[str, Any]]) -> str:
+    """AdamW and Muon in one step; what differs is per chip."""
+    head = (
+        "optimiser",
+        "moments and other state, MB",
+        "total GiB",
+        "its GFLOPs, all chips",
+        "of the model's",
+        "its GFLOPs on a chip",
+        "it moves, GB of the chip's memory",
+        "it receives, MB",
+        "received in all, GB",
+        "bound, ms",
+        "compile s",
+    )
+    rows = []
+    for case in (dataclasses.replace(MUON, optimizer="adamw"), MUON):
+        plan = plans[case.name]
+        memory, optimizer = plan["memory_per_device"], plan["optimizer"]
+        cells = (
+            optimizer["kind"],
+            f"{memory['optimiser'] / 1e6:.0f}",
+            f"{memory['total'] / GIB:.2f}",
+            f"{optimizer['flops'] / 1e9:,.0f}",
+            f"{optimizer['share_of_model_flops']:.2%}",
+            f"{optimizer['compiled_flops_per_device'] / 1e9:,.0f}",
+            f"{optimizer['bytes_per_device'] / 1e9:.2f}",
+            f"{optimizer['received_per_device'] / 1e6:.0f}",
+            f"{received(plan, 'bytes') / 1e9:.2f}",
+            f"{1e3 * max(plan['estimate']['seconds'].values()):.1f}",
+            f"{plan['compile_seconds']:.0f}",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return markdown(head, rows)
+
+
 def matrix(plans: dict[str, dict[str, Any]]) -> str:
     """What fits where, for tpu/README.md: cases under `gather`."""
     head = (
@@ -103,7 +140,11 @@ def matrix(plans: dict[str, dict[str, Any]]) -> str:
         "M tokens/s at most",
         "bound by",
     )
-    found = ((case, plans[case.name]) for case in cases() if case.name in plans and case.execution == "gather")
+    found = (
+        (case, plans[case.name])
+        for case in cases()
+        if case.name in plans and case.execution == "gather" and case != MUON
+    )
     return markdown(head, [matrix_row(case, plan) for case, plan in found])
 
 
@@ -127,7 +168,7 @@ def matrix_row(case: Case, plan: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print the table of all results, MoR against vanilla, and what was not run; or the matrix of tpu/README.md."""
+    """Print all results, MoR against vanilla, AdamW against Muon, and what was not run; or tpu/README.md's matrix."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--matrix", action="store_true", help="print the matrix of tpu/README.md instead")
     plans = load()
@@ -137,6 +178,7 @@ def main() -> None:
     missing = [case.name for case in cases() if case.name not in plans]
     print(results_table(plans))
     print(f"\nMoR over vanilla, same mesh and batch:\n\n{ratio_table(plans)}")
+    print(f"\n`{MUON.preset}` on {MUON.topology} with AdamW and with Muon:\n\n{optimizer_table(plans)}")
     print(f"\nNot run: {', '.join(missing) or 'nothing'}.")
 
 

@@ -28,7 +28,7 @@ def _config(learning_rate: float, source: InitConfig, **model: Any) -> Config:
     config = presets.get("vanilla-135m").config
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, rope_theta=1e5, **model),
+        model=dataclasses.replace(config.model, rope_theta=1e5, attend_across_documents=False, **model),
         data=DataConfig(source=CORPUS),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=learning_rate, warmup_steps=40),
         train=quiet(TrainConfig(steps=_STEPS, batch_size=16, eval_rows=128, log_every=20)),

@@ -28,6 +28,7 @@ from mor_jax.kernels.choice import log_kernel
 from mor_jax.mesh.axes import BATCH_AXES
 from mor_jax.mesh.devices import Device, memory_bytes
 from mor_jax.model.flops import block_parameters, count_parameters, layer_passes
+from mor_jax.model.optimizer_costs import moment_values
 
 _log = logging.getLogger(__name__)
 
@@ -184,9 +185,9 @@ def activation_bytes(model: ModelConfig, rows: float, remat: RematPolicy) -> flo
 
 
 def state_bytes(config: Config, shards: int) -> int:
-    """Bytes per device of float32 weights, two moments and gradients, and the compute copy of the weights."""
+    """Bytes per device of float32 weights, moments and gradients, and the compute copy of the weights."""
     width = 2 if config.model.dtype == "bfloat16" else 4
-    return count_parameters(config.model).total * (4 * 4 + width) // shards
+    return (count_parameters(config.model).total * (2 * 4 + width) + 4 * moment_values(config)) // shards
 
 
 def _whole_block_bytes(config: Config) -> float:

@@ -50,6 +50,8 @@ _SIZES: Mapping[str, dict[str, Any]] = {
     "730m": {"num_layers": 26, "d_model": 1536, "num_heads": 24, "num_kv_heads": 8, "d_ff": 4096},
     "1.7b": {"num_layers": 24, "d_model": 2048, "num_heads": 32, "num_kv_heads": 32, "d_ff": 8192},
 }
+_RELEASED: Mapping[str, Any] = {"attend_across_documents": True, "rotary_positions": "row"}
+"""How the release reads packed rows: as one text."""
 _PAPER_LAYERS = {("135m", 3): 32, ("360m", 4): 34}
 """Unrolled layers where the paper chose others than the base model's."""
 _EXPERT = RoutingConfig(kind="expert")
@@ -115,7 +117,7 @@ _PAPER = _rows()
 
 
 def _paper_model(row: _Row) -> ModelConfig:
-    sizes = _SIZES[row.size]
+    sizes = {**_SIZES[row.size], **_RELEASED}
     if row.kind == "vanilla":
         return ModelConfig(**sizes)
     sizes = {**sizes, "num_layers": _PAPER_LAYERS.get((row.size, row.recursions), sizes["num_layers"])}
@@ -165,6 +167,7 @@ _DEMO_MODEL = ModelConfig(
     head_dim=32,
     d_ff=512,
     context_length=256,
+    attend_across_documents=False,
     dtype="float32",
     recursion=RecursionConfig(num_recursions=3, sharing="middle_cycle"),
     routing=_EXPERT,
@@ -178,6 +181,7 @@ _DEBUG_MODEL = ModelConfig(
     head_dim=16,
     d_ff=128,
     context_length=128,
+    attend_across_documents=False,
     dtype="float32",
     recursion=RecursionConfig(num_recursions=2, sharing="middle_cycle"),
     routing=_EXPERT,

@@ -81,7 +81,7 @@ def test_packed_rows_restart_positions_where_the_document_changes():
 
 
 def test_packed_documents_attend_to_themselves_alone():
-    config = presets.get("debug").config
+    config = presets.get("vanilla-135m").config
     assert config.model.attend_across_documents
     assert measured_config(config, Settings()).model == config.model
     assert not measured_config(config, Settings(packed=True)).model.attend_across_documents

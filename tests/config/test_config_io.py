@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from mor_jax import presets
-from mor_jax.config import Config, DataConfig, ModelConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.config import (
+    Config,
+    DataConfig,
+    GrowthStage,
+    ModelConfig,
+    RecursionConfig,
+    RoutingConfig,
+    TrainConfig,
+)
 from mor_jax.config import io as config_io
 from mor_jax.data.manifest import Manifest, Shard
 from mor_jax.errors import UserError
@@ -23,7 +31,7 @@ FULL = Config(
         routing=RoutingConfig("expert", capacities=(1.0, 0.5, 0.25), boundaries=(0.0, -0.5, 1e-7)),
     ),
     data=DataConfig(source="a,b", weights=(0.1, 0.3)),
-    train=TrainConfig(pinned_steps=(3, 5)),
+    train=TrainConfig(pinned_steps=(3, 5), growth=(GrowthStage(0.5, 1), GrowthStage(0.25, 3, routed=True))),
 )
 
 
@@ -36,7 +44,15 @@ def test_round_trip(config, tmp_path):
 
 def test_absent_fields_take_their_defaults_and_whole_numbers_pass_for_floats():
     built = config_io.from_dict(ModelConfig, {"rope_theta": 10000})
-    assert built == ModelConfig() and isinstance(built.rope_theta, float)
+    assert built == ModelConfig(rotary_positions="document") and isinstance(built.rope_theta, float)
+
+
+def test_configurations_without_rotary_positions_restart_them():
+    old = config_io.to_dict(FULL)
+    del old["model"]["rotary_positions"]
+    model = config_io.from_dict(Config, old).model
+    assert model == dataclasses.replace(FULL.model, rotary_positions="document")
+    assert config_io.from_dict(ModelConfig, config_io.to_dict(model)) == model
 
 
 @pytest.mark.parametrize(
@@ -55,6 +71,10 @@ def test_absent_fields_take_their_defaults_and_whole_numbers_pass_for_floats():
         ({"model": {"num_heads": True}}, "model.num_heads=True is not of type int"),
         ({"model": {"rope_theta": True}}, "model.rope_theta=True is not of type float"),
         ({"model": {"tie_embeddings": 1}}, "model.tie_embeddings=1 is not of type bool"),
+        (
+            {"model": {"rotary_positions": "rows"}},
+            "model.rotary_positions='rows' is not one of 'row', 'document'",
+        ),
         ({"model": {"dtype": "float64"}}, "model.dtype='float64' is not one of 'float32', 'bfloat16'"),
         ({"model": {"routing": {"capacities": 1.0}}}, "model.routing.capacities=1.0 is not a list"),
         ({"model": {"routing": {"capacities": [1.0, "x"]}}}, "model.routing.capacities[1]='x' is not of type float"),

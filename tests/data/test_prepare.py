@@ -206,3 +206,24 @@ def test_truncated_input_leaves_nothing_that_looks_complete(text, tmp_path):
     assert not list(tmp_path.glob("out*"))
     Path(text).write_text(whole)
     assert read_manifest(prepare([text], tmp_path / "out", **SETTINGS)).hash
+
+
+def test_the_held_out_split_may_be_given(text, tmp_path, write_jsonl, caplog):
+    lines = Path(text).read_text().splitlines(keepends=True)
+    other = Path(write_jsonl(tmp_path / "other.jsonl", count=3, word="dolor"))
+    other.write_text(other.read_text() + "".join(lines[:5]))  # 5 of the 60 are held out
+    settings = {name: value for name, value in SETTINGS.items() if name != "validation_share"}
+    with caplog.at_level("INFO"):
+        made = prepare([text], tmp_path / "out", validation=[str(other)], **settings)
+    assert "5 documents are left out of the train split" in caplog.text
+    manifest = read_manifest(made)
+    assert {totals.split: totals.documents for totals in manifest.splits} == {"train": 55, "validation": 8}
+    assert manifest.settings.validation == ("other.jsonl",) and manifest.settings.validation_share == 0
+    assert prepare([text], made, validation=[str(other)], **settings) == made
+    with pytest.raises(UserError, match=r"was prepared otherwise .*validation"):
+        prepare([text], made, **settings)
+    with pytest.raises(UserError, match=r"validation_share=0.2 and validation=\['v'\] both say what is held out"):
+        prepare([text], tmp_path / "both", validation=["v"], **SETTINGS)
+    with pytest.raises(UserError, match="no document that is not held out, too"):
+        prepare([text], tmp_path / "all", validation=[text], **settings)
+    assert not list(tmp_path.glob("all*"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from evaluation_examples import T, batch, config, params, weights
 
-from mor_jax.config import PerfConfig
+from mor_jax.config import PartsConfig, PerfConfig
 from mor_jax.errors import UserError
 from mor_jax.evaluate.attention_by_pass import FIGURES, attention_by_pass
 from mor_jax.kernels.norm import rms_norm
@@ -37,21 +37,33 @@ def test_uniform_attention_has_its_literal_figures():
             np.testing.assert_allclose(found["layers"][0][name], [expected[name]] * 2, rtol=1e-5)
 
 
+PARTS = PartsConfig(qk_norm=True, input_injection=True, value_residual=True)
+
+
 @pytest.mark.parametrize(
-    ("kind", "strategy", "across"),
-    [("expert", "recursion", True), ("expert", "shared", True), ("none", "shared", False)],
+    ("kind", "strategy", "across", "rotary_positions", "parts"),
+    [
+        ("expert", "recursion", True, "document", PartsConfig()),
+        ("expert", "shared", True, "row", PartsConfig()),
+        ("none", "shared", False, "document", PartsConfig()),
+        pytest.param("expert", "recursion", True, "row", PARTS, marks=pytest.mark.slow),
+    ],
 )
-def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, across):
+def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, across, rotary_positions, parts):
     cfg = config(kind, sharing="middle_cycle", num_layers=4, across=across)
     recursion = dataclasses.replace(cfg.model.recursion, kv_strategy=strategy)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, recursion=recursion))
+    model = dataclasses.replace(cfg.model, recursion=recursion, rotary_positions=rotary_positions, parts=parts)
+    cfg = dataclasses.replace(cfg, model=model)
+    tree = dict(params(cfg))
+    injection_RD = jnp.linspace(-1.0, 1.0, 32).reshape(2, 16) * parts.input_injection
+    tree |= {"input_injection": {"scale": injection_RD}} if parts.input_injection else {}
     mode = "threshold" if kind == "expert" else "topk"
     rows = Rows.of_batch(batch(1, padding=2))
-    passes = attention_by_pass(weights(cfg), cfg.perf, [rows], mode)
+    passes = attention_by_pass(dataclasses.replace(weights(cfg), params=tree), cfg.perf, [rows], mode)
     segments, positions = np.asarray(rows.segment_ids_BT), np.asarray(rows.positions_BT)
     out = forward(
         cfg.model,
-        params(cfg),
+        tree,
         rows.tokens_BT,
         mode=mode,
         positions=positions,
@@ -59,17 +71,23 @@ def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, ac
         return_hidden=True,
     )
     assert out.hidden is not None and out.hidden.first is not None
-    layer = jax.tree.map(lambda a: a[0], params(cfg)["block"])
+    layer = jax.tree.map(lambda a: a[0], tree["block"])
     selected = np.ones((2, 2, T), bool) if out.trace is None else np.asarray(out.trace.selected_RBT)
-    rotary = rotary_tables(jnp.asarray(positions), cfg.model.head_dim, cfg.model.rope_theta)
+    places = positions if rotary_positions == "document" else np.tile(np.arange(T, dtype=np.int32), (2, 1))
+    rotary = rotary_tables(jnp.asarray(places), cfg.model.head_dim, cfg.model.rope_theta)
 
     def normed(states):
         return rms_norm(states, layer["attention_norm"]["scale"], cfg.model.norm_epsilon)
 
+    def rotated(x):
+        ones = jnp.ones((1, 1, 1, x.shape[-1]))  # fresh scales
+        return apply_rotary(rms_norm(x, ones, cfg.model.norm_epsilon) if parts.qk_norm else x, rotary)
+
     second = np.where(selected[0][..., None], out.hidden.recursions[0], out.hidden.first)
+    second = second + rms_norm(out.hidden.first, injection_RD[1], cfg.model.norm_epsilon)
     own = out.hidden.first if strategy == "shared" else second
-    query = apply_rotary(np.einsum("BTD,DNH->BTNH", normed(second), layer["attention"]["query"]), rotary)
-    keys = apply_rotary(np.einsum("BTD,DKH->BTKH", normed(own), layer["attention"]["key_value"][:, 0]), rotary)
+    query = rotated(jnp.einsum("BTD,DNH->BTNH", normed(second), layer["attention"]["query"]))
+    keys = rotated(jnp.einsum("BTD,DKH->BTKH", normed(own), layer["attention"]["key_value"][:, 0]))
     scores = np.einsum("BTNH,BSKH->BNTS", query, keys) * cfg.model.head_dim**-0.5  # one key/value head
     mask = np.tril(np.ones((T, T), bool))[None] & np.ones((2, 1, 1), bool)
     if strategy == "recursion":

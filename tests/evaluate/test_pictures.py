@@ -94,6 +94,11 @@ def test_series_keeps_the_last_line_of_a_step():
     assert steps.tolist() == [1, 3] and values.tolist() == [2, 4]
 
 
+def test_series_fills_up_what_a_stage_of_fewer_passes_lacks():
+    lines = [{"step": 1, "shares": [0.25, 0.75]}, {"step": 2, "shares": [0.0, 0.5, 0.5]}]
+    assert plots.series(lines, "shares")[1].tolist() == [[0.25, 0.75, 0.0], [0.0, 0.5, 0.5]]
+
+
 def test_a_text_is_cut_into_rows_without_padding():
     full, rest = text_batches(range(2 * T + 3), T)
     assert full.tokens_BT.tolist() == [list(range(T)), list(range(T, 2 * T))]

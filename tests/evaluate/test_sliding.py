@@ -97,6 +97,11 @@ def test_overlap_changes_the_context_but_not_what_is_counted():
         assert found["sources"]["all"]["tokens"] == 2 * (len(STREAM.tokens) - 1)
         assert found["sources"]["all"]["bytes"] == 2 * sum(len(d) for d in DOCUMENTS)
         np.testing.assert_allclose(found["sources"]["all"]["topk_nll"], found["sources"]["a"]["topk_nll"])
+    within = sliding_losses(
+        weights(cfg), cfg.perf, {"a": STREAM}, Bytes(), stride=T, batch_rows=2, within_documents=True
+    )
+    inner = within["sources"]["a"]  # without the first token of each: what masked documents count
+    assert (inner["tokens"], inner["bytes"]) == (sum(map(len, DOCUMENTS)), sum(len(d) - 1 for d in DOCUMENTS))
     assert by_stride[T]["sources"]["a"]["threshold_nll"] != by_stride[5]["sources"]["a"]["threshold_nll"]
     assert "threshold_bits_per_byte" in text_summary(by_stride[5])
     with pytest.raises(UserError, match=f"stride=17 is outside 1..context_length={T}"):

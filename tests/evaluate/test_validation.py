@@ -22,7 +22,7 @@ from mor_jax.model.transformer import apply_trunk, logical_axes
 ZERO_BIAS = jnp.zeros(2)
 
 
-def _plain(cfg, batches: Sequence, mode: Mode):
+def _plain(cfg, batches: Sequence, mode: Mode, *, within_documents: bool = False):
     """(nats, targets, bytes) summed by hand over whole logits, and the traces."""
 
     @jax.jit
@@ -35,7 +35,8 @@ def _plain(cfg, batches: Sequence, mode: Mode):
         log_BTV, trace = jax.device_get(forward(rows))
         for b, t in np.ndindex(*log_BTV.shape[:2]):
             now, following = rows["segment_ids"][b, t : t + 2]
-            if following and (cfg.model.attend_across_documents or now == following):
+            crosses = cfg.model.attend_across_documents and not within_documents
+            if following and (crosses or now == following):
                 target = rows["tokens"][b, t + 1]
                 nats -= float(log_BTV[b, t, target])
                 targets += 1
@@ -60,6 +61,18 @@ def test_both_modes_equal_plain_sums(kind, across):
     assert losses["validation_gap"] == gap
     assert ("validation_topk_dropped" in losses) == (kind == "token")
     assert all(isinstance(v, int | float | list) for v in losses.values())  # writers take numbers and lists of them
+
+
+def test_a_model_is_measured_on_the_targets_of_one_with_masked_documents():
+    across, masked = config("none"), config("none", across=False)
+    batches = [batch(0), batch(1, padding=3)]
+    found = validation_losses(weights(across), across.perf, HeldOut(*batches), 4, within_documents=True)
+    other = validation_losses(weights(masked), masked.perf, HeldOut(*batches), 4)
+    nats, targets, size, _ = _plain(across, batches, "topk", within_documents=True)
+    for name, value in (("validation_tokens", targets), ("validation_bytes", size)):
+        assert found[name] == other[name] == value
+    np.testing.assert_allclose(found["validation_nll"], nats / targets, rtol=1e-5)
+    assert abs(found["validation_nll"] - other["validation_nll"]) > 1e-3  # it still sees the documents before
 
 
 def test_routing_figures_are_counted_over_all_rows():

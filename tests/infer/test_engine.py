@@ -9,6 +9,7 @@ import pytest
 from decode_examples import decode_model, full_forward, model_config
 from engine_examples import LENGTH, OPTIONS, make_requests, serve
 
+from mor_jax.config import PartsConfig
 from mor_jax.errors import UserError
 from mor_jax.infer import stages
 from mor_jax.infer.cache import kv_usage
@@ -211,10 +212,13 @@ def test_an_engine_without_cuts_refuses_them_and_draws_the_same(config, engine):
         ("none", "middle_cycle", "recursion"),
         ("none", "middle_sequence", "shared"),
         ("none", "none", "recursion"),
+        ("expert", "middle_cycle", "recursion-parts"),
     ],
 )
 def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv):
-    config = model_config(routing, sharing, kv)
+    parts = PartsConfig(qk_norm=True, input_injection=True, residual_scale="learned", logit_softcap=2.0)
+    kv, *with_parts = kv.split("-")
+    config = model_config(routing, sharing, kv, **({"parts": parts} if with_parts else {}))
     engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, block_pages=None, edge_pages=None))
     engine.warm_up()
     before, requests = compilations(), make_requests(40)

@@ -33,6 +33,7 @@ def test_official_to_ours_to_official_is_bitwise(name):
     config, params = official.load(description, state)
     described, exported = official.export(config, params)
     assert described == {key: description[key] for key in KEYS}
+    assert config.attend_across_documents and config.rotary_positions == "row"
     assert _equal_bits(exported, state)
 
 
@@ -173,6 +174,7 @@ def test_update_cache_counts_only_where_the_release_obeys_it():
     [
         (dataclasses.replace(TINY, recursion=RecursionConfig(2, "cycle")), "never ties the head"),
         (dataclasses.replace(TINY, attend_across_documents=False), "attend_across_documents"),
+        (dataclasses.replace(TINY, rotary_positions="document"), r"cannot express this model: rotary_positions='doc"),
         (
             dataclasses.replace(
                 TINY,

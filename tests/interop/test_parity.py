@@ -1,12 +1,16 @@
 """The model against what the official release computed: logits, losses, gradients, hidden states and routing."""
 
+import dataclasses
+from typing import get_args
+
 import golden_files
 import jax
 import numpy as np
 import pytest
 
+from mor_jax.config import RotaryPositions
 from mor_jax.interop import official
-from mor_jax.interop.parity import compare
+from mor_jax.interop.parity import TOLERANCES, compare, packed
 from mor_jax.model.forward import forward
 
 QUICK = {
@@ -24,6 +28,8 @@ QUICK = {
     "mor_token_mc3_warmup",
 }
 QUICK_SCAN = {"kv_mor_expert_mc3_update", "mor_expert_mc3_warmup4of10", "kv_mor_token_mc3"}
+QUICK_PACKED = {"vanilla_L2_padded", "mor_expert_mc3_padded"}
+DOCUMENTS = (7, 11, 6)
 FULL = golden_files.full_folder()
 
 
@@ -44,6 +50,29 @@ def test_gather_equals_the_release(name):
 @pytest.mark.parametrize("name", _cases(QUICK_SCAN))
 def test_scan_equals_the_release(name):
     assert compare(golden_files.read(name), "scan").failures == []
+
+
+@pytest.mark.parametrize("name", _cases(QUICK_PACKED))
+def test_packed_documents_are_one_text_as_in_the_release(name):
+    assert compare(golden_files.read(name), documents=DOCUMENTS).failures == []
+
+
+@pytest.mark.parametrize(
+    "name", ["vanilla_L2", "mor_expert_mc3_default", pytest.param("mor_token_mc3_default", marks=pytest.mark.slow)]
+)
+def test_a_masked_document_is_the_document_alone(name):
+    """Causal selection; top-k compares the tokens of a row, whatever document they are of."""
+    tokens_BT = golden_files.read(name)["input_ids"]
+    config, params = official.load(*golden_files.model(name))
+    mode = "threshold" if config.routing.kind == "expert" else "topk"
+    halves = tokens_BT.reshape(-1, 12)
+    alone = jax.jit(lambda params: forward(config, params, halves, mode=mode).logits)(params)
+    given = packed(tokens_BT, (12, 12))
+    for positions in get_args(RotaryPositions):
+        masked = dataclasses.replace(config, attend_across_documents=False, rotary_positions=positions)
+        logits = jax.jit(lambda params, model=masked: forward(model, params, tokens_BT, mode=mode, **given).logits)
+        found = logits(params).reshape(alone.shape)
+        np.testing.assert_allclose(found, alone, atol=TOLERANCES["logits"])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from mor_jax import presets
-from mor_jax.config import MeshConfig, ResolvedPerf
+from mor_jax.config import MeshConfig, PartsConfig, ResolvedPerf
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.engine_options import EngineOptions
@@ -24,6 +24,7 @@ from mor_jax.kernels.attention import hopper as attention_hopper
 from mor_jax.kernels.attention.backend import attend
 from mor_jax.kernels.attention.mask import Mask, TokenView
 from mor_jax.kernels.attention.triton import flash_attention
+from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.norm import add_norm, skip_norm
 from mor_jax.kernels.swiglu import swiglu
 from mor_jax.mesh.mesh import make_mesh, on_mesh
@@ -166,8 +167,11 @@ def test_norms_and_activation_with_their_gradients(gpu):
     assert _with_gradients(swiglu, _array(2, 100, 2, 2560)) == ["mor_swiglu_gradient"]
 
 
-@pytest.mark.parametrize(("vocabulary", "logits_dtype"), [(49152, "bfloat16"), (50257, "bfloat16"), (1000, "float32")])
-def test_loss_with_its_gradient(vocabulary, logits_dtype, gpu):
+@pytest.mark.parametrize(
+    ("vocabulary", "logits_dtype", "softcap"),
+    [(49152, "bfloat16", None), (50257, "bfloat16", 15.0), (1000, "float32", None)],
+)
+def test_loss_with_its_gradient(vocabulary, logits_dtype, softcap, gpu):
     """Nothing of the logits' size but products and the kernel, which writes over logits of the gradient's dtype."""
     gpu()
     arguments = (_array(2, 300, 960), _array(vocabulary, 960, dtype="float32"))
@@ -175,7 +179,7 @@ def test_loss_with_its_gradient(vocabulary, logits_dtype, gpu):
 
     def loss(arguments, targets, weights):
         hidden, head = arguments
-        settings = {"chunk": 128, "z_coefficient": 1e-4, "logits_dtype": logits_dtype}
+        settings = {"chunk": 128, "z_coefficient": 1e-4, "logits_dtype": logits_dtype, "softcap": softcap}
         return fused_cross_entropy(hidden, head, targets, weights, fused=True, **settings).loss_sum
 
     function = jax.jit(jax.value_and_grad(loss))
@@ -184,9 +188,12 @@ def test_loss_with_its_gradient(vocabulary, logits_dtype, gpu):
     assert ("output_operand_aliases = [#stablehlo" in text) == (logits_dtype == "bfloat16")
 
 
-def _attention_gradient(tokens, *, cached):
+_PLAIN = PartsConfig()
+
+
+def _attention_gradient(tokens, *, cached, parts=_PLAIN):
     """The gradient of an attention layer of the 360M model by its weights and input, and abstract arguments."""
-    config = presets.get("vanilla-360m").config.model
+    config = dataclasses.replace(presets.get("vanilla-360m").config.model, parts=parts)
     layer = Attention(config, ResolvedPerf(attention_backend="triton", fusion="triton"))
     rows_BC = jnp.zeros((2, tokens), jnp.int32)
     rows_BS = jnp.zeros((2, 2048), jnp.int32)
@@ -204,6 +211,8 @@ def _attention_gradient(tokens, *, cached):
         "key_value": _array(width, 2, kv_heads, head_dim),
         "output": _array(heads, head_dim, width),
     }
+    if parts.qk_norm:
+        params |= {name: {"scale": _array(head_dim, dtype="float32")} for name in ("query_norm", "key_norm")}
     key_value = (_array(2, 2048, kv_heads, head_dim),) * 2 if cached else None
     return jax.value_and_grad(loss, argnums=(0, 1)), (params, _array(2, tokens, width), key_value)
 
@@ -230,6 +239,16 @@ def test_queries_alone_take_no_kernel(gpu):
     gpu()
     gradient, arguments = _attention_gradient(1368, cached=True)
     assert not [name for name in _names(_lowered(jax.jit(gradient), *arguments)) if "attention" not in name]
+
+
+def test_norms_of_heads_leave_the_rotation_to_xla_and_say_so(gpu, caplog):
+    gpu()
+    log_kernel.cache_clear()
+    gradient, arguments = _attention_gradient(1368, cached=False, parts=PartsConfig(qk_norm=True))
+    with caplog.at_level("INFO", logger="mor_jax"):
+        names = _names(_lowered(jax.jit(gradient), *arguments))
+    assert names and all("attention" in name for name in names)
+    assert "split and rotation: XLA (parts.qk_norm=True" in caplog.text
 
 
 @pytest.mark.parametrize(

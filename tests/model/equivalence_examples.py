@@ -100,7 +100,7 @@ def by_plain_loop(config: ModelConfig, params: Any, packed: bool, choose: Any = 
     """((scalar, values), gradients) of the plain loop over unshared layers."""
     route = {"none": None, "expert": plain_routing.expert, "token": plain_routing.token}[config.routing.kind]
     if choose is None and config.routing.kind == "expert":
-        choose = plain_routing.top_k(routed_tokens(config, LENGTH))
+        choose = plain_routing.TopK(routed_tokens(config, LENGTH))
 
     def run(params: Any) -> Any:
         rows = read_rows(config, *batch(packed).values())

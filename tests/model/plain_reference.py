@@ -66,7 +66,8 @@ def read_rows(config: ModelConfig, tokens_BT: Any, segments_BT: Any = None, posi
         counted_BT = jnp.asarray(segments_BT) > 0
         if not config.attend_across_documents:
             visible_BTS = visible_BTS & (segments_BT[:, None, :] == segments_BT[:, :, None])
-    positions_BT = jnp.broadcast_to(order[None], (batch, length)) if positions_BT is None else positions_BT
+    if positions_BT is None or config.rotary_positions == "row":
+        positions_BT = jnp.broadcast_to(order[None], (batch, length))
     return Rows(jnp.asarray(tokens_BT), jnp.asarray(positions_BT), visible_BTS, counted_BT)
 
 
@@ -85,12 +86,19 @@ def unshare(config: ModelConfig, params: Any) -> tuple[Layer | None, list[list[L
             "gate": ffn["gate_up"][:, 0],
             "up": ffn["gate_up"][:, 1],
             "down": ffn["down"],
+            **{name: attention[name]["scale"] for name in ("query_norm", "key_norm") if config.parts.qk_norm},
+            **({"branches": jnp.asarray((count * config.block_depth) ** -0.5)} if by_depth else {}),
         }
+
+    count, by_depth = config.recursion.num_recursions, config.parts.residual_scale == "depth"
 
     def layer(r: int, j: int) -> Layer:
         tree = jax.tree.map(lambda leaf: leaf[j], params["block"])
         norms = tree if config.recursion.share_norms else jax.tree.map(lambda leaf: leaf[r, j], params["block_norms"])
-        return one(tree, norms)
+        own = {"branches": params["residual_scale"]["scale"][r]} if config.parts.residual_scale == "learned" else {}
+        if config.parts.value_residual:
+            own["share"] = params["value_residual"]["scale"][r, j]
+        return one(tree, norms) | own
 
     grid = [[layer(r, j) for j in range(config.block_depth)] for r in range(config.recursion.num_recursions)]
     first, last = (one(params[name], params[name]) if name in params else None for name in ("first", "last"))
@@ -112,12 +120,21 @@ def _rotate(x_BTH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
 
 
 @functools.partial(jax.jit, static_argnames="sizes")
-def keys_values(sizes: Sizes, w: Layer, x_BTD: jax.Array, rows: Rows) -> list[tuple[jax.Array, jax.Array]]:
-    """Rotated keys and values of every key/value head, [B, T, H] each."""
+def keys_values(sizes: Sizes, w: Layer, x_BTD: jax.Array, rows: Rows, first: Any = None) -> Any:
+    """Rotated keys and values of every key/value head, [B, T, H] each; ``first`` are the first layer's, to mix in."""
     h_BTD = _norm(x_BTD, w["attention_norm"], sizes.norm_epsilon)
-    heads = range(sizes.num_kv_heads)
-    turned = (_rotate(h_BTD @ w["key"][:, k], rows.positions_BT, sizes.rope_theta) for k in heads)
-    return [(key, h_BTD @ w["value"][:, k]) for k, key in zip(heads, turned, strict=True)]
+    pairs = []
+    for k in range(sizes.num_kv_heads):
+        key_BTH, value_BTH = _headed(sizes, w, "key", h_BTD @ w["key"][:, k]), h_BTD @ w["value"][:, k]
+        if first is not None:
+            value_BTH = (1 - w["share"]) * value_BTH + w["share"] * first[k][1]
+        pairs.append((_rotate(key_BTH, rows.positions_BT, sizes.rope_theta), value_BTH))
+    return pairs
+
+
+def _headed(sizes: Sizes, w: Layer, name: str, x_BTH: jax.Array) -> jax.Array:
+    """A head, normalised if the layer does that."""
+    return _norm(x_BTH, w[f"{name}_norm"], sizes.norm_epsilon) if f"{name}_norm" in w else x_BTH
 
 
 @functools.partial(jax.jit, static_argnames="sizes")
@@ -126,15 +143,17 @@ def apply_layer(sizes: Sizes, w: Layer, x_BTD: jax.Array, rows: Rows, visible_BT
     h_BTD = _norm(x_BTD, w["attention_norm"], sizes.norm_epsilon)
     attended = jnp.zeros_like(x_BTD)
     for n in range(sizes.num_heads):
-        query_BTH = _rotate(h_BTD @ w["query"][:, n], rows.positions_BT, sizes.rope_theta)
+        query_BTH = _headed(sizes, w, "query", h_BTD @ w["query"][:, n])
+        query_BTH = _rotate(query_BTH, rows.positions_BT, sizes.rope_theta)
         key_BSH, value_BSH = kv[n // (sizes.num_heads // sizes.num_kv_heads)]
         scores_BTS = query_BTH @ jnp.swapaxes(key_BSH, 1, 2) / math.sqrt(sizes.head_dim)
         weights_BTS = jax.nn.softmax(jnp.where(visible_BTS, scores_BTS, HIDDEN), axis=-1)
         attended += weights_BTS @ value_BSH @ w["output"][n]
-    x_BTD = x_BTD + attended
+    factor = w.get("branches", 1.0)
+    x_BTD = x_BTD + factor * attended
     h_BTD = _norm(x_BTD, w["ffn_norm"], sizes.norm_epsilon)
     gate = h_BTD @ w["gate"]
-    return x_BTD + (gate * jax.nn.sigmoid(gate) * (h_BTD @ w["up"])) @ w["down"]
+    return x_BTD + factor * ((gate * jax.nn.sigmoid(gate) * (h_BTD @ w["up"])) @ w["down"])
 
 
 def apply_own(sizes: Sizes, w: Layer, x_BTD: jax.Array, rows: Rows) -> jax.Array:
@@ -145,9 +164,13 @@ def apply_own(sizes: Sizes, w: Layer, x_BTD: jax.Array, rows: Rows) -> jax.Array
 class PlainBlock:
     """One recursion after the other over unshared layers; remembers recursion 1's keys and values."""
 
-    def __init__(self, config: ModelConfig, grid: list[list[Layer]], rows: Rows) -> None:
+    def __init__(
+        self, config: ModelConfig, grid: list[list[Layer]], rows: Rows, injected: Any = None, values: Any = None
+    ) -> None:
         self.config, self.grid, self.rows = config, grid, rows
         self.first: list[Any] = []
+        self.injected, self.values = injected, values
+        """What each pass adds to its input; the first layer's keys and values, whose values are mixed in."""
 
     def __call__(self, r: int, x_BTD: jax.Array, taken_BT: jax.Array) -> jax.Array:
         """Pass r of the tokens in ``taken_BT``; other rows of the result mean nothing."""
@@ -155,8 +178,9 @@ class PlainBlock:
         visible_BTS = rows.visible_BTS
         if strategy == "recursion":
             visible_BTS = visible_BTS & taken_BT[:, None, :]
+        x_BTD = x_BTD if self.injected is None else x_BTD + self.injected[r]
         for j, w in enumerate(self.grid[r]):
-            kv = keys_values(sizes, w, x_BTD, rows)
+            kv = keys_values(sizes, w, x_BTD, rows, self.values)
             if strategy != "recursion" and r == 0:
                 self.first.append(kv)
             elif strategy == "shared":
@@ -171,11 +195,11 @@ class PlainBlock:
         return x_BTD
 
 
-def _recursive(config: ModelConfig, grid: list[list[Layer]], x_BTD: jax.Array, rows: Rows) -> jax.Array:
+def _recursive(config: ModelConfig, block: PlainBlock, x_BTD: jax.Array) -> jax.Array:
     """Every token takes every layer: cycle goes through the block again and again, sequence repeats each layer."""
-    recursions = range(config.recursion.num_recursions)
+    recursions, grid, rows = range(config.recursion.num_recursions), block.grid, block.rows
     if not config.recursion.is_sequence:
-        block, everyone = PlainBlock(config, grid, rows), jnp.ones(rows.tokens_BT.shape, bool)
+        everyone = jnp.ones(rows.tokens_BT.shape, bool)
         for r in recursions:
             x_BTD = block(r, x_BTD, everyone)
         return x_BTD
@@ -201,12 +225,17 @@ def plain_model(config: ModelConfig, params: Any, rows: Rows, *, choose: Any = N
     """
     sizes, (first, grid, last) = Sizes.of(config), unshare(config, params)
     x_BTD = params["embedding"]["embedding"][rows.tokens_BT]
+    injected = values = None
+    if config.parts.value_residual:
+        values = keys_values(sizes, grid[0][0] if first is None else first, x_BTD, rows)
     x_BTD = x_BTD if first is None else apply_own(sizes, first, x_BTD, rows)
-    depth_BT, losses = None, {}
+    if config.parts.input_injection:
+        injected = [_norm(x_BTD, scale_D, config.norm_epsilon) for scale_D in params["input_injection"]["scale"]]
+    depth_BT, losses, block = None, {}, PlainBlock(config, grid, rows, injected, values)
     if route is None:
-        x_BTD = _recursive(config, grid, x_BTD, rows)
+        x_BTD = _recursive(config, block, x_BTD)
     else:
-        x_BTD, depth_BT, losses = route(config, params, PlainBlock(config, grid, rows), x_BTD, rows, choose)
+        x_BTD, depth_BT, losses = route(config, params, block, x_BTD, rows, choose)
     x_BTD = x_BTD if last is None else apply_own(sizes, last, x_BTD, rows)
     hidden_BTD = _norm(x_BTD, params["final_norm"]["scale"], config.norm_epsilon)
     head_DV = params["embedding"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]

@@ -26,7 +26,7 @@ def _gate(config: ModelConfig, raw: jax.Array) -> jax.Array:
         "softmax": lambda: powers / powers.sum(-1, keepdims=True),
         "none": lambda: raw,
     }
-    return config.routing.alpha * squashed[config.routing.score]()
+    return config.routing.alpha * (raw if config.routing.random else squashed[config.routing.score]())
 
 
 def _joined(config: ModelConfig, x: jax.Array, gate_BT: jax.Array, out: jax.Array) -> jax.Array:
@@ -67,6 +67,7 @@ def expert(config: ModelConfig, params: Any, block: PlainBlock, x_BTD: jax.Array
     losses = {"sampling": jnp.zeros(()), "aux_router": jnp.zeros(()), "router_z": jnp.zeros(())}
     for r in range(config.recursion.num_recursions):
         raw_BT = _raw(jax.tree.map(lambda leaf, r=r: leaf[r], params["router"]), x_BTD / routing.temperature)[..., 0]
+        raw_BT = choose.noise_RBT[r] if routing.random else raw_BT
         judged_BT, name = raw_BT, "sampling"
         if routing.sampling == "aux_router":
             aux = jax.tree.map(lambda leaf, r=r: leaf[r], params["aux_router"])
@@ -74,7 +75,7 @@ def expert(config: ModelConfig, params: Any, block: PlainBlock, x_BTD: jax.Array
         rank = functools.partial(_rank, counted_BT=rows.counted_BT, active_BT=active_BT)
         selected_BT = active_BT & choose(r, raw_BT, judged_BT, rank)
         counted_BT = active_BT & rows.counted_BT
-        if routing.sampling != "none":
+        if routing.sampling != "none" and not routing.random:
             losses[name] += _agreement_loss(judged_BT, selected_BT, counted_BT)
         losses["router_z"] += _mean(raw_BT**2, counted_BT)
         joined_BTD = _joined(config, x_BTD, _gate(config, raw_BT), block(r, x_BTD, selected_BT))
@@ -84,9 +85,14 @@ def expert(config: ModelConfig, params: Any, block: PlainBlock, x_BTD: jax.Array
     return x_BTD, depth_BT, losses
 
 
-def top_k(counts: tuple[int, ...], noise_RBT: jax.Array | None = None) -> Any:
-    """The ``counts[r]`` best go on: by score, or by random numbers."""
-    return lambda r, raw_BT, judged_BT, rank: rank(raw_BT if noise_RBT is None else noise_RBT[r]) < counts[r]
+class TopK:
+    """The ``counts[r]`` best go on: by score, which a random router draws."""
+
+    def __init__(self, counts: tuple[int, ...], noise_RBT: jax.Array | None = None) -> None:
+        self.counts, self.noise_RBT = counts, noise_RBT
+
+    def __call__(self, r: int, raw_BT: jax.Array, judged_BT: jax.Array, rank: Any) -> jax.Array:
+        return rank(raw_BT) < self.counts[r]
 
 
 def threshold(capacities: tuple[float, ...], boundaries: tuple[float, ...]) -> Any:

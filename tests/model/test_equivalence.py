@@ -16,6 +16,7 @@ from equivalence_examples import (
     EXPERT,
     LENGTH,
     TOKEN,
+    assert_close,
     assert_computes_the_same,
     by_model,
     by_plain_loop,
@@ -130,6 +131,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "capacities-shared": ("expert", {"capacities": (0.6, 0.5)}, {"kv_strategy": "shared"}),
     "multiple": ("expert", {"capacity_multiple": 5}, {}),
     "across documents": ("token", {}, {"attend_across_documents": True}),
+    "restarting positions": ("expert", {}, {"attend_across_documents": True, "rotary_positions": "document"}),
 }
 
 
@@ -146,12 +148,16 @@ def test_variants_of_router_gate_and_norms(name):
 
 
 @pytest.mark.slow
-def test_a_random_router_selects_by_its_noise_and_gates_by_its_scores():
+def test_a_random_router_selects_and_gates_by_its_noise():
     config = small_model(RecursionConfig(3, "cycle"), dataclasses.replace(EXPERT, random=True))
     key = jax.random.key(3)
     noise_RBT = jax.random.uniform(key, (3, 2, LENGTH))
-    choose = plain_routing.top_k(routed_tokens(config, LENGTH), noise_RBT)
-    _check(config, "whole", choose=choose, key=key)
+    choose = plain_routing.TopK(routed_tokens(config, LENGTH), noise_RBT)
+    params = random_params(config, 0)
+    plain = by_plain_loop(config, params, False, choose)
+    for execution in ("gather", "scan"):
+        assert_close(by_model(config, params, execution, False, key=key), plain)
+    assert not np.any(plain[1]["router"]["kernel"])  # its weights are not used
 
 
 @pytest.mark.parametrize("strategy", ["shared", *(pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES[::2])])

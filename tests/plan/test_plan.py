@@ -9,16 +9,18 @@ import pytest
 
 from mor_jax import presets
 from mor_jax.cli.plan import PlanFlags
-from mor_jax.config import Config, MeshConfig
+from mor_jax.config import Config, GrowthStage, MeshConfig, ModelConfig
 from mor_jax.errors import UserError
 from mor_jax.mesh.devices import GIB
-from mor_jax.model.flops import count_parameters, train_flops_per_token
+from mor_jax.model.flops import count_parameters, run_flops, train_flops_per_token
+from mor_jax.model.optimizer_costs import optimizer_costs
 from mor_jax.perf import kept_values
 from mor_jax.plan import compile as compile_module
 from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
 from mor_jax.plan.memory import estimate_bytes, tokens_per_device
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.roofline import estimate_received, memory_traffic, roofline, step_flops
+from mor_jax.plan.run_total import with_run_total
 from mor_jax.plan.search import advise, candidates
 from mor_jax.plan.topology import GENERATIONS, Topology
 from mor_jax.runs.state import TrainState, abstract_train_state
@@ -44,9 +46,34 @@ def test_memory_by_kind_adds_up(plan):
     whole = 4 * count_parameters(_config().model).total
     assert whole / 4 <= memory["parameters"] <= 1.2 * whole / 4  # fsdp x tensor = 4 shards, norms and routers whole
     assert memory["optimiser"] == pytest.approx(2 * memory["parameters"], rel=0.01)
-    assert memory["batch"] >= 3 * 8 // 4 * 129 * 4  # three int32 arrays, a row pair per device
+    assert memory["batch"] >= 2 * 8 // 4 * 129 * 4  # two int32 arrays (positions are not read), a row pair per device
     kinds = ("parameters", "optimiser", "batch", "activations", "code")
     assert memory["total"] == sum(memory[kind] for kind in kinds)
+
+
+def test_the_optimiser_is_stated_beside_the_model(plan, capsys):
+    """Muon keeps one moment of a layer's weights; its products are told apart in the program, and by arithmetic."""
+    model = ModelConfig(32, 2, 16, 4, 2, 4, 16, 16, dtype="float32")
+    config = _config(fsdp=2, tensor=2)
+    optimizer = dataclasses.replace(config.optimizer, kind="muon")
+    config = dataclasses.replace(config, model=model, optimizer=optimizer)
+    muon = report(compile_step(config, _topology()), ["mor", "plan", "debug", "--optimizer.kind", "muon"])
+    memory, costs = muon["memory_per_device"], muon["optimizer"]
+    matrices = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 16)
+    assert 2 * memory["parameters"] - memory["optimiser"] == pytest.approx(4 * matrices / 4, abs=100)  # and counters
+    assert muon["flops"]["model"] == train_flops_per_token(model) * 8 * 16, "the optimiser's are not the model's"
+    assert costs["share_of_model_flops"] == costs["flops"] / muon["flops"]["model"]
+    assert costs["flops_per_device"] > costs["flops"] / 8  # whole matrices: some devices have one less
+    # XLA's CPU compiler leaves some products without the name of their place; TPU's does not
+    assert 0.5 * costs["flops_per_device"] < costs["compiled_flops_per_device"] <= costs["flops_per_device"]
+    adamw = plan["optimizer"]
+    assert (adamw["kind"], adamw["flops"], adamw["compiled_flops_per_device"]) == ("adamw", 0, 0)
+    assert costs["received_per_device"] >= optimizer_costs(config, muon["mesh"]).received > 0
+    print_report(plan)
+    print_report(muon)
+    printed = capsys.readouterr().out
+    assert "optimiser adamw, per step: no matrix products; one device moves" in printed
+    assert f"optimiser muon, per step: {costs['flops']:.4g} FLOPs (" in printed
 
 
 def test_flops_are_the_exact_count(plan):
@@ -76,6 +103,24 @@ def test_a_plan_is_json_and_prints(plan, capsys):
     assert plan["attention"] == "xla" and plan["command"] == "mor plan debug"
 
 
+def test_the_plan_of_a_run_that_grows_adds_its_stages_up(plan, capsys):
+    """Half of the steps pass once and cost less; the step, and what it takes, are the last stage's."""
+    config = _config(fsdp=2, tensor=2)
+    grown = dataclasses.replace(config, train=dataclasses.replace(config.train, growth=(GrowthStage(0.5, 1),)))
+    total = with_run_total(plan, grown, _topology())
+    one, whole = total["run"]["stages"]
+    assert (one["steps"], whole["steps"]) == (20, 20)
+    assert one["flops"] < whole["flops"] == 20 * plan["flops"]["model"]
+    assert total["run"]["flops"] == one["flops"] + whole["flops"] == run_flops(grown)
+    assert one["seconds_per_step_at_least"] < whole["seconds_per_step_at_least"]
+    assert total["memory_per_device"]["total"] == max(one["memory"], whole["memory"])
+    assert total["flops"] == plan["flops"]
+    print_report(total)
+    printed = capsys.readouterr().out
+    assert "the step of the last stage of train.growth" in printed and "1 pass, without router" in printed
+    assert "together" in printed
+
+
 def test_the_bound_is_the_longest_time():
     config, sizes = _config("vanilla-360m"), {"slice": 1, "data": 8, "fsdp": 8, "context": 1, "tensor": 1}
     bound = roofline(config, sizes, GENERATIONS["v5e"], (200e9 * 3, 3.125e9 * 4))
@@ -101,6 +146,14 @@ def test_estimates_follow_the_mesh():
     split = {**whole, "data": 4, "fsdp": 16}
     saved = estimate_bytes(config, whole) - estimate_bytes(config, split)
     assert saved == pytest.approx(16 * count_parameters(config.model).total * 15 / 16)  # state and gradients
+    muon = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind="muon"))
+    layers = config.model.num_layers * 2048 * (2 * 2048 + 2 * 2048 + 3 * 8192)  # 32 heads, no groups
+    assert estimate_bytes(config, split) - estimate_bytes(muon, split) == pytest.approx(4 * layers / 16)
+    assert estimate_received(muon, split)[0] > estimate_received(config, split)[0]
+    assert (
+        roofline(muon, split, GENERATIONS["v5e"], (0, 0)).arithmetic
+        > roofline(config, split, GENERATIONS["v5e"], (0, 0)).arithmetic
+    )
     assert tokens_per_device(config, whole) == tokens_per_device(config, split) == 16 * 2048
     assert memory_traffic(config, split) < memory_traffic(config, whole)
     assert estimate_received(config, whole)[0] < estimate_received(config, split)[0]

@@ -67,11 +67,11 @@ def test_the_ledger_charges_each_activity(monkeypatch):
 
 
 def test_throughput_and_mfu_against_a_named_peak(monkeypatch):
-    monkeypatch.setattr(goodput, "_train_flops_per_token", lambda config: 1e9)
+    monkeypatch.setattr(goodput, "run_flops", lambda config, start, end: (end - start) * 8 * 32 * 1e9)
     ledger, config = Ledger(), tiny_config()
     throughput = Throughput(config, ledger, [_Device("TPU v5e")] * 2)
     ledger.seconds["step"], ledger.seconds["data_wait"] = 1.5, 0.5
-    values = throughput.read(10)
+    values = throughput.read(3, 13)
     tokens_per_second = 10 * 8 * 32 / 2.0
     assert values["tokens_per_second"] == pytest.approx(tokens_per_second)
     assert values["data_wait_seconds"] == 0.5
@@ -80,7 +80,7 @@ def test_throughput_and_mfu_against_a_named_peak(monkeypatch):
 
 def test_an_unknown_device_has_no_mfu():
     throughput = Throughput(tiny_config(), Ledger(), [_Device("abacus")])
-    assert "mfu" not in throughput.read(1)
+    assert "mfu" not in throughput.read(0, 1)
     assert describe_peak(_Device("abacus")) == "unknown device"
 
 

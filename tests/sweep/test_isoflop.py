@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 
 from mor_jax import presets
+from mor_jax.config import GrowthStage
 from mor_jax.errors import UserError
-from mor_jax.model.flops import paper_flops_per_token, train_flops_per_token
+from mor_jax.model.flops import paper_flops_per_token, run_flops, train_flops_per_token
 from mor_jax.runs.optimizer import make_schedule
-from mor_jax.sweep.isoflop import plan_isoflop, steps_for
-from mor_jax.sweep.recipes import at_flops_of, expert, recursive, vanilla
+from mor_jax.sweep.isoflop import plan_isoflop, steps_for, with_scaled_steps, with_steps
+from mor_jax.sweep.recipes import at_flops_of, expert, recursive, token, vanilla
 
 DEBUG = vanilla("debug")
 
@@ -48,8 +49,26 @@ def test_what_cannot_branch_is_refused():
         plan_isoflop({"a": cosine}, [2e9, 8e9])
     runs = plan_isoflop({"a": cosine}, [2e9, 8e9], count="training", branches=False)
     assert [run.start for run in runs] == [None, None]
+    stages = (GrowthStage(0.5, 1),)
+    grown = recursive("debug", 2)
+    grown = dataclasses.replace(grown, train=dataclasses.replace(grown.train, growth=stages))
+    with pytest.raises(UserError, match=r"a has train\.growth, .*: no branches"):
+        plan_isoflop({"a": grown}, [2e9, 8e9], count="training")
     with pytest.raises(UserError, match="at least one budget"):
         plan_isoflop({"a": DEBUG}, [])
+
+
+def test_a_run_of_another_length_has_warm_ups_of_the_same_share():
+    routed = expert("small", 3, capacity_warmup_steps=80)
+    short = with_scaled_steps(routed, 0.35)
+    assert (routed.train.steps, routed.optimizer.warmup_steps) == (800, 40)
+    assert (short.train.steps, short.optimizer.warmup_steps) == (280, 14)
+    assert (short.model.routing.capacity_warmup_steps, short.model.routing.balance_warmup_steps) == (28, 0)
+    chosen = with_scaled_steps(token("small", 3, balance_warmup_steps=100), 2.0)
+    assert (chosen.model.routing.balance_warmup_steps, chosen.train.steps) == (200, 1600)
+    assert with_scaled_steps(short, 1e-9).train.steps == 1  # and warm-ups of one step, which such a run allows
+    pinned = with_steps(routed, 800, (700,))
+    assert with_scaled_steps(pinned, 1.0) == pinned
 
 
 def test_equal_flops_buy_routed_models_more_steps():
@@ -60,5 +79,10 @@ def test_equal_flops_buy_routed_models_more_steps():
         assert train_flops_per_token(matched.model) * matched.train.steps == pytest.approx(spent, rel=1e-3)
     assert at_flops_of(expert("small", 3), base).train.steps > 1.2 * base.train.steps
     assert at_flops_of(recursive("small", 3), base).train.steps == base.train.steps
+    grown = expert("small", 3)
+    grown = dataclasses.replace(grown, train=dataclasses.replace(grown.train, growth=(GrowthStage(0.5, 1),)))
+    matched = at_flops_of(grown, base)  # one pass costs less: more steps than without
+    assert matched.train.steps > at_flops_of(expert("small", 3), base).train.steps
+    assert run_flops(matched) == pytest.approx(run_flops(base), rel=1e-3)
     with pytest.raises(UserError, match="did you mean 'small'"):
         vanilla("smal")

@@ -16,11 +16,13 @@ import sys, time
 from pathlib import Path
 from tiny_runs import dataset_maker, tiny_config
 from mor_jax.compilation_cache import enable_compilation_cache
+from mor_jax.config import GrowthStage
 from mor_jax.train.loop import train
 
 if __name__ == "__main__":
     folder, pause = Path(sys.argv[1]), float(sys.argv[2])
-    config = tiny_config(folder, steps=60, save_every=10, eval_every=20)
+    growth = tuple(GrowthStage.parse(word) for word in sys.argv[3:])
+    config = tiny_config(folder, steps=60, save_every=10, eval_every=20, growth=growth)
     make = dataset_maker(config, folder / "batches.txt")
 
     def make_slow(*arguments, **keywords):
@@ -34,11 +36,11 @@ if __name__ == "__main__":
 """
 
 
-def _start(folder: Path, cache: Path, pause: float) -> subprocess.Popen[str]:
+def _start(folder: Path, cache: Path, pause: float, growth: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": path, "MOR_CACHE": str(cache)}
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(pause)]
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(pause), *growth]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -52,8 +54,8 @@ def _interrupt(process: subprocess.Popen[str], folder: Path, lines: int, number:
     return process.communicate(timeout=60)[0]
 
 
-def _finish(folder: Path, cache: Path) -> None:
-    process = _start(folder, cache, 0.0)
+def _finish(folder: Path, cache: Path, growth: tuple[str, ...] = ()) -> None:
+    process = _start(folder, cache, 0.0, growth)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     assert output.splitlines()[-1] == str(folder / "tiny")
@@ -64,14 +66,16 @@ def _batches(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_two_kills_change_nothing(tmp_path):
+@pytest.mark.parametrize(("growth", "kills"), [((), (33, 47)), (("0.5:1",), (30, 31))], ids=["", "growth"])
+def test_two_kills_change_nothing(tmp_path, growth, kills):
+    """Under growth the router enters with step 31: the first kill comes beside the save of step 30."""
     straight, killed, cache = tmp_path / "straight", tmp_path / "killed", tmp_path / "cache"
-    _finish(straight, cache)
-    for lines in (33, 47):
-        process = _start(killed, cache, 0.05)
+    _finish(straight, cache, growth)
+    for lines in kills:
+        process = _start(killed, cache, 0.05, growth)
         _interrupt(process, killed, lines, signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
-    _finish(killed, cache)
+    _finish(killed, cache, growth)
     assert len(read_lines(killed / "tiny")) == STEPS
     assert read_lines(killed / "tiny") == read_lines(straight / "tiny")
     assert saved_fingerprints(killed / "tiny", STEPS) == saved_fingerprints(straight / "tiny", STEPS)

@@ -199,9 +199,9 @@ def test_capacity_warm_up_runs_as_scan_and_then_as_gather(tmp_path, monkeypatch)
     executions = []
     compile_train_step = loop.compile_train_step
 
-    def spy(config: Config, mesh: Any) -> Any:
+    def spy(config: Config, *arguments: Any) -> Any:
         executions.append(config.perf.execution)
-        return compile_train_step(config, mesh)
+        return compile_train_step(config, *arguments)
 
     monkeypatch.setattr(loop, "compile_train_step", spy)
     routing = RoutingConfig(kind="expert", capacity_warmup_steps=2)

@@ -46,6 +46,8 @@ class EvalArguments:
     """Rows of training text on which the boundaries of expert-choice are calibrated first."""
     max_depth: int | None = None
     """Cap on the passes of a token (test-time scaling)."""
+    within_documents: bool = False
+    """Leave a document's first token out also where attention crosses borders: to compare with masked documents."""
     json: bool = False
     """Print JSON, with all statistics."""
 
@@ -76,6 +78,7 @@ def _check(options: EvalArguments) -> None:
         ("--limit", options.limit, tasks, "needs --tasks"),
         ("--num-fewshot", options.num_fewshot, tasks, "needs --tasks"),
         ("--batch-size", options.batch_size, tasks, "needs --tasks"),
+        ("--within-documents", options.within_documents or None, not tasks, "is for losses"),
     ):
         require(value is None or applies, f"{flag} {rule}")
     for flag, value in (("--rows", options.rows), ("--limit", options.limit), ("--batch-size", options.batch_size)):
@@ -89,7 +92,11 @@ def _held_out(options: EvalArguments) -> None:
     from mor_jax.evaluate.validation import summary
 
     restored, losses = evaluate_run(
-        to_path(options.run), rows=options.rows, max_depth=options.max_depth, calibration_rows=options.calibrate
+        to_path(options.run),
+        rows=options.rows,
+        max_depth=options.max_depth,
+        calibration_rows=options.calibrate,
+        within_documents=options.within_documents,
     )
     boundaries = restored.boundaries
     if options.json:
@@ -116,7 +123,13 @@ def _text(options: EvalArguments) -> None:
     from mor_jax.evaluate.text_loss import text_losses, text_summary
 
     restored = _restored(options)
-    losses = text_losses(restored, options.text, stride=options.stride, max_depth=options.max_depth)
+    losses = text_losses(
+        restored,
+        options.text,
+        stride=options.stride,
+        max_depth=options.max_depth,
+        within_documents=options.within_documents,
+    )
     if options.json:
         _print_json({"run": options.run, "step": restored.step, "boundaries": restored.boundaries, **losses})
         return

@@ -67,6 +67,7 @@ def run(arguments: Sequence[str]) -> int:
 def _step(config: Config, topology: "Topology", flags: PlanFlags, command: list[str]) -> int:
     from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
     from mor_jax.plan.report import print_report, report
+    from mor_jax.plan.run_total import with_run_total
     from mor_jax.plan.search import advise
     from mor_jax.runs.state import abstract_train_state
 
@@ -74,7 +75,7 @@ def _step(config: Config, topology: "Topology", flags: PlanFlags, command: list[
     abstract_train_state(planned, mesh)  # a mesh that does not divide is refused before anything is compiled
     _say(f"compiling for {topology.label}: minutes")
     try:
-        plan = report(compile_step(config, topology), command)
+        plan = with_run_total(report(compile_step(config, topology), command), config, topology)
     except DoesNotFitError as error:
         raise UserError(f"{error}; {advise(planned, topology)}") from error
     if flags.json:

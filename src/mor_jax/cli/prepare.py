@@ -29,8 +29,11 @@ class PrepareArguments:
     """`concat`: documents joined with end-of-text and cut; `best_fit`: whole documents, padded where nothing fits."""
     seed: int = 0
     """Seed of the document shuffle and of the split."""
-    validation_share: float = 0.05
-    """Share of the documents that is held out."""
+    validation: tuple[str, ...] = ()
+    """Inputs that are the held-out split, for a split of your own (by book, by site, by date); documents of the others
+    with the same text are left out."""
+    validation_share: float | None = None
+    """Share of the documents that is held out; None is 0.05, or 0 beside --validation."""
     workers: int = 0
     """Processes that tokenise and pack; 0 stays in this one. The result does not depend on it."""
 

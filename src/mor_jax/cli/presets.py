@@ -10,7 +10,7 @@ import tyro
 from mor_jax import presets
 from mor_jax.cli.options import parse
 from mor_jax.errors import require, suggest
-from mor_jax.model.flops import count_parameters, paper_flops_per_token, train_flops_per_token
+from mor_jax.model.flops import count_parameters, paper_flops_per_token, run_flops
 
 _WIDTH = 160
 
@@ -35,7 +35,7 @@ class PresetRow:
     forward_flops_per_token: float
     """By the paper's count."""
     train_flops_per_token: float
-    """Exact: head and backward pass included."""
+    """Exact: head and backward pass included; the mean over the stages of a run that grows."""
     tokens: int
     reproduces: str
 
@@ -48,15 +48,15 @@ def rows(contains: str) -> list[PresetRow]:
             continue
         preset = presets.get(name)
         model, train = preset.config.model, preset.config.train
-        count = count_parameters(model)
+        count, tokens = count_parameters(model), train.steps * train.batch_size * model.context_length
         table.append(
             PresetRow(
                 name=name,
                 parameters=count.total,
                 non_embedding=count.non_embedding,
                 forward_flops_per_token=paper_flops_per_token(model),
-                train_flops_per_token=train_flops_per_token(model),
-                tokens=train.steps * train.batch_size * model.context_length,
+                train_flops_per_token=run_flops(preset.config) / tokens,
+                tokens=tokens,
                 reproduces=preset.reproduces,
             )
         )

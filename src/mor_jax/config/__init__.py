@@ -19,10 +19,13 @@ from mor_jax.config.execution import (
     RematPolicy,
     ResolvedPerf,
 )
+from mor_jax.config.growth import GrowthStage, Stage, fewer_passes, stage_models
 from mor_jax.config.model import (
     Dtype,
     ModelConfig,
+    RotaryPositions,
 )
+from mor_jax.config.parts import PartsConfig
 from mor_jax.config.recursion import (
     Balancing,
     GateResidual,
@@ -45,6 +48,7 @@ from mor_jax.config.training import (
     InitConfig,
     InitStrategy,
     OptimizerConfig,
+    OptimizerKind,
     Packing,
     TrainConfig,
 )
@@ -61,6 +65,7 @@ __all__ = [
     "Fusion",
     "GateResidual",
     "Gating",
+    "GrowthStage",
     "InitConfig",
     "InitStrategy",
     "Kernels",
@@ -71,18 +76,24 @@ __all__ = [
     "Mode",
     "ModelConfig",
     "OptimizerConfig",
+    "OptimizerKind",
     "Packing",
+    "PartsConfig",
     "PerfConfig",
     "RecursionConfig",
     "RelaxationConfig",
     "Remat",
     "RematPolicy",
     "ResolvedPerf",
+    "RotaryPositions",
     "RouterKind",
     "RoutingConfig",
     "RoutingKind",
     "Sampling",
     "ScoreFunction",
     "Sharing",
+    "Stage",
     "TrainConfig",
+    "fewer_passes",
+    "stage_models",
 ]

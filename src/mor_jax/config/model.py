@@ -1,13 +1,15 @@
 """Everything that changes what the model computes (paper section 3, tables 6 and 13 to 15)."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mor_jax.config.checks import require_choice, require_positive
+from mor_jax.config.parts import PartsConfig
 from mor_jax.config.recursion import RecursionConfig, RoutingConfig
 from mor_jax.errors import require
 
 Dtype = Literal["float32", "bfloat16"]
+RotaryPositions = Literal["row", "document"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,19 @@ class ModelConfig:
     """Whether the output head is the transposed embedding."""
     attend_across_documents: bool = True
     """Packed rows: whether attention crosses document borders (the release's choice)."""
+    rotary_positions: RotaryPositions = "row"
+    """Packed rows: what rotary positions count, places in the row (as released) or in the document. `document` is what
+    older runs were trained with: where attention crosses borders, some visible keys then stand at or after their query.
+    Inside masked documents the two differ by rounding only, since rotary attention sees distances."""
     dtype: Dtype = "bfloat16"
     """Compute dtype; parameters are float32."""
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    parts: PartsConfig = field(default_factory=PartsConfig)
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, Dtype)
+        require_choice("rotary_positions", self.rotary_positions, RotaryPositions)
         require_positive(
             vocab_size=self.vocab_size,
             num_layers=self.num_layers,
@@ -70,6 +78,12 @@ class ModelConfig:
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: rotary embedding rotates pairs")
         self._check_layers()
         self._check_routing()
+        self.parts.check(self.recursion)
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Return JSON values of any age as today's: before `rotary_positions` was one, positions restarted."""
+        return {"rotary_positions": "document", **values}
 
     def _check_layers(self) -> None:
         unique = 2 if self.recursion.has_middle else 0

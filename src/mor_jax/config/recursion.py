@@ -130,6 +130,9 @@ class RoutingConfig:
     """Round every k up to a multiple of this many tokens: really selects more, so it belongs to the model."""
     capacity_warmup_steps: int = 0
     """Optimiser steps of cosine warm-up of the capacities from 1.0 (the release counts forward passes); 0 is off."""
+    gate_warmup_steps: int = 0
+    """Optimiser steps in which the gate's effect comes in, linearly, from none at all: at first a pass replaces a
+    token's state by the block's output, as without a router; 0 is off."""
     capacity_slack: float = 1.25
     """Token-choice under `gather`: seats per recursion are this times the default capacities (at most the sequence)."""
     sampling: Sampling = "aux_loss"
@@ -137,7 +140,8 @@ class RoutingConfig:
     sampling_coefficient: float = 0.001
     """Weight of the auxiliary loss."""
     random: bool = False
-    """Expert-choice: select at random (ablation of table 13); gates still come from the router."""
+    """Expert-choice: uniform random numbers in place of the router's scores, for choosing and, times alpha, as gates
+    (ablation of table 13, as released); the router's weights are not used, and no loss trains them."""
     balancing: Balancing = "loss"
     """Token-choice: balancing loss, loss-free bias, or nothing."""
     balancing_coefficient: float = 0.1
@@ -171,6 +175,7 @@ class RoutingConfig:
         )
         require_not_negative(
             capacity_warmup_steps=self.capacity_warmup_steps,
+            gate_warmup_steps=self.gate_warmup_steps,
             balance_warmup_steps=self.balance_warmup_steps,
             sampling_coefficient=self.sampling_coefficient,
             balancing_coefficient=self.balancing_coefficient,

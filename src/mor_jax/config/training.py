@@ -1,5 +1,6 @@
 """Data, optimiser, loop and initial weights of a run, and the root that a run saves beside its checkpoints."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -8,10 +9,12 @@ import tyro
 
 from mor_jax.config.checks import require_choice, require_not_negative, require_positive, require_seed
 from mor_jax.config.execution import MeshConfig, PerfConfig
+from mor_jax.config.growth import GrowthFlag, Stage, plan_stages
 from mor_jax.config.model import ModelConfig
-from mor_jax.errors import UserError, require
+from mor_jax.errors import require
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+OptimizerKind = Literal["adamw", "muon"]
 InitStrategy = Literal["stepwise", "average", "lower", "upper", "random"]
 Packing = Literal["concat", "best_fit"]
 """How documents fill the rows of a prepared corpus."""
@@ -52,8 +55,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with decay mask and clipping (paper appendix B)."""
+    """AdamW (paper appendix B) or Muon, with decay mask and clipping."""
 
+    kind: OptimizerKind = "adamw"
+    """`muon` orthogonalises the momentum of the layers' matrices, one by one; everything else stays AdamW's. Its
+    updates are as large as AdamW's, so that learning rate and weight decay mean the same."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine"] = "wsd"
@@ -65,6 +71,7 @@ class OptimizerConfig:
     min_ratio: float = 0.1
     """cosine: final learning rate over the peak."""
     beta1: float = 0.9
+    """AdamW's, as beta2 and epsilon are: Muon's momentum is 0.95."""
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
@@ -75,6 +82,7 @@ class OptimizerConfig:
     """Learning rate of an auxiliary router over the model's."""
 
     def __post_init__(self) -> None:
+        require_choice("optimizer.kind", self.kind, OptimizerKind)
         require_choice("optimizer.schedule", self.schedule, Literal["wsd", "cosine"])
         require_positive(learning_rate=self.learning_rate, epsilon=self.epsilon, aux_router_ratio=self.aux_router_ratio)
         require_not_negative(warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
@@ -98,6 +106,9 @@ class TrainConfig:
     """Seed of initialisation and random routing."""
     logit_z_loss: float = 0.0
     """Weight of the z-loss on the output logits."""
+    growth: tuple[GrowthFlag, ...] = ()
+    """Stages before the whole model, each a share of the steps with so many passes, such as `0.5:1 0.2:3`: half of
+    the steps with one pass, a fifth with three, and without a router; the rest trains the model as configured."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
@@ -180,11 +191,27 @@ class Config:
     perf: PerfConfig = field(default_factory=PerfConfig)
 
     def __post_init__(self) -> None:
-        warmups = (
-            ("optimizer.warmup_steps", self.optimizer.warmup_steps),
-            ("model.routing.capacity_warmup_steps", self.model.routing.capacity_warmup_steps),
-            ("model.routing.balance_warmup_steps", self.model.routing.balance_warmup_steps),
-        )
-        for name, steps in warmups:
-            if steps > self.train.steps:
-                raise UserError(f"{name}={steps} exceeds train.steps={self.train.steps}")
+        routed_from = self.stages[0].routed_from
+        routing_steps = self.train.steps - routed_from
+        routing = self.model.routing
+        for name, steps, most in (
+            ("optimizer.warmup_steps", self.optimizer.warmup_steps, self.train.steps),
+            ("model.routing.capacity_warmup_steps", routing.capacity_warmup_steps, routing_steps),
+            ("model.routing.gate_warmup_steps", routing.gate_warmup_steps, routing_steps),
+            ("model.routing.balance_warmup_steps", routing.balance_warmup_steps, routing_steps),
+        ):
+            left = f", of which train.growth leaves {most} to routing" if most < self.train.steps else ""
+            require(steps <= most, f"{name}={steps} exceeds train.steps={self.train.steps}{left}")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is trained when: the stages of ``train.growth``, and last the model as configured."""
+        return plan_stages(self.model, self.train.growth, self.train.steps)
+
+    def stage_after(self, step: int) -> Stage:
+        """Return the stage that the ``step``-th optimiser step, counted from 1, belongs to (before it, the first)."""
+        return next((stage for stage in self.stages if step <= stage.end), self.stages[-1])
+
+    def of_stage(self, stage: Stage) -> "Config":
+        """Return the configuration of a run that trains a stage's model throughout."""
+        return dataclasses.replace(self, model=stage.model, train=dataclasses.replace(self.train, growth=()))

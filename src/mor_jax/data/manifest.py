@@ -41,6 +41,12 @@ class Settings:
     """Share of the documents that is held out."""
     shards: int
     """Shards that the documents are dealt to, per split at most."""
+    validation: tuple[str, ...] = ()
+    """Names of the inputs that are the held-out split; without any, a share of the others is."""
+    validation_hash: str = ""
+    """SHA-256 over their hashes."""
+    validation_shards: int = 0
+    """Shards that they are dealt to."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from mor_jax.errors import UserError, require
 SHARD_BYTES = 32 << 20
 _MOST_SHARDS = 1024
 _BPE_BYTES = 64 << 20
+_VALIDATION_SHARE = 0.05
 _SETTINGS = "settings.json"
 _BUCKETS = "buckets"
 _LOCK = "lock"
@@ -41,7 +42,8 @@ def prepare(
     context_length: int = 2048,
     packing: Packing = "concat",
     seed: int = 0,
-    validation_share: float = 0.05,
+    validation: Sequence[str] = (),
+    validation_share: float | None = None,
     workers: int = 0,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -54,7 +56,8 @@ def prepare(
         context_length: tokens of a row, less one.
         packing: ``concat`` or ``best_fit``.
         seed: of the document shuffle and the split.
-        validation_share: share of the documents that is held out, in [0, 1).
+        validation: inputs that are the held-out split; documents of ``inputs`` with the same text are left out.
+        validation_share: share of the documents that is held out, in [0, 1); None is 0.05, or 0 beside ``validation``.
         workers: processes; 0 stays in this one.
         shard_bytes: bytes of text per shard, about.
 
@@ -66,9 +69,15 @@ def prepare(
             other settings, or a disk that cannot be written.
     """
     require(context_length > 0, f"context_length={context_length} must be positive")
+    if validation_share is None:
+        validation_share = 0.0 if validation else _VALIDATION_SHARE
     require(0 <= validation_share < 1, f"validation_share={validation_share} is outside [0, 1)")
+    require(
+        not validation or validation_share == 0,
+        f"validation_share={validation_share} and validation={list(validation)} both say what is held out: give one",
+    )
     require(workers >= 0, f"workers={workers} must not be negative")
-    sources = open_sources(inputs)
+    sources, held_out = open_sources(inputs), open_sources(validation) if validation else []
     settings = Settings(
         inputs=tuple(sorted(source.name for source in sources)),
         source_hash=sources_hash(sources),
@@ -77,15 +86,29 @@ def prepare(
         packing=packing,
         seed=seed,
         validation_share=validation_share,
-        shards=min(_MOST_SHARDS, max(1, math.ceil(sum(source.size for source in sources) / shard_bytes))),
+        shards=_shard_count(sources, shard_bytes),
+        validation=tuple(sorted(source.name for source in held_out)),
+        validation_hash=sources_hash(held_out) if held_out else "",
+        validation_shards=_shard_count(held_out, shard_bytes) if held_out else 0,
     )
     try:
-        return _prepare(sources, out, settings, tokenizer, workers)
+        return _prepare(sources, held_out, out, settings, tokenizer, workers)
     except OSError as error:  # of the output: those of inputs are UserErrors already
         raise UserError(f"prepare: {out}: {error}; what is finished is kept for the same command") from error
 
 
-def _prepare(sources: Sequence[Source], out: Path, settings: Settings, tokenizer: str, workers: int) -> Path:
+def _shard_count(sources: Sequence[Source], shard_bytes: int) -> int:
+    return min(_MOST_SHARDS, max(1, math.ceil(sum(source.size for source in sources) / shard_bytes)))
+
+
+def _prepare(
+    sources: Sequence[Source],
+    held_out: Sequence[Source],
+    out: Path,
+    settings: Settings,
+    tokenizer: str,
+    workers: int,
+) -> Path:
     if _is_prepared(out, settings):
         return out
     partial = out.with_name(out.name + ".partial")
@@ -96,7 +119,7 @@ def _prepare(sources: Sequence[Source], out: Path, settings: Settings, tokenizer
             return out
         _begin(partial, settings)
         try:
-            _deal(sources, partial, settings, progress)
+            _deal(sources, held_out, partial, settings, progress)
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)  # an input is bad: there is nothing to go on with
             raise
@@ -158,7 +181,9 @@ def _begin(partial: Path, settings: Settings) -> None:
     require(not differences, f"{partial} holds an unfinished preparation with other settings ({listed}); {rule}")
 
 
-def _deal(sources: Sequence[Source], partial: Path, settings: Settings, progress: Progress) -> None:
+def _deal(
+    sources: Sequence[Source], held_out: Sequence[Source], partial: Path, settings: Settings, progress: Progress
+) -> None:
     if (partial / _BUCKETS).is_dir():
         return
     task = progress.add_task("read", total=len(sources))
@@ -171,6 +196,7 @@ def _deal(sources: Sequence[Source], partial: Path, settings: Settings, progress
 
     spill.deal(
         documents,
+        (document for source in held_out for document in source.documents()) if held_out else None,
         partial / _BUCKETS,
         seed=settings.seed,
         validation_share=settings.validation_share,
@@ -180,7 +206,7 @@ def _deal(sources: Sequence[Source], partial: Path, settings: Settings, progress
 
 
 def _validation_shards(settings: Settings) -> int:
-    return max(1, math.ceil(settings.shards * settings.validation_share))
+    return settings.validation_shards or max(1, math.ceil(settings.shards * settings.validation_share))
 
 
 def _make_tokenizer(partial: Path, spec: str) -> None:

@@ -1,10 +1,11 @@
 """First pass of ``prepare``: deal the documents to buckets by hash, so that each can be shuffled and packed on its own.
 
 A document's digest (of its text and the seed) gives its bucket and its place in it; the digest of its group, or else
-of its text, gives its split. So the result depends neither on the order of the inputs nor on the number of workers,
-and exact copies of a text are never on both sides of the split.
+of its text, gives its split, unless the held-out documents are given. So the result depends neither on the order of
+the inputs nor on the number of workers, and exact copies of a text are never on both sides of the split.
 """
 
+import logging
 import shutil
 import struct
 from collections import defaultdict
@@ -15,6 +16,7 @@ from pathlib import Path
 from mor_jax.data.readers import Document
 from mor_jax.errors import require
 
+_log = logging.getLogger(__name__)
 _HEADER = struct.Struct("<16sI")
 _BUFFER = 1 << 18
 _RANGE = 1 << 64
@@ -27,6 +29,7 @@ def digest(text: str, seed: int) -> bytes:
 
 def deal(
     documents: Callable[[], Iterable[Document]],
+    held_out: Iterable[Document] | None,
     folder: Path,
     *,
     seed: int,
@@ -38,6 +41,7 @@ def deal(
 
     Args:
         documents: gives the documents anew at every call.
+        held_out: the validation split, whose texts are left out of the others; None takes a share of ``documents``.
         folder: must not exist.
         seed: of shuffle and split.
         validation_share: share of the documents that is held out; where chance would hold out none, the document (or
@@ -55,21 +59,37 @@ def deal(
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         counts, smallest = {False: 0, True: 0}, _RANGE
+        given: set[bytes] = set()
         with _Appender(target) as appender:
-            for document in documents():
-                key = digest(document.text, seed)
-                place = _place(key if document.group is None else digest(document.group, seed))
-                smallest = min(smallest, place)
-                held_out = place < threshold
-                counts[held_out] += 1
-                name, number = buckets[held_out]
+
+            def add(document: Document, key: bytes, is_held_out: bool) -> None:
+                counts[is_held_out] += 1
+                name, number = buckets[is_held_out]
                 data = document.text.encode("utf-8")
                 appender.add(f"{name}-{int.from_bytes(key[8:]) % number:05d}", _HEADER.pack(key, len(data)) + data)
+
+            for document in held_out or ():
+                key = digest(document.text, seed)
+                given.add(key)
+                add(document, key, True)
+            copies = 0
+            for document in documents():
+                key = digest(document.text, seed)
+                if key in given:
+                    copies += 1
+                    continue
+                place = _place(key if document.group is None else digest(document.group, seed))
+                smallest = min(smallest, place)
+                add(document, key, place < threshold)
+        if copies:
+            _log.info("%d documents are left out of the train split: their text is held out", copies)
         return counts, smallest
 
     counts, smallest = write(int(validation_share * _RANGE))
     if validation_share > 0 and counts[True] == 0:
         counts, _ = write(smallest + 1)
+    if held_out is not None:
+        require(counts[False] > 0, "the inputs hold no document that is not held out, too")
     rule = "a single document cannot be split; add documents or set validation_share=0"
     require(counts[False] > 0, f"validation_share={validation_share} of {sum(counts.values())} documents: {rule}")
     folder.with_name(folder.name + ".tmp").rename(folder)

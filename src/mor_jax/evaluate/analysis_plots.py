@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mor_jax.evaluate.colours import depth_colours
 from mor_jax.evaluate.correlates import Correlate
-from mor_jax.evaluate.plots import write_figure
+from mor_jax.evaluate.plots import stacked, write_figure
 
 _TITLES = {
     "position": "position in the row",
@@ -75,7 +75,7 @@ def plot_router(path: Path, history: Mapping[str, Sequence[Any]]) -> list[Path]:
     """
     figure = Figure(figsize=(9.2, 6.4), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 2, sharex=True).ravel(), _ROUTER_TITLES.items(), strict=True):
-        values = np.array(history[name], float)
+        values = stacked(history[name], np.nan)
         if values.ndim == 2:
             for recursion in range(values.shape[1]):
                 axes.plot(history["step"], values[:, recursion], label=f"recursion {recursion + 1}")

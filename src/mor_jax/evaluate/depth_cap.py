@@ -4,14 +4,13 @@ A capped model is ``Weights`` that say so.
 """
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from mor_jax.config import fewer_passes
 from mor_jax.errors import require
+from mor_jax.model.cut import cut_params
 from mor_jax.model.parameters import Weights
-from mor_jax.model.transformer import logical_axes
 
 
 def cap_depth(weights: Weights, max_depth: int) -> Weights:
@@ -41,15 +40,7 @@ def cap_depth(weights: Weights, max_depth: int) -> Weights:
         return weights
     if routing.kind == "token":
         return dataclasses.replace(weights, max_depth=jnp.asarray(max_depth, jnp.int32))
-    capped = dataclasses.replace(recursion, num_recursions=max_depth, base_depth=model.block_depth)
-    routing = dataclasses.replace(
-        routing,
-        capacities=model.capacities[:max_depth] if routing.kind == "expert" else routing.capacities,
-        boundaries=routing.boundaries and routing.boundaries[:max_depth],
-    )
-    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
-    cut = lambda axes, leaf: leaf[:max_depth] if axes and axes[0] == "recursions" else leaf  # noqa: E731
-    kept: dict[str, Any] = jax.tree.map(cut, logical_axes(model), dict(weights.params), is_leaf=is_axes)
+    capped = fewer_passes(model, max_depth)
     running_R = None if weights.boundaries_R is None else weights.boundaries_R[:max_depth]
-    capped = dataclasses.replace(model, recursion=capped, routing=routing)
+    kept = cut_params(model, capped, weights.params)
     return dataclasses.replace(weights, config=capped, params=kept, boundaries_R=running_R)

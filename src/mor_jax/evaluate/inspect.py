@@ -60,7 +60,12 @@ def inspect_run(
 
 
 def evaluate_run(
-    run_folder: Path, *, rows: int | None = None, max_depth: int | None = None, calibration_rows: int = 0
+    run_folder: Path,
+    *,
+    rows: int | None = None,
+    max_depth: int | None = None,
+    calibration_rows: int = 0,
+    within_documents: bool = False,
 ) -> tuple[RestoredRun, dict[str, Any]]:
     """Restore a run and measure it on its held-out text.
 
@@ -70,6 +75,7 @@ def evaluate_run(
         max_depth: cap on the passes of a token; None is none.
         calibration_rows: rows of training text that the boundaries of expert-choice are calibrated on first; 0 leaves
             them as they are.
+        within_documents: see ``validation_losses``.
 
     Returns:
         (the run, with calibrated boundaries if asked for; what ``validation_losses`` gives for it).
@@ -82,7 +88,8 @@ def evaluate_run(
         run = calibrated(run, calibration_rows)
     wanted = run.config.train.eval_rows if rows is None else rows
     weights = run.weights if max_depth is None else cap_depth(run.weights, max_depth)
-    return run, validation_losses(weights, run.config.perf, held_out(run.config), wanted)
+    dataset = held_out(run.config)
+    return run, validation_losses(weights, run.config.perf, dataset, wanted, within_documents=within_documents)
 
 
 def calibrated(run: RestoredRun, rows: int) -> RestoredRun:

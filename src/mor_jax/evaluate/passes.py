@@ -116,7 +116,7 @@ def _routing_totals(trace: RoutingTrace, counted_BT: jax.Array) -> RoutingTotals
     )
 
 
-@partial(jax.jit, static_argnames=("perf", "mode"))
+@partial(jax.jit, static_argnames=("perf", "mode", "within_documents"))
 def batch_totals(
     weights: Weights,
     perf: ResolvedPerf,
@@ -124,6 +124,8 @@ def batch_totals(
     batch: Mapping[str, jax.Array],
     lengths_2V: jax.Array,
     key: jax.Array,
+    *,
+    within_documents: bool = False,
 ) -> BatchTotals:
     """Measure a packed batch.
 
@@ -134,12 +136,14 @@ def batch_totals(
         batch: int32 [B, T+1] arrays ``tokens``, ``segment_ids`` and ``positions``.
         lengths_2V: of ``token_lengths``.
         key: of a random router.
+        within_documents: see ``target_mask``.
     """
     targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
     output = apply_trunk(weights, perf, Rows.of_batch(batch), mode=mode, key=key)
     head_VD = head_matrix(weights.config, weights.params)
-    nll_BT = token_nll(output.hidden_BTD, head_VD, targets_BT, chunk=perf.loss_chunk)
-    mask_BT = target_mask(weights.config, segment_ids)
+    softcap = weights.config.parts.logit_softcap
+    nll_BT = token_nll(output.hidden_BTD, head_VD, targets_BT, chunk=perf.loss_chunk, softcap=softcap)
+    mask_BT = target_mask(weights.config, segment_ids, within_documents=within_documents)
     bytes_BT = target_bytes(lengths_2V, batch["tokens"], batch["positions"])
     trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
     return BatchTotals(

@@ -71,10 +71,16 @@ def plot_depth(path: Path, metrics: Metrics, rows: Sequence[RoutedRow], mode: st
 
 
 def series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (steps [N], values [N] or [N, ...]) of the lines that hold ``key``; the last of two equal steps counts."""
+    """Return (steps [N], values [N] or [N, R]) of the lines that hold ``key``; the last of two equal steps counts."""
     found = {line["step"]: line[key] for line in metrics if key in line}
     steps = sorted(found)
-    return np.array(steps), np.array([found[step] for step in steps])
+    return np.array(steps), stacked([found[step] for step in steps], 0.0)
+
+
+def stacked(values: Sequence[Any], fill: float) -> np.ndarray:
+    """Stack numbers, or vectors [R]; those of fewer passes (an earlier stage of growth) are filled up."""
+    longest = max((len(value) for value in values if isinstance(value, list)), default=0)
+    return np.array([value + [fill] * (longest - len(value)) if longest else value for value in values], float)
 
 
 def _depth_areas(axes: Axes, x: np.ndarray, shares: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.config import Mode, ModelConfig, PerfConfig
+from mor_jax.config import Mode, PerfConfig
 from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.errors import require
 from mor_jax.evaluate.depth_cap import cap_depth
@@ -79,6 +79,7 @@ def sliding_losses(
     max_depth: int | None = None,
     modes: tuple[Mode, ...] | None = None,
     text_bytes: Mapping[str, int] | None = None,
+    within_documents: bool = False,
 ) -> dict[str, Any]:
     """Measure a model on long texts.
 
@@ -92,6 +93,7 @@ def sliding_losses(
         max_depth: cap on the passes of a token; None is none.
         modes: None takes all that the model can be evaluated in.
         text_bytes: UTF-8 bytes of the texts of every source, where they are known: exact whatever the tokenizer loses.
+        within_documents: see ``validation_losses``.
 
     Returns:
         ``{"stride", "context", "max_depth", "sources": {name: {"tokens", "bytes", "MODE_nll", "MODE_bits_per_byte"}}}``
@@ -112,7 +114,7 @@ def sliding_losses(
         prefix = f"{mode}_" if model.routing.kind == "expert" else ""
         for name, stream in streams.items():
             found = windows(stream, model.context_length, stride)
-            sources[name] |= _measure(model, scorer, found, lengths_2V, rows, prefix)
+            sources[name] |= _measure(scorer, found, lengths_2V, rows, prefix, within_documents)
     for name, size in (text_bytes or {}).items():
         whole = expand_row(streams[name], len(streams[name].tokens))
         counted = target_bytes(lengths_2V, whole["tokens"][None], whole["positions"][None])
@@ -127,12 +129,13 @@ def sliding_losses(
 
 
 def _measure(
-    model: ModelConfig, scorer: Scorer, found: Iterator[Window], lengths_2V: np.ndarray, rows: int, prefix: str
+    scorer: Scorer, found: Iterator[Window], lengths_2V: np.ndarray, rows: int, prefix: str, within_documents: bool
 ) -> dict[str, float]:
+    model = scorer.model
     nll, tokens, size = 0.0, 0, 0
     for batch, first_B in _batches(found, model.context_length, rows):
         scores = scorer(batch)
-        mask_BT = target_mask(model, batch["segment_ids"])
+        mask_BT = target_mask(model, batch["segment_ids"], within_documents=within_documents)
         mask_BT = mask_BT & (np.arange(mask_BT.shape[1])[None, :] >= first_B[:, None])
         nll += float(np.sum(scores.nll_BT[mask_BT], dtype=np.float64))
         tokens += int(np.count_nonzero(mask_BT))

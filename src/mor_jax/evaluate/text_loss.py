@@ -12,7 +12,12 @@ from mor_jax.runs.restore import RestoredRun
 
 
 def text_losses(
-    run: RestoredRun, files: Sequence[Path], *, stride: int | None = None, max_depth: int | None = None
+    run: RestoredRun,
+    files: Sequence[Path],
+    *,
+    stride: int | None = None,
+    max_depth: int | None = None,
+    within_documents: bool = False,
 ) -> dict[str, Any]:
     """Measure a run on text files.
 
@@ -22,6 +27,7 @@ def text_losses(
             others by the file's name.
         stride: tokens that the window moves by; None is half the context.
         max_depth: cap on the passes of a token.
+        within_documents: see ``validation_losses``.
 
     Returns:
         See ``sliding_losses``.
@@ -39,6 +45,7 @@ def text_losses(
         stride=stride,
         max_depth=max_depth,
         text_bytes=sizes,
+        within_documents=within_documents,
     )
 
 

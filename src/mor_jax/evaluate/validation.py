@@ -56,7 +56,9 @@ def modes_of(weights: Weights) -> tuple[Mode, ...]:
     return ("topk",) if threshold_refusal(weights) else ("topk", "threshold")
 
 
-def validation_losses(weights: Weights, perf: PerfConfig, dataset: HeldOut, rows: int) -> dict[str, Any]:
+def validation_losses(
+    weights: Weights, perf: PerfConfig, dataset: HeldOut, rows: int, *, within_documents: bool = False
+) -> dict[str, Any]:
     """Measure a model on the first ``rows`` rows of held-out text (in whole batches, as far as it reaches).
 
     Capacities are those after every warm-up.
@@ -66,6 +68,8 @@ def validation_losses(weights: Weights, perf: PerfConfig, dataset: HeldOut, rows
         perf: of its run; see ``evaluation_perf``.
         dataset: held-out rows with their tokenizer; read from its first batch, and not moved.
         rows: rows to measure.
+        within_documents: whether a document's first token is no target even where attention crosses borders: to
+            compare with a model whose documents are masked.
 
     Returns:
         Numbers and lists of numbers. Always ``validation_tokens`` and ``validation_bytes``. Without a router
@@ -87,7 +91,8 @@ def validation_losses(weights: Weights, perf: PerfConfig, dataset: HeldOut, rows
         key = jax.random.fold_in(jax.random.key(0), index)
         batch = spread(weights.params, batch)
         for mode, total in sums.items():
-            total.add(to_host(batch_totals(weights, execution, mode, batch, lengths_2V, key)))
+            found = batch_totals(weights, execution, mode, batch, lengths_2V, key, within_documents=within_documents)
+            total.add(to_host(found))
     require(sums["topk"].tokens > 0, "the validation split holds no target tokens: give data.source more text")
     return _report(model, sums)
 

@@ -21,8 +21,10 @@ from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.kernels.norm import rms_norm
 from mor_jax.kernels.rotary import Rotary, rotary_tables
 from mor_jax.mesh.axes import constrain
+from mor_jax.model.modern_parts import Carried, cap_logits, inject, norm_joint_heads, scale_branch
 
-Norms = dict[str, jax.Array]
+Own = dict[str, jax.Array]
+"""What a layer has of its row's recursion: norm scales [B, 1, D], and scales of ``PartsConfig``."""
 
 
 @struct.dataclass
@@ -32,12 +34,17 @@ class DecodeContext:
     rotary: Rotary
     """Tables at the tokens' positions."""
     store: PagedStore
+    carried: Carried | None = None
+    """Of the tokens, where a part wants it."""
 
 
-def decode_context(model: DecodeModel, positions_BT: jax.Array, store: PagedStore) -> DecodeContext:
-    """Context of a pass over cached tokens; positions are those in a single document."""
+def decode_context(
+    model: DecodeModel, positions_BT: jax.Array, store: PagedStore, origin_BTD: jax.Array | None = None
+) -> DecodeContext:
+    """Context of a pass over cached tokens; positions are those in a single document, origins ``Walk``'s."""
     rotary = rotary_tables(positions_BT, model.config.head_dim, model.config.rope_theta)
-    return DecodeContext(rotary, dataclasses.replace(store, shards=model.shards))
+    carried = Carried(origin_BTD) if model.injection_RD is not None else None
+    return DecodeContext(rotary, dataclasses.replace(store, shards=model.shards), carried)
 
 
 def embed(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:
@@ -49,7 +56,8 @@ def logits(model: DecodeModel, x_BTD: jax.Array) -> jax.Array:
     """Return float32 logits [B, T, V] of the states after the last layer."""
     hidden_BTD = rms_norm(x_BTD, model.final_norm_D, model.config.norm_epsilon)
     head_VD = model.embedding_VD if model.head_VD is None else model.head_VD
-    return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+    return cap_logits(model.config, logits_BTV)
 
 
 def edge_layer(
@@ -70,22 +78,26 @@ def block_pass(
     recursion = model.config.recursion
     repeats = recursion.num_recursions if recursion.is_sequence else 1
     shares = recursion.kv_strategy == "shared"
+    if model.injection_RD is not None:
+        scale_1B1D = model.injection_RD.at[recursion_B].get(mode="clip")[None, :, None]
+        x_BTD = inject(model.config, x_BTD, context.carried, {"injection": scale_1B1D})
     for layer, weights in enumerate(model.block):
         for repeat in range(repeats):
             index = layer if shares else layer * repeats + repeat
             writes = context.store.writes and not (shares and repeat > 0)
             own = dataclasses.replace(context, store=dataclasses.replace(context.store, writes=writes))
             place_B = jnp.full_like(recursion_B, repeat) if recursion.is_sequence else recursion_B
-            x_BTD, cache = _layer(model, weights, x_BTD, own, cache, index, _norms(model, layer, place_B))
+            x_BTD, cache = _layer(model, weights, x_BTD, own, cache, index, _own(model, layer, place_B))
     return x_BTD, cache
 
 
-def _norms(model: DecodeModel, layer: int, recursion_B: jax.Array) -> Norms | None:
-    """Norm scales [B, 1, D] of each row's recursion; None if the layer has its own."""
-    if model.norms is None:
-        return None
-    scale_RD = {name: norm["scale"][:, layer] for name, norm in model.norms.items()}
-    return {name: scale_RD[name].at[recursion_B].get(mode="clip")[:, None] for name in scale_RD}
+def _own(model: DecodeModel, layer: int, recursion_B: jax.Array) -> Own:
+    """What each row's recursion does not share with the others."""
+    of_rows = lambda scale_RX: scale_RX.at[recursion_B].get(mode="clip")[:, None]  # noqa: E731
+    own = {name: of_rows(norm["scale"][:, layer]) for name, norm in (model.norms or {}).items()}
+    if model.pass_scale_R is not None:
+        own["residual"] = of_rows(model.pass_scale_R[:, None])
+    return own
 
 
 def _layer(
@@ -95,16 +107,17 @@ def _layer(
     context: DecodeContext,
     cache: PagedCache,
     index: int,
-    norms: Norms | None = None,
+    own: Own | None = None,
 ) -> tuple[jax.Array, PagedCache]:
     """Apply a pre-norm layer, whose keys and values are the ``index``-th of the cache."""
-    scales: Any = norms or {"attention_norm": weights.attention_norm_D, "ffn_norm": weights.ffn_norm_D}
-    epsilon, cached = model.config.norm_epsilon, (cache.keys[index], cache.values[index])
+    scales: Any = {"attention_norm": weights.attention_norm_D, "ffn_norm": weights.ffn_norm_D} | (own or {})
+    config, cached = model.config, (cache.keys[index], cache.values[index])
+    epsilon = config.norm_epsilon
     normed_BTD = rms_norm(x_BTD, scales["attention_norm"], epsilon)
-    delta_BTD, cached = _attention(model.config, weights, normed_BTD, context, cached)
-    x_BTD = constrain(x_BTD + delta_BTD, "batch", "sequence", None)
-    x_BTD = x_BTD + _feed_forward(weights, rms_norm(x_BTD, scales["ffn_norm"], epsilon), model.shards)
-    return x_BTD, _put(cache, index, cached)
+    delta_BTD, cached = _attention(config, weights, normed_BTD, context, cached)
+    x_BTD = constrain(x_BTD + scale_branch(config, delta_BTD, own), "batch", "sequence", None)
+    delta_BTD = _feed_forward(weights, rms_norm(x_BTD, scales["ffn_norm"], epsilon), model.shards)
+    return x_BTD + scale_branch(config, delta_BTD, own), _put(cache, index, cached)
 
 
 def _attention(
@@ -117,6 +130,7 @@ def _attention(
         projection_XD = projection_XD.reshape(store.shards, -1, width)[:, :queries].reshape(-1, width)
     projected_BTX = jnp.einsum("BTD,XD->BTX", x_BTD, projection_XD)
     projected_BTMH = projected_BTX.reshape(rows, length, -1, config.head_dim)
+    projected_BTMH = norm_joint_heads(config, weights.head_norms_H, projected_BTMH, store.shards)
     out_BTNH, cached = store.attend(projected_BTMH, cached, context.rotary)
     return jnp.einsum("BTY,DY->BTD", out_BTNH.reshape(rows, length, -1), weights.output_DY), cached
 

@@ -40,6 +40,8 @@ class LayerWeights:
     attention_norm_D: jax.Array | None = None
     """float32; None where the recursions have their own (``DecodeModel.norms``)."""
     ffn_norm_D: jax.Array | None = None
+    head_norms_H: tuple[jax.Array, jax.Array] | None = None
+    """float32 scales of queries and keys; None does not normalise them."""
 
 
 @struct.dataclass
@@ -57,6 +59,10 @@ class DecodeModel:
     last: LayerWeights | None = None
     norms: Any = None
     """Norm scales [R, L, D], if the recursions do not share them."""
+    injection_RD: jax.Array | None = None
+    """Scales of ``parts.input_injection``, if it is on."""
+    pass_scale_R: jax.Array | None = None
+    """Scales of ``parts.residual_scale="learned"``."""
     router: RouterParams | None = None
     aux_router: RouterParams | None = None
     boundary_R: jax.Array | None = None
@@ -88,6 +94,8 @@ def decoding_refusal(config: ModelConfig, running_R: jax.Array | None = None) ->
             f"recursion.relaxation (lora_rank={relaxation.lora_rank}, encoding={relaxation.encoding}) has no decoding "
             "yet: tokens at different recursions would need different weights in one pass"
         )
+    if config.parts.value_residual:
+        return "parts.value_residual=True has no decoding yet: the values of the first layer are not handed on"
     if not has_boundary(config, running_R):
         return (
             f"routing.sampling={config.routing.sampling!r}, random={config.routing.random} trains no causal boundary, "
@@ -151,6 +159,8 @@ def prepare_weights(
         first=weights.get("first"),
         last=weights.get("last"),
         norms=weights.get("block_norms"),
+        injection_RD=weights.get("input_injection", {}).get("scale"),
+        pass_scale_R=weights.get("residual_scale", {}).get("scale"),
         router=weights.get("router"),
         aux_router=weights.get("aux_router"),
         boundary_R=whole(boundaries_of(config, running_R)) if routing.kind == "expert" else None,
@@ -177,6 +187,8 @@ def _layer_weights(layer: Any, shards: int) -> LayerWeights:
     parts = [heads.reshape(width, shards, -1, head_dim) for heads in (attention["query"], keys, values)]
     gate_up = ffn["gate_up"].reshape(width, 2, shards, -1)
     scale = lambda name: layer[name]["scale"] if name in layer else None  # noqa: E731
+    names = ("query_norm", "key_norm")
+    head_norms = tuple(attention[name]["scale"] for name in names) if names[0] in attention else None
     return LayerWeights(
         query_key_value_XD=constrain(jnp.concatenate(parts, axis=2).reshape(width, -1).T, "heads", "embed"),
         output_DY=constrain(attention["output"].reshape(-1, width).T, "embed", "heads"),
@@ -184,4 +196,5 @@ def _layer_weights(layer: Any, shards: int) -> LayerWeights:
         down_DF=constrain(ffn["down"].T, "embed", "ffn"),
         attention_norm_D=scale("attention_norm"),
         ffn_norm_D=scale("ffn_norm"),
+        head_norms_H=head_norms,
     )

@@ -137,7 +137,8 @@ def _pass(
             page_size=block.page_size,
             writes=writes,
         )
-        context = decode_context(model, position_BC, store)
+        origin_BCD = None if walk.origin_BTD is None else take_rows(walk.origin_BTD, index_BC)
+        context = decode_context(model, position_BC, store, origin_BCD)
         recursion_B = jnp.full_like(sequence_B, recursion)
         out_BCD, pool = block_pass(model, pool, take_rows(walk.x_BTD, index_BC), context, recursion_B)
         target_BC = jnp.where(valid_BC, index_BC, length)

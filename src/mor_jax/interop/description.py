@@ -65,6 +65,7 @@ def parse(description: Mapping[str, Any]) -> ModelConfig:
     recursion = RecursionConfig() if recursive is None else _parse_recursion(recursive, kv, description["mor"])
     sizes = {ours: model[official] for official, ours in _SIZES.items()}
     sizes |= {"tie_embeddings": model["tie_word_embeddings_effective"], "dtype": "float32"}
+    sizes |= {"attend_across_documents": True, "rotary_positions": "row"}  # it knows nothing of documents
     routing = RoutingConfig() if description["mor"] is None else _parse_routing(description["mor"], recursion)
     shared = {"recursion": config_io.to_dict(recursion), "routing": config_io.to_dict(routing)}
     config = _with_released_depth(config_io.from_dict(ModelConfig, {**sizes, **shared}, "model"))
@@ -291,8 +292,11 @@ def _check_expressible(config: ModelConfig) -> None:
         problems.append("recursion.kv_strategy='shared_update' works only in expert-choice with middle_cycle")
     if recursion.relaxation.lora_rank or recursion.relaxation.encoding:
         problems.append("recursion.relaxation: its checkpoints hold no low-rank updates or recursion encodings")
+    problems += [f"parts.{part}: it has no such part" for part in config.parts.changes]
     if not config.attend_across_documents:
         problems.append("attend_across_documents=False: it has no document masks")
+    elif config.rotary_positions == "document":
+        problems.append("rotary_positions='document': its positions are those of the row, also where attention crosses")
     if routing.kind != "none":
         if routing.hidden_expansion not in (0, 2):
             problems.append(

@@ -128,7 +128,8 @@ def describe_config(
 ) -> dict[str, Any]:
     """Write a vanilla or recursive model as a Hugging Face Llama configuration, recursions unrolled.
 
-    Document masks are no part of it: whoever runs a Llama passes one document per row, where they change nothing.
+    Document masks and positions that restart with a document are no part of it: whoever runs a Llama passes one
+    document per row, where neither changes anything.
 
     Args:
         model: the model.
@@ -182,6 +183,7 @@ def check_expressible(model: ModelConfig) -> None:
         problems.append(f"recursion.kv_strategy={model.recursion.kv_strategy!r}: every Llama layer has keys of its own")
     if model.recursion.relaxation.encoding:
         problems.append("recursion.relaxation.encoding=True: no Llama layer multiplies its output by a vector")
+    problems += [f"parts.{part}: Llama has no such part" for part in model.parts.changes]
     require(not problems, f"plain Llama cannot express this model: {'; '.join(problems)}")
 
 

@@ -8,7 +8,7 @@ sum of g[i] * cos(i + 1), in the order of ``grad_names``). ``eval/logits`` may b
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from mor_jax.config import Execution, ModelConfig
+from mor_jax.data.packing import Row, expand_row
 from mor_jax.interop import official
 from mor_jax.model.forward import IGNORED, ModelOutput, forward
 from mor_jax.model.routing.capacity import warmup_steps
@@ -59,12 +60,28 @@ class Report:
         return found + (["routing differs"] if self.routing_equal is False else [])
 
 
-def compare(case: Arrays, execution: Execution = "gather") -> Report:
+def packed(tokens_BT: np.ndarray, documents: Sequence[int]) -> dict[str, np.ndarray]:
+    """Describe rows as packed ones.
+
+    Args:
+        tokens_BT: the rows.
+        documents: lengths of the documents in every row; they add up to T.
+
+    Returns:
+        ``segment_ids`` and ``positions`` as ``forward`` takes them, int32 [B, T].
+    """
+    starts = np.cumsum([0, *documents[:-1]])
+    row = expand_row(Row(tokens_BT[0], starts), tokens_BT.shape[1])
+    return {name: np.broadcast_to(row[name], tokens_BT.shape) for name in ("segment_ids", "positions")}
+
+
+def compare(case: Arrays, execution: Execution = "gather", documents: Sequence[int] = ()) -> Report:
     """Compute a reference case with mor_jax and measure the differences.
 
     Args:
         case: arrays as the module's docstring says.
         execution: how to run the model.
+        documents: gives every row as packed documents of these lengths, which changes nothing in a released model.
 
     Returns:
         The report.
@@ -75,7 +92,9 @@ def compare(case: Arrays, execution: Execution = "gather") -> Report:
     meta = json.loads(str(case["meta_json"]))
     state = {name.removeprefix("param/"): case[name] for name in case if name.startswith("param/")}
     config, params = official.load(meta, state)
-    gradients, output, evaluated = _run(config, params, case, meta["training_step"], execution)
+    given: dict[str, Any] = {name: case[name] for name in ("labels", "attention_mask")}
+    given |= packed(case["input_ids"], documents) if documents else {}
+    gradients, output, evaluated = _run(config, params, case, given, meta["training_step"], execution)
     errors: dict[str, float] = {}
     for name, error in (
         *_loss_errors(case, output, evaluated),
@@ -91,10 +110,9 @@ def compare(case: Arrays, execution: Execution = "gather") -> Report:
 
 
 def _run(
-    config: ModelConfig, params: Any, case: Arrays, step: int | None, execution: Execution
+    config: ModelConfig, params: Any, case: Arrays, given: dict[str, Any], step: int | None, execution: Execution
 ) -> tuple[Any, ModelOutput, ModelOutput]:
     """Gradients and output of training, and output of evaluation (the same function if nothing warms up)."""
-    given: dict[str, Any] = {name: case[name] for name in ("labels", "attention_mask")}
 
     def loss(params: Any, normalizer: float) -> tuple[jax.Array, ModelOutput]:
         options: dict[str, Any] = {"train": True, "step": step, "return_hidden": True, "execution": execution}

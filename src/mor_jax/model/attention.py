@@ -10,10 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 from mor_jax.array_types import KeyValue
 from mor_jax.config import Kernels, ModelConfig, ResolvedPerf
 from mor_jax.kernels.attention.backend import attend, resolve_backend
+from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.rotary import Rotary, apply_rotary, rotates_jointly, split_rotate
 from mor_jax.mesh.axes import axis_size, constrain
 from mor_jax.model.layer_context import LayerContext
-from mor_jax.model.layers import compute_weight, normal_init
+from mor_jax.model.layers import compute_weight
+from mor_jax.model.modern_parts import head_norms, matrix_init, mix_values
 from mor_jax.model.relaxation import low_rank
 from mor_jax.model.routing.select import merge_rows
 
@@ -26,19 +28,26 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, lora: Any = None
+        self,
+        x_BCD: jax.Array,
+        context: LayerContext,
+        cached: KeyValue | None,
+        lora: Any = None,
+        value_share: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValue | None]:
         """Attend from [B, C, D]; also return keys and values [B, S, K, H] if the context keeps them.
 
-        `lora` holds this recursion's low-rank updates, if any.
+        `lora` holds this recursion's low-rank updates, if any; `value_share` is of `parts.value_residual`.
         """
         config = self.config
         width, heads, kv_heads, head_dim = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-        query = self.param("query", normal_init(config, "embed", "heads", "head_dim"), (width, heads, head_dim))
+        query = self.param("query", matrix_init(config, "embed", "heads", "head_dim"), (width, heads, head_dim))
         key_value = self.param(
-            "key_value", normal_init(config, "embed", None, "kv_heads", "head_dim"), (width, 2, kv_heads, head_dim)
+            "key_value", matrix_init(config, "embed", None, "kv_heads", "head_dim"), (width, 2, kv_heads, head_dim)
         )
-        output = self.param("output", normal_init(config, "heads", "head_dim", "embed"), (heads, head_dim, width))
+        output_init = matrix_init(config, "heads", "head_dim", "embed", ends_branch=True)
+        output = self.param("output", output_init, (heads, head_dim, width))
+        norm_query, norm_key = head_norms(config)
 
         query, key_value, output = (w.astype(x_BCD.dtype) for w in (query, key_value, output))
         fused = self.perf.fused
@@ -49,8 +58,10 @@ class Attention(nn.Module):
         else:
             query, key_value = map(compute_weight, (query, key_value)) if fused else (query, key_value)
             query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query)
-            query_BCNH = apply_rotary(query_BCNH + low_rank(config, lora, "query", x_BCD), context.rotary)
-            fresh = self._key_value(x_BCD, key_value, context.rotary, lora) if projects_kv else None
+            query_BCNH = query_BCNH + low_rank(config, lora, "query", x_BCD)
+            query_BCNH = apply_rotary(norm_query(query_BCNH), context.rotary)
+            fresh = self._key_value(x_BCD, key_value, context.rotary, lora, norm_key) if projects_kv else None
+        fresh = fresh if fresh is None else mix_values(fresh, context.carried, value_share)
         query_BCNH = constrain(query_BCNH, "batch", "sequence", "heads", "head_dim")
         keys, values = _mixed(fresh, cached, context)
         backend = resolve_backend(self.perf.attention_backend, config.dtype, head_dim)
@@ -66,20 +77,23 @@ class Attention(nn.Module):
         out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
         return out_BCD, (keys, values) if context.keep_kv else None
 
-    def _key_value(self, x_BCD: jax.Array, key_value: jax.Array, rotary: Rotary, lora: Any) -> KeyValue:
+    def _key_value(self, x_BCD: jax.Array, key_value: jax.Array, rotary: Rotary, lora: Any, norm_key: Any) -> KeyValue:
         fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value)
         fresh = fresh + low_rank(self.config, lora, "key_value", x_BCD)
-        return apply_rotary(fresh[:, :, 0], rotary), fresh[:, :, 1]
+        return apply_rotary(norm_key(fresh[:, :, 0]), rotary), fresh[:, :, 1]
 
 
 def _fuses_qkv(config: ModelConfig, fusion: Kernels, lora: Any) -> bool:
     """Whether queries, keys and values are one product (queries alone gained nothing from the kernel).
 
-    Not with low-rank updates, which come before the rotation, and not where `tensor` splits the heads: queries and
-    keys are split each by itself, so to join their weights would move them.
+    Not with low-rank updates or norms of the heads, which come before the rotation, and not where `tensor` splits the
+    heads: queries and keys are split each by itself, so to join their weights would move them.
     """
     updated = lora is not None and ("query" in lora or "key_value" in lora)
-    return not updated and axis_size("tensor") == 1 and rotates_jointly(fusion, config.head_dim)
+    if config.parts.qk_norm and fusion != "xla":
+        log_kernel("split and rotation", "XLA (parts.qk_norm=True normalises before the rotation)")
+    unchanged = not updated and not config.parts.qk_norm
+    return unchanged and axis_size("tensor") == 1 and rotates_jointly(fusion, config.head_dim)
 
 
 def project_qkv(

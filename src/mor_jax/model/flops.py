@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mor_jax.config import Execution, LoraTarget, ModelConfig
+from mor_jax.config import Config, Execution, LoraTarget, ModelConfig
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.model.weight_axes import widths
 
@@ -57,11 +57,12 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     relaxation, count = recursion.relaxation, recursion.num_recursions
     parts = {
         "block": block_parameters(model),
-        "unique layers": 2 * (_layer_weights(model) + 2 * d) if recursion.has_middle else 0,
+        "unique layers": 2 * (_layer_weights(model) + 2 * d + _head_norms(model)) if recursion.has_middle else 0,
         "final norm": d,
         "unshared norms": 0 if recursion.share_norms else count * model.block_depth * 2 * d,
         "low-rank updates": count * model.block_depth * _lora_weights(model, relaxation.lora_targets),
         "recursion encoding": count * d if relaxation.encoding else 0,
+        "parts by recursion": _stacked_parts(model),
         "routers": _num_routers(model) * _router_weights(model),
     }
     embedding = model.vocab_size * d * (1 if model.tie_embeddings else 2)
@@ -71,7 +72,23 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 def block_parameters(model: ModelConfig) -> int:
     """Count the parameters of the shared block, without what its recursions do not share."""
     norms = 2 * model.d_model if model.recursion.share_norms else 0
-    return model.block_depth * (_layer_weights(model) + norms)
+    return model.block_depth * (_layer_weights(model) + norms + _head_norms(model))
+
+
+def _head_norms(model: ModelConfig) -> int:
+    """Entries of one layer's norms of queries and keys."""
+    return 2 * model.head_dim if model.parts.qk_norm else 0
+
+
+def _stacked_parts(model: ModelConfig) -> int:
+    """Entries of the scales that parts have by recursion."""
+    parts, count = model.parts, model.recursion.num_recursions
+    scales = {
+        "input_injection": model.d_model if parts.input_injection else 0,
+        "residual_scale": 1 if parts.residual_scale == "learned" else 0,
+        "value_residual": model.block_depth if parts.value_residual else 0,
+    }
+    return count * sum(scales.values())
 
 
 def _layer_weights(model: ModelConfig) -> int:
@@ -201,6 +218,7 @@ def forward_flops(
         "block": float(
             sum(p.layers * (p.computed * per_token + p.projected * per_key) for p in passes)
             + sum(p.layers * (p.computed * lora_token + p.projected * lora_key) for p in shared)
+            + (length * per_key // 2 if model.parts.value_residual else 0)  # the first layer's values, once more
         ),
         "attention": sum(p.layers * 4 * heads * _attention_pairs(p, attention) for p in passes),
         "router": float(_router_flops(model, length, execution)),
@@ -247,6 +265,19 @@ def train_flops_per_token(model: ModelConfig, length: int | None = None) -> floa
     """Return the exact training FLOPs per token that MFU is measured by: causal attention, no rematerialisation."""
     length = model.context_length if length is None else length
     return sum(train_flops(model, length).values()) / length
+
+
+def run_flops(config: Config, start: int = 0, end: int | None = None) -> float:
+    """Return the exact training FLOPs of a run: those of every step by the model that its stage of growth trains.
+
+    Args:
+        config: of the run.
+        start: 0-based first step that counts.
+        end: the step after the last one; None is the end of the run.
+    """
+    tokens, last = config.train.batch_size * config.model.context_length, config.train.steps if end is None else end
+    steps = ((max(0, min(stage.end, last) - max(stage.start, start)), stage.model) for stage in config.stages)
+    return sum(count * tokens * train_flops_per_token(model) for count, model in steps if count)
 
 
 def kv_bytes_per_token(

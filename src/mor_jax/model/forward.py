@@ -13,6 +13,7 @@ from mor_jax.array_types import Params
 from mor_jax.config import Execution, Mode, ModelConfig, ResolvedPerf
 from mor_jax.errors import require
 from mor_jax.model.loss import target_mask
+from mor_jax.model.modern_parts import cap_logits
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.capacity import routed_tokens
 from mor_jax.model.routing.trace import RoutingTrace
@@ -66,7 +67,8 @@ def forward(
         step: 1-based training step that drives the warm-ups; None is after them.
         attention_mask: [B, T]; nothing attends to tokens with 0, which route like any other (as released).
         segment_ids: int32 document numbers from 1; 0 is padding, which takes no part in anything.
-        positions: int32 rotary positions; default 0..T-1.
+        positions: int32 places in the documents, which ``rotary_positions='document'`` uses; default is one document
+            per row.
         loss_normalizer: divides the summed cross-entropy, and scales router_z and balancing by B * T over it.
             Default: the number of targets.
         return_hidden: whether to return the hidden states on the way.
@@ -88,6 +90,10 @@ def forward(
     )
     given = {"labels": labels_BT, "attention_mask": mask_BT, "segment_ids": segments_BT, "positions": positions_BT}
     _check_arguments(tokens_BT, given, execution)
+    require(
+        segments_BT is None or positions_BT is not None or config.rotary_positions == "row",
+        "segment_ids without positions: rotary_positions='document' counts the places in each document",
+    )
     weights = Weights.of_tree(config, jax.tree.map(jnp.asarray, params))
     zero_based_step = _zero_based(step) if train else None
     rows = Rows(tokens_BT, positions_BT, segments_BT, mask_BT)
@@ -96,6 +102,7 @@ def forward(
     trace = _with_selected(config, output.trace, tokens_BT.shape[1], mode, zero_based_step)
     head_VD = head_matrix(config, weights.params).astype(output.hidden_BTD.dtype)
     logits_BTV = jnp.einsum("BTD,VD->BTV", output.hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+    logits_BTV = cap_logits(config, logits_BTV)
     targets_BT = _targets(config, tokens_BT if labels_BT is None else labels_BT, segments_BT)
     losses = _losses(config, logits_BTV, targets_BT, trace, loss_normalizer)
     return ModelOutput(logits=logits_BTV, losses=losses, hidden=output.stages, trace=trace)

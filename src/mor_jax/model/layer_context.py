@@ -8,6 +8,7 @@ from flax import struct
 from mor_jax.kernels.attention.mask import Mask, TokenView
 from mor_jax.kernels.rotary import Rotary
 from mor_jax.mesh.axes import constrain
+from mor_jax.model.modern_parts import Carried
 from mor_jax.model.routing.select import Selection, take_rows
 
 
@@ -27,6 +28,8 @@ class LayerContext:
     """bool: cached rows that are replaced by fresh ones (full-length queries)."""
     keep_kv: bool = struct.field(pytree_node=False, default=False)
     """Whether the layer returns its keys and values for later recursions."""
+    carried: Carried | None = None
+    """Of the queries, for the parts that are on."""
     observe: Callable[[jax.Array, jax.Array], None] | None = struct.field(pytree_node=False, default=None)
     """Analysis: called with the rotated queries and keys of a layer that is not in a loop; None is nobody."""
 

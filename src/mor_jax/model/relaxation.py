@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import LoraTarget, ModelConfig
+from mor_jax.model.modern_parts import collect_parts
 from mor_jax.model.weight_axes import weight_axes
 
 Unshared = dict[str, Any]
-"""What recursions do not share, by name: `attention_norm`, `ffn_norm`, `lora`, `encoding`."""
+"""What recursions do not share, by name: `attention_norm`, `ffn_norm`, `lora`, `encoding`; see ``collect_parts``."""
 Lora = dict[str, jax.Array]
 _GROUP: dict[LoraTarget, str] = {
     "query": "attention",
@@ -109,7 +110,7 @@ def collect_unshared(config: ModelConfig, values_of: Callable[[type[nn.Module], 
         scale_RD = values_of(Encoding, "encoding")
         widths = ((0, 0), (config.block_depth - 1, 0), (0, 0))
         own["encoding"] = jnp.pad(scale_RD[:, None], widths, constant_values=1.0)
-    return own or None
+    return own | collect_parts(config, values_of) or None
 
 
 def low_rank(config: ModelConfig, lora: dict[str, Lora] | None, target: LoraTarget, x: jax.Array) -> jax.Array | float:

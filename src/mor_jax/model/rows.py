@@ -19,7 +19,7 @@ class Rows:
     tokens_BT: jax.Array
     """int32 token ids."""
     positions_BT: jax.Array | None = None
-    """int32 rotary positions; None is 0..T-1."""
+    """int32 places in the documents, which ``rotary_positions='document'`` uses; None is one document per row."""
     segment_ids_BT: jax.Array | None = None
     """int32 document numbers from 1; 0 is padding, which stands last in its row, takes no seat and counts nowhere.
     Attention respects them unless ``attend_across_documents``. None is one document per row."""
@@ -40,13 +40,14 @@ class Rows:
         return self.segment_ids_BT > 0
 
     def view(self, config: ModelConfig) -> TokenView:
-        """All tokens, as attention sees them."""
+        """All tokens, as attention sees them; the one place that chooses rotary positions."""
         rows_BT = jnp.broadcast_to(jnp.arange(self.tokens_BT.shape[1], dtype=jnp.int32)[None], self.tokens_BT.shape)
         rows_BT = constrain(rows_BT, "batch", None)
+        restarts = config.rotary_positions == "document" and self.positions_BT is not None
         mask_BT = self.attention_mask_BT
         return TokenView(
             rows_BC=rows_BT,
-            positions_BC=rows_BT if self.positions_BT is None else self.positions_BT,
+            positions_BC=self.positions_BT if restarts else rows_BT,
             segments_BC=None if config.attend_across_documents else self.segment_ids_BT,
             valid_BC=None if mask_BT is None else mask_BT.astype(bool),
         )

@@ -13,6 +13,7 @@ import numpy as np
 from mor_jax.array_types import Params
 from mor_jax.config import InitStrategy, ModelConfig
 from mor_jax.errors import require
+from mor_jax.model.modern_parts import NAMES
 from mor_jax.model.relaxation import lora_from_residuals
 from mor_jax.model.transformer import init_params
 
@@ -105,7 +106,8 @@ def share_layers(
 
     Returns:
         Parameter tree of numpy arrays: embedding, head, final norm and unique layers are copied, routers are fresh.
-        Norms that recursions do not share start out equal; low-rank updates start as the best ones of their rank that
+        So is the scale of `parts.input_injection`, which changes nothing at first. Norms that recursions do not share
+        start out equal; low-rank updates start as the best ones of their rank that
         bring every recursion back towards the layers it stands for.
 
     Raises:
@@ -121,13 +123,14 @@ def share_layers(
         full.tie_embeddings or not config.tie_embeddings,
         "tie_embeddings=True would drop the full model's own output head (set tie_embeddings=False)",
     )
+    _check_parts(full, config)
     params = jax.tree.map(np.asarray, dict(params))
 
     def shared(leaf_NX: np.ndarray) -> np.ndarray:
         return np.stack([leaf_NX[group[0]] if len(group) == 1 else leaf_NX[group].mean(axis=0) for group in sources])
 
-    # only the routers of this are computed: jit drops the rest
-    fresh = jax.jit(lambda key: _routers(init_params(config, key)))(key)
+    # only these are computed: jit drops the rest
+    fresh = jax.jit(lambda key: _fresh(init_params(config, key)))(key)
     built: dict[str, Any] = {name: params[name] for name in ("embedding", "final_norm")}
     built |= {"block": jax.tree.map(shared, params["block"]), **jax.tree.map(np.asarray, fresh)}
     if not config.tie_embeddings:
@@ -148,11 +151,25 @@ def share_layers(
     return built
 
 
-def _routers(params: Params) -> dict[str, Any]:
-    return {name: params[name] for name in ("router", "aux_router") if name in params}
+def _fresh(params: Params) -> dict[str, Any]:
+    return {name: params[name] for name in ("router", "aux_router", *NAMES) if name in params}
+
+
+def _check_parts(full: ModelConfig, config: ModelConfig) -> None:
+    """Refuse parts that the recursive model would have to learn anew, or that mean something else in it."""
+    for name in ("qk_norm", "logit_softcap"):
+        old, new = getattr(full.parts, name), getattr(config.parts, name)
+        require(old == new, f"the models differ in parts.{name}: {old!r} -> {new!r}")
+    for model in (full, config):
+        parts = model.parts
+        require(
+            parts.residual_scale == "none" and not parts.value_residual,
+            f"parts.residual_scale={parts.residual_scale!r}, value_residual={parts.value_residual} cannot be uptrained "
+            "yet: what they scale by belongs to one number of passes",
+        )
 
 
 def full_config(config: ModelConfig) -> ModelConfig:
     """Return the full model that a recursive or MoR model of these sizes can start from."""
-    plain = ModelConfig()
-    return dataclasses.replace(config, recursion=plain.recursion, routing=plain.routing)
+    plain, parts = ModelConfig(), dataclasses.replace(config.parts, input_injection=False)
+    return dataclasses.replace(config, recursion=plain.recursion, routing=plain.routing, parts=parts)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mor_jax.config import Config
+from mor_jax.config import Config, Stage
 from mor_jax.errors import UserError
 from mor_jax.kernels.attention.backend import TPU_KERNELS
 from mor_jax.mesh.devices import GIB
@@ -37,6 +37,7 @@ class CompiledStep:
     """An executable train step for described devices, and what can be read off it."""
 
     config: Config
+    """Of the run; of an earlier stage of growth that stage's."""
     topology: Topology
     mesh: Mesh
     memory: DeviceMemory
@@ -69,29 +70,31 @@ def plan_mesh(config: Config, topology: Topology) -> tuple[Config, Mesh]:
     return dataclasses.replace(config, perf=resolve_perf(config, mesh).asked), mesh
 
 
-def compile_step(config: Config, topology: Topology) -> CompiledStep:
+def compile_step(config: Config, topology: Topology, stage: Stage | None = None) -> CompiledStep:
     """Compile ``train.step.compile_train_step`` for a topology.
 
     Args:
         config: of the run; everything in it counts, as in training.
         topology: from ``describe_topology``.
+        stage: of ``config.stages``; None is the last, which trains the model as configured.
 
     Raises:
         DoesNotFitError: it exceeds the memory of a chip.
         UserError: mesh, batch and model do not divide.
     """
-    config, mesh = plan_mesh(config, topology)
+    planned, mesh = plan_mesh(config if stage is None else config.of_stage(stage), topology)
+    config = dataclasses.replace(config, mesh=planned.mesh, perf=planned.perf)
     state = abstract_train_state(config, mesh)
     start = time.monotonic()
     try:
-        executable: Any = compile_train_step(config, mesh)
+        executable: Any = compile_train_step(config, mesh, stage)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(str(error)):
             raise
         raise does_not_fit(str(error), topology, "the step") from error
     seconds = time.monotonic() - start
     memory = measure_memory(state, executable.memory_analysis(), topology.generation.program_bytes)
-    return CompiledStep(config, topology, mesh, memory, executable.as_text(), seconds)
+    return CompiledStep(planned, topology, mesh, memory, executable.as_text(), seconds)
 
 
 def is_out_of_memory(message: str) -> bool:

@@ -13,6 +13,7 @@ import jax
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.model.flops import block_parameters, count_parameters, layer_passes
+from mor_jax.model.optimizer_costs import moment_values
 from mor_jax.perf import kept_values
 from mor_jax.runs.state import TrainState
 
@@ -100,8 +101,9 @@ def estimate_bytes(config: Config, sizes: Mapping[str, int]) -> float:
     width = 2 if model.dtype == "bfloat16" else 4
     tokens = tokens_per_device(config, sizes)
     rows = tokens / model.context_length
-    state = parameter_total(model) / (sizes["fsdp"] * tensor) * _FLOAT32 * 3
-    gradients = state / 3 * (2 if config.train.accumulation > 1 else 1)
+    shards, parameters = sizes["fsdp"] * tensor, parameter_total(model)
+    state = (parameters + moment_values(config)) / shards * _FLOAT32
+    gradients = parameters / shards * _FLOAT32 * (2 if config.train.accumulation > 1 else 1)
     head = model.vocab_size * model.d_model / tensor * (_FLOAT32 + width)
     applied = sum(p.layers * p.computed for p in layer_passes(model, model.context_length, perf.execution))
     kept = applied * rows * kept_values(model, perf.remat) * width

@@ -11,13 +11,16 @@ from rich.text import Text
 
 from mor_jax.config import io as config_io
 from mor_jax.mesh.devices import GIB
-from mor_jax.plan.collectives import bytes_by_kind, collectives
+from mor_jax.model.optimizer_costs import optimizer_costs
+from mor_jax.plan.collectives import Collective, bytes_by_kind, collectives
 from mor_jax.plan.compile import CompiledStep
-from mor_jax.plan.hlo_flops import matrix_flops
+from mor_jax.plan.hlo_flops import MatrixFlops, matrix_flops
 from mor_jax.plan.roofline import roofline, step_flops
+from mor_jax.train.step import OPTIMIZER_SCOPE
 
 WIDTH = 110
 """Columns that the tables need."""
+_DAY = 86400
 _PACKAGES = ("mor-jax", "jax", "jaxlib", "libtpu", "flax")
 
 
@@ -30,7 +33,8 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
     """
     config, topology = step.config, step.topology
     sizes = {str(axis): size for axis, size in step.mesh.shape.items()}
-    traffic = bytes_by_kind(collectives(step.module, step.mesh.size, topology.slices))
+    found = collectives(step.module, step.mesh.size, topology.slices)
+    traffic = bytes_by_kind(found)
     received = (sum(kind["bytes"] for kind in traffic.values()), sum(kind["bytes_across"] for kind in traffic.values()))
     fused = step.attention != "xla"
     bound = roofline(config, sizes, topology.generation, received, fused_attention=fused)
@@ -52,6 +56,7 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
             "compiled_per_device": compiled.total,
             "kernel_calls": compiled.opaque_calls.get("tpu_custom_call", 0),
         },
+        "optimizer": _optimizer(step, sizes, found, compiled),
         "collectives_per_device": traffic,
         "loops_of_unknown_length": len(step.module.unknown_loops),
         "estimate": {
@@ -68,6 +73,24 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
         "compile_seconds": step.seconds,
         "versions": versions(),
         "config": config_io.to_dict(config),
+    }
+
+
+def _optimizer(
+    step: CompiledStep, sizes: dict[str, int], found: list[Collective], compiled: MatrixFlops
+) -> dict[str, Any]:
+    """What the optimiser takes: FLOPs of the whole step, the rest of one device; its state is in the memory's table."""
+    config = step.config
+    whole, here = optimizer_costs(config), optimizer_costs(config, sizes)
+    mine = [item for item in found if OPTIMIZER_SCOPE in item.op_name]
+    return {
+        "kind": config.optimizer.kind,
+        "flops": whole.flops,
+        "share_of_model_flops": whole.flops / step_flops(config).model,
+        "flops_per_device": here.flops,
+        "compiled_flops_per_device": sum(n for name, n in compiled.by_op_name.items() if OPTIMIZER_SCOPE in name),
+        "bytes_per_device": here.traffic,
+        "received_per_device": sum(item.total_bytes for item in mine),
     }
 
 
@@ -93,6 +116,7 @@ def print_report(plan: dict[str, Any]) -> None:
             memory_table("memory of one device", plan["memory_per_device"], _MEMORY),
             _traffic_table(plan),
             _estimate_table(plan),
+            *([_run_table(plan["run"])] if "run" in plan else []),
         )
     )
 
@@ -102,13 +126,31 @@ def _headline(plan: dict[str, Any]) -> str:
     slices = "" if topology["slices"] == 1 else f"{topology['slices']} x "
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
     flops = plan["flops"]
+    grows = "the step of the last stage of train.growth; memory: of the largest\n" if _grows(plan) else ""
     return (
-        f"{plan['preset']} on {slices}{topology['name']} ({topology['chips']} chips): {axes}\n"
+        f"{plan['preset']} on {slices}{topology['name']} ({topology['chips']} chips): {axes}\n{grows}"
         f"{plan['rows_per_step']} rows = {plan['tokens_per_step']:,} tokens per step in {plan['accumulation']} "
         f"micro-batches, execution {plan['execution']}, remat {plan['remat']}, attention {plan['attention']}\n"
         f"{flops['model']:.4g} FLOPs per step, {flops['per_token']:.4g} per token, {flops['executed']:.4g} executed "
         f"per step; compiled in {plan['compile_seconds']:.0f} s\n"
+        f"{_optimizer_line(plan['optimizer'])}\n"
     )
+
+
+def _optimizer_line(optimizer: dict[str, Any]) -> str:
+    products = "no matrix products"
+    if optimizer["flops"]:
+        share, here = optimizer["share_of_model_flops"], optimizer["flops_per_device"]
+        products = f"{optimizer['flops']:.4g} FLOPs ({share:.2%} of the model's), {here:.4g} on one device"
+    moved, received = optimizer["bytes_per_device"] / GIB, optimizer["received_per_device"] / 1e6
+    return (
+        f"optimiser {optimizer['kind']}, per step: {products}; one device moves {moved:.3f} GiB of its memory and "
+        f"receives {received:,.1f} MB"
+    )
+
+
+def _grows(plan: dict[str, Any]) -> bool:
+    return len(plan.get("run", {}).get("stages", ())) > 1
 
 
 _MEMORY = {
@@ -146,6 +188,21 @@ def _traffic_table(plan: dict[str, Any]) -> Table:
         table.add_row(kind, f"{traffic['count']:,}", on_slice, across)
     if plan["loops_of_unknown_length"]:
         table.add_row(f"({plan['loops_of_unknown_length']} loops of unknown length counted once)")
+    return table
+
+
+def _run_table(run: dict[str, Any]) -> Table:
+    """Lay out what the stages of a run take, and all of them together."""
+    table = Table("\nthe whole run", box=None, pad_edge=False)
+    for column in ("\nsteps", "\nFLOPs", "days at least", "GiB per device"):
+        table.add_column(column, justify="right")
+    for stage in run["stages"]:
+        days = stage["steps"] * stage["seconds_per_step_at_least"] / _DAY
+        cells = (f"{stage['steps']:,}", f"{stage['flops']:.3g}", f"{days:.3f}", f"{stage['memory'] / GIB:.3f}")
+        table.add_row(stage["description"], *cells)
+    if len(run["stages"]) > 1:
+        steps = sum(stage["steps"] for stage in run["stages"])
+        table.add_row("together", f"{steps:,}", f"{run['flops']:.3g}", f"{run['seconds_at_least'] / _DAY:.3f}", "")
     return table
 
 

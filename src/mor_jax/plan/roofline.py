@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from mor_jax.config import Config, RematPolicy
 from mor_jax.model.flops import layer_passes, train_flops, train_flops_per_token
-from mor_jax.plan.memory import parameter_total, tokens_per_device
+from mor_jax.model.optimizer_costs import optimizer_costs
+from mor_jax.plan.memory import tokens_per_device
 from mor_jax.plan.topology import Generation
 
 _AGAIN: Mapping[RematPolicy, tuple[str, ...]] = {
@@ -89,9 +90,10 @@ def step_flops(config: Config, *, fused_attention: bool = True) -> StepFlops:
 def memory_traffic(config: Config, sizes: Mapping[str, int]) -> float:
     """Count the bytes between memory and core of one device and step: every product's operands once each way.
 
-    Weights and moments are read and written once, and weights are read per application and pass; of a layer count its
-    input, queries, keys, values, attention and feed-forward, written and read once forward, and twice as much backward;
-    of the head the logits and their gradients. Fusions that keep values on the chip move less, most programs more.
+    The optimiser moves what ``optimizer_costs`` says, and weights are read per application and pass; of a layer count
+    its input, queries, keys, values, attention and feed-forward, written and read once forward, and twice as much
+    backward; of the head the logits and their gradients. Fusions that keep values on the chip move less, most programs
+    more.
 
     Args:
         config: model, batch and perf.
@@ -110,8 +112,7 @@ def memory_traffic(config: Config, sizes: Mapping[str, int]) -> float:
     values = 2 * d + (2 * heads + 2 * kv + 3 * f) / tensor
     activations = sum(p.layers * p.computed for p in passes) * share * values * width * 2 * (3 + again)
     logits = tokens * model.vocab_size / tensor * 2 * (4 + width)
-    state = parameter_total(model) / (sizes["fsdp"] * tensor) * 4 * 7  # 3 read and written, gradients read
-    return config.train.accumulation * (weights + activations + logits) + state
+    return config.train.accumulation * (weights + activations + logits) + optimizer_costs(config, sizes).traffic
 
 
 def roofline(
@@ -132,8 +133,9 @@ def roofline(
         fused_attention: as of ``step_flops``.
     """
     devices, flops = math.prod(sizes.values()), step_flops(config, fused_attention=fused_attention)
+    executed = flops.executed / devices + optimizer_costs(config, sizes).flops
     times = {
-        "arithmetic": flops.executed / devices / generation.chip.flops,
+        "arithmetic": executed / generation.chip.flops,
         "memory": memory_traffic(config, sizes) / generation.chip.hbm_rate,
         "network": received[0] / generation.ici_rate,
         "network_across": received[1] / generation.dcn_rate,
@@ -152,7 +154,7 @@ def estimate_received(config: Config, sizes: Mapping[str, int]) -> tuple[float, 
 
     Per micro-batch: `fsdp` gathers the weights of every layer application forward and backward (a repeated block's
     once, unless ``perf.whole_block`` is off), every axis of rows sums the gradient of every layer application, and
-    `tensor` sums the output of attention and feed-forward both ways.
+    `tensor` sums the output of attention and feed-forward both ways. Per step, what the optimiser exchanges.
 
     Args:
         config: model, batch and perf.
@@ -176,4 +178,5 @@ def estimate_received(config: Config, sizes: Mapping[str, int]) -> tuple[float, 
     tensor = 4 * computed * model.d_model * width * 2 * share("tensor")
     data, across = (2 * summed / sizes["fsdp"] * share(axis) for axis in ("data", "slice"))
     on_slice = (gathered + summed) * share("fsdp") + tensor + data
-    return on_slice * config.train.accumulation, across * config.train.accumulation
+    optimizer = optimizer_costs(config, sizes).received
+    return on_slice * config.train.accumulation + optimizer, across * config.train.accumulation

@@ -180,8 +180,8 @@ class Checkpoints:
             None when the folder holds no checkpoint.
 
         Raises:
-            UserError: the checkpoint belongs to another model, none of the checkpoints is good, or the processes do not
-                share the folder.
+            UserError: the checkpoint belongs to another model or optimiser, none of the checkpoints is good, or the
+                processes do not share the folder.
         """
         found = self._newest_good(_abstract_storable(abstract_state))
         return None if found is None else Restored(_from_storable(found.tree), found.data_step, found.data_hash)
@@ -247,7 +247,9 @@ class Checkpoints:
         saved, data_step, data_hash, there, lines = _agreed(describe)
         if lines:
             more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-            raise UserError(f"{self.folder / str(step)} is of another model: {'; '.join(lines[:_LISTED])}{more}")
+            same_model = all(line.startswith("opt_state/") for line in lines)
+            what = "optimiser (optimizer.kind)" if same_model else "model"
+            raise UserError(f"{self.folder / str(step)} is of another {what}: {'; '.join(lines[:_LISTED])}{more}")
         arguments = ocp.args.PyTreeRestore(
             there, restore_args=ocp.checkpoint_utils.construct_restore_args(there), partial_restore=partial
         )

@@ -33,7 +33,8 @@ MAY_DIFFER = (
     "train.watchdog_seconds",
     "train.pictures",
 )
-"""Fields that a resumed run may change; `train.steps` may grow. A corpus may have moved: its hash is compared."""
+"""Fields that a resumed run may change; `train.steps` may grow, unless it would move the stages of
+`train.growth`. A corpus may have moved: its hash is compared."""
 
 _CANNOT_WRITE_WORDS = ("No space left on device", "Read-only file system", "Disk quota exceeded", "Permission denied")
 
@@ -133,8 +134,10 @@ def _check_same(old: Config, new: Config, folder: Path) -> None:
         line
         for line in config_io.differences(old, new)
         if not any(fnmatch.fnmatchcase(line.split(":")[0], pattern) for pattern in MAY_DIFFER)
-        and not (line.startswith("train.steps:") and new.train.steps > old.train.steps)
+        and not (line.startswith("train.steps:") and new.train.steps > old.train.steps and not old.train.growth)
     ]
+    if lines and old.train.growth and old.train.growth == new.train.growth and old.train.steps != new.train.steps:
+        lines.append("train.growth's stages are shares of train.steps")
     if lines:
         raise UserError(
             f"{folder} holds a run of another configuration: {'; '.join(lines)} (choose another --train.name)"

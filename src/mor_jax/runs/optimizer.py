@@ -1,7 +1,7 @@
-"""AdamW with decay mask and clipping, and the learning rate schedules (paper appendix B).
+"""AdamW or Muon with decay mask and clipping, and the learning rate schedules (paper appendix B).
 
-An auxiliary router (top-level key `aux_router`) has its own optimiser: `aux_router_ratio` times the learning rate, its
-own moments and its own clipping (table 13). Schedules count optimiser steps.
+An auxiliary router (top-level key `aux_router`) has its own AdamW: `aux_router_ratio` times the learning rate, its own
+moments and its own clipping (table 13). Schedules count optimiser steps.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from mor_jax.config import OptimizerConfig
+from mor_jax.runs.muon import MOMENTUM, matrix_axes, scale_by_orthogonal
 
 Schedule = Callable[[Any], Any]
 
@@ -52,33 +53,55 @@ def _group(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: "aux_router" if path[0].key == "aux_router" else "model", params)
 
 
+def _kind(params: Any) -> Any:
+    """Who updates a parameter: Muon has the matrices of the layers.
+
+    Embedding and head have rows that are rarely all in use, routers few columns, and a low-rank update is a product of
+    two matrices, of which none is the step that counts: they stay AdamW's, as norms do.
+    """
+    return jax.tree.map_with_path(lambda path, _: "adamw" if matrix_axes(path) is None else "muon", params)
+
+
+def _clip(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+
+
 def _adamw(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
-        clip,
-        optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        ),
+    return optax.adamw(
+        schedule,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
     )
 
 
+def _muon(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+    muon = optax.chain(
+        optax.trace(MOMENTUM, nesterov=True),
+        scale_by_orthogonal(),
+        optax.add_decayed_weights(config.weight_decay),  # all of them are matrices
+        optax.scale_by_learning_rate(schedule),
+    )
+    return optax.partition({"muon": muon, "adamw": _adamw(config, schedule)}, _kind)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Return AdamW for the model beside AdamW for an auxiliary router.
+    """Return the optimiser of the model beside AdamW for an auxiliary router.
 
     Args:
         config: settings of both.
         steps: optimiser steps of the whole run, for the schedules.
     """
     schedule = make_schedule(config, steps)
+    model = _muon if config.kind == "muon" else _adamw
     return optax.partition(
         {
-            "model": _adamw(config, schedule),
-            "aux_router": _adamw(config, lambda step: config.aux_router_ratio * schedule(step)),
+            "model": optax.chain(_clip(config), model(config, schedule)),
+            "aux_router": optax.chain(
+                _clip(config), _adamw(config, lambda step: config.aux_router_ratio * schedule(step))
+            ),
         },
         _group,
     )

@@ -14,6 +14,7 @@ from mor_jax.config import io as config_io
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
 from mor_jax.mesh.devices import Device
+from mor_jax.model.cut import cut_params
 from mor_jax.model.parameters import Weights
 from mor_jax.model.routing.boundaries import listed
 from mor_jax.runs.checkpoint import Checkpoints
@@ -27,6 +28,7 @@ class RestoredRun:
     """A run as evaluation needs it."""
 
     config: Config
+    """Of the run; inside a stage of ``train.growth``, as if it trained that stage's model throughout."""
     params: Params
     router_bias_R: jax.Array
     """float32 [R]: loss-free bias of token-choice; zeros otherwise."""
@@ -53,7 +55,8 @@ class RestoredRun:
 def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRun:
     """Restore the weights of a run that ``mor train`` wrote, whatever it was trained on.
 
-    The optimiser's state is not read. Nothing in the folder is changed, so the run may be training meanwhile.
+    The optimiser's state is not read. Nothing in the folder is changed, so the run may be training meanwhile. A run
+    still inside a stage of ``train.growth`` is the model of that stage: of the rest nothing is trained yet.
 
     Args:
         run_folder: holds config.json, tokenizer.json and checkpoints/.
@@ -81,8 +84,13 @@ def restore_run(run_folder: Path, *, device: Device | None = None) -> RestoredRu
         checkpoints.close()
     if state is None:
         raise UserError(f"{folder} holds no complete checkpoint")
-    boundaries_R = _known(config.model, state.boundaries_R)
-    return RestoredRun(local, state.params, state.router_bias_R, tokenizer, int(state.step), boundaries_R)
+    params, step = state.params, int(state.step)
+    stage = config.stage_after(step)
+    if stage.model != config.model:
+        _log.info("step %d of %d is of a stage of train.growth: %s", step, config.train.steps, stage.description)
+        local, params = local.of_stage(stage), cut_params(config.model, stage.model, params)
+    boundaries_R = _known(local.model, state.boundaries_R)
+    return RestoredRun(local, params, state.router_bias_R, tokenizer, step, boundaries_R)
 
 
 def _known(model: ModelConfig, boundaries_R: jax.Array) -> jax.Array | None:

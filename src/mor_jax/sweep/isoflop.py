@@ -7,9 +7,9 @@ section 3.2 and table 9).
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from mor_jax.config import Config, ModelConfig
+from mor_jax.config import Config, GrowthStage, ModelConfig, stage_models
 from mor_jax.errors import require
 from mor_jax.model.flops import paper_flops_per_token, train_flops_per_token
 from mor_jax.sweep.runs import Start, SweepRun
@@ -18,7 +18,13 @@ Count = Literal["paper", "training"]
 """What a budget counts: the paper's forward FLOPs, or every product of the training step (head and backward too)."""
 
 
-def steps_for(model: ModelConfig, budget: float, batch_size: int, count: Count = "paper") -> int:
+def steps_for(
+    model: ModelConfig,
+    budget: float,
+    batch_size: int,
+    count: Count = "paper",
+    growth: Sequence[GrowthStage] = (),
+) -> int:
     """Return the optimiser steps that spend a budget.
 
     Args:
@@ -26,11 +32,13 @@ def steps_for(model: ModelConfig, budget: float, batch_size: int, count: Count =
         budget: FLOPs.
         batch_size: rows per step.
         count: what the budget counts.
+        growth: stages before the model, which count by their own models.
 
     Raises:
         UserError: the budget does not reach for one step.
     """
-    per_token = paper_flops_per_token(model) if count == "paper" else train_flops_per_token(model)
+    of_model = paper_flops_per_token if count == "paper" else train_flops_per_token
+    per_token = sum(share * of_model(stage) for share, stage in stage_models(model, growth))
     steps = round(budget / (per_token * batch_size * model.context_length))
     require(steps > 0, f"budget={budget:g} FLOPs is less than one step of {batch_size} rows")
     return steps
@@ -40,6 +48,26 @@ def with_steps(config: Config, steps: int, pinned_steps: Sequence[int] = ()) -> 
     """Return a configuration that trains for ``steps`` and keeps the checkpoints of ``pinned_steps``."""
     train = dataclasses.replace(config.train, steps=steps, pinned_steps=tuple(pinned_steps))
     return dataclasses.replace(config, train=train)
+
+
+def with_scaled_steps(config: Config, factor: float) -> Config:
+    """Return a configuration that trains ``factor`` times as long, with every warm-up the same share of it as before.
+
+    Steps that start from another run's pinned checkpoint are numbers, not shares: ``train.pinned_steps`` stays.
+    """
+
+    def scaled(steps: int) -> int:
+        return max(min(steps, 1), round(factor * steps))  # a warm-up of none stays none
+
+    def warmups(part: Any) -> Any:
+        return dataclasses.replace(part, **{k: scaled(v) for k, v in vars(part).items() if k.endswith("warmup_steps")})
+
+    return dataclasses.replace(
+        config,
+        optimizer=warmups(config.optimizer),
+        model=dataclasses.replace(config.model, routing=warmups(config.model.routing)),
+        train=dataclasses.replace(config.train, steps=scaled(config.train.steps)),
+    )
 
 
 def plan_isoflop(
@@ -52,7 +80,7 @@ def plan_isoflop(
         budgets: FLOPs, in any order.
         count: what a budget counts.
         branches: whether smaller budgets branch off the largest one's run (needs the schedule `wsd`); otherwise every
-            run is trained from the start.
+            run is trained from the start, as what grows must be.
 
     Returns:
         Runs ``NAME-BUDGET``, the largest budget of each model before its branches.
@@ -65,7 +93,9 @@ def plan_isoflop(
     for name, config in models.items():
         schedule = config.optimizer.schedule
         require(not branches or schedule == "wsd", f"branches need optimizer.schedule='wsd', not {schedule!r}")
-        steps = {budget: steps_for(config.model, budget, config.train.batch_size, count) for budget in budgets}
+        growth, rows = config.train.growth, config.train.batch_size
+        require(not (branches and growth), f"{name} has train.growth, whose stages depend on train.steps: no branches")
+        steps = {budget: steps_for(config.model, budget, rows, count, growth) for budget in budgets}
         largest, *smaller = sorted(steps, reverse=True)
         pinned = {budget: _branch_step(config, name, budget, steps[budget]) for budget in smaller} if branches else {}
         trunk = f"{name}-{largest:.3g}"

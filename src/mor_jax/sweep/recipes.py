@@ -24,7 +24,7 @@ from mor_jax.config import (
     TrainConfig,
 )
 from mor_jax.errors import UserError, suggest
-from mor_jax.model.flops import train_flops_per_token
+from mor_jax.model.flops import run_flops
 from mor_jax.sweep.isoflop import steps_for, with_steps
 from mor_jax.sweep.runs import SweepRun
 
@@ -131,14 +131,14 @@ the depth of `long` and three times its width: 50M parameters without embedding,
 
 
 def vanilla(scale: str) -> Config:
-    """Return the vanilla Transformer of a scale.
+    """Return the vanilla Transformer of a scale; like every model of one, it masks documents.
 
     Raises:
         UserError: there is no such scale.
     """
     if scale not in _SCALES:
         raise UserError(f"--scale {scale!r} is not one of {', '.join(map(repr, SCALES))}{suggest(scale, SCALES)}")
-    return _SCALES[scale]()
+    return _with_model(_SCALES[scale](), attend_across_documents=False)
 
 
 def recursive(
@@ -170,9 +170,8 @@ def _with_model(config: Config, **changes: Any) -> Config:
 
 def at_flops_of(config: Config, reference: Config) -> Config:
     """Return a configuration that trains for as many exact training FLOPs as ``reference`` does."""
-    train = reference.train
-    budget = train_flops_per_token(reference.model) * train.steps * train.batch_size * reference.model.context_length
-    return with_steps(config, steps_for(config.model, budget, config.train.batch_size, "training"))
+    train = config.train
+    return with_steps(config, steps_for(config.model, run_flops(reference), train.batch_size, "training", train.growth))
 
 
 def seeded(name: str, config: Config, seeds: Sequence[int] = (0,)) -> list[SweepRun]:

@@ -24,7 +24,7 @@ from mor_jax.model.flops import (
     forward_flops,
     kv_bytes_per_token,
     paper_flops_per_token,
-    train_flops_per_token,
+    run_flops,
 )
 from mor_jax.sweep.runs import SweepRun
 
@@ -75,7 +75,7 @@ def finished_result(run: SweepRun, metrics: Sequence[Mapping[str, Any]], seconds
     result["serving_flops_per_token"] = serving_flops_per_token(model, reaching)
     result["kv_bytes_per_token"] = kv_bytes_per_token(model, reaching)
     tokens = train.steps * train.batch_size * model.context_length
-    return result | {"tokens": tokens, "train_flops": train_flops_per_token(model) * tokens, "machine": machine()}
+    return result | {"tokens": tokens, "train_flops": run_flops(run.config), "machine": machine()}
 
 
 def failed_result(run: SweepRun, state: str, why: str) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def _branch(run: SweepRun, source: Path, step: int, target: Path) -> None:
     require(checkpoint.is_dir(), f"{checkpoint} is missing: {run.name!r} starts from it")
     train = run.config.train
     require(step < train.steps, f"{run.name!r} has train.steps={train.steps}, but starts from step {step}")
+    grows = "has train.growth, whose stages depend on train.steps: it cannot start from another run's step"
+    require(not train.growth, f"{run.name!r} {grows}")
     decays = make_schedule(run.config.optimizer, train.steps)
     require(
         float(decays(step)) == float(decays(run.config.optimizer.warmup_steps)),

@@ -75,7 +75,7 @@ def group_table(results: Sequence[Result]) -> str:
     rows = [summary for summary in group_summary(results) if summary["group"] in several]
     if not rows:
         return ""
-    lines = ["| group | seeds | NLL, causal | gap |", "|---|---|---|---|"]
+    lines = ["| group | seeds | NLL, causal (± sd of the seeds) | gap (± sd) |", "|---|---|---|---|"]
     for row in rows:
         cells = [_with_spread(row, "nll", "{:.4f}"), _with_spread(row, "gap", "{:+.4f}")]
         lines.append(f"| {row['group']} | {row['seeds'] or 'not run'} | {' | '.join(cells)} |")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from mor_jax.config import Config
 from mor_jax.mesh.devices import Device, peak_flops
+from mor_jax.model.flops import run_flops
 
 ACTIVITIES = ("init", "compile", "data_wait", "step", "checkpoint", "eval")
 
@@ -56,29 +57,25 @@ class Throughput:
         self._ledger = ledger
         self._tokens_per_step = config.train.batch_size * config.model.context_length
         peak = peak_flops(devices[0])
-        self._peak = None if peak is None else peak * len(devices)
-        self._flops_per_token = None if peak is None else _train_flops_per_token(config)
+        self._config, self._peak = config, None if peak is None else peak * len(devices)
         self._mark()
 
     def _mark(self) -> None:
         self._step_seconds, self._wait_seconds = self._ledger.seconds["step"], self._ledger.seconds["data_wait"]
 
-    def read(self, steps: int) -> dict[str, float]:
-        """Return the figures of the ``steps`` steps since the last reading; `mfu` only on a known device."""
+    def read(self, start: int, end: int) -> dict[str, float]:
+        """Return the figures of the 0-based steps from ``start`` to before ``end``, those since the last reading.
+
+        `mfu` only on a known device.
+        """
         wait = self._ledger.seconds["data_wait"] - self._wait_seconds
         seconds = max(self._ledger.seconds["step"] - self._step_seconds + wait, 1e-9)
         self._mark()
-        rate = steps * self._tokens_per_step / seconds
+        rate = (end - start) * self._tokens_per_step / seconds
         values = {"tokens_per_second": rate, "data_wait_seconds": wait, "goodput": self._ledger.goodput}
-        if self._peak is not None and self._flops_per_token is not None:
-            values["mfu"] = rate * self._flops_per_token / self._peak
+        if self._peak is not None:
+            values["mfu"] = run_flops(self._config, start, end) / seconds / self._peak
         return values
-
-
-def _train_flops_per_token(config: Config) -> float:
-    from mor_jax.model.flops import train_flops_per_token
-
-    return float(train_flops_per_token(config.model))
 
 
 def describe_peak(device: Device) -> str:

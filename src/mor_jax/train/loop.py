@@ -5,7 +5,6 @@ written and checked before a checkpoint of the same step is started: no checkpoi
 line of metrics.jsonl is lost or repeated when a run is killed.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +26,14 @@ from mor_jax.kernels.attention.backend import resolve_backend
 from mor_jax.mesh.devices import Device
 from mor_jax.mesh.mesh import check_mesh, local_rows, make_mesh, shard_batch
 from mor_jax.mesh.processes import barrier, is_primary, primary_first
+from mor_jax.model.cut import cut_params
 from mor_jax.model.parameters import Weights
-from mor_jax.model.routing.capacity import warmup_steps
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.folder import RunLock, check_run_folder, claim_run_folder, writing_to
 from mor_jax.runs.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_weights
 from mor_jax.runs.trackers import make_writers
 from mor_jax.train.goodput import Ledger, Throughput
+from mor_jax.train.phases import Phase, phases
 from mor_jax.train.preemption import StopVote
 from mor_jax.train.progress import Reporter, describe_rising_rate, roll_call
 from mor_jax.train.signals import StopRequest
@@ -168,7 +168,8 @@ class _Run:
         if self.start > config.train.steps:
             raise UserError(f"{self.folder} is at step {self.start}, beyond train.steps={config.train.steps}")
         self.dataset.step = restored.data_step
-        if config.model.routing.keeps_boundaries and np.all(np.isnan(self.state.boundaries_R)):
+        routes = config.stage_after(self.start).model.routing.keeps_boundaries
+        if routes and np.all(np.isnan(self.state.boundaries_R)):
             _log.info("the checkpoint holds no running boundaries: they begin anew")
 
     def _initial_weights(self) -> InitialWeights | None:
@@ -190,17 +191,20 @@ class _Run:
     def train_steps(self, vote: StopVote) -> bool:
         """Run the remaining steps; return whether the last one was reached."""
         pending: tuple[int, Metrics] | None = None
-        executable = None
+        remaining = [phase for phase in phases(self.config) if phase.end > self.start]
+        if len(remaining) > 1:
+            self.reporter.say(f"one program each: {'; '.join(phase.description for phase in remaining)}")
+        programs = [(phase, self._compile(phase)) for phase in remaining]  # what does not fit is found at once
         batches: Iterator[Mapping[str, np.ndarray]] = iter(self.dataset)
         batch_size = self.config.train.batch_size
         for done in range(self.start + 1, self.config.train.steps + 1):
             self.watchdog.reached(f"step {done}")
-            if executable is None or done - 1 == warmup_steps(self.config.model):
-                executable = self._compile(done - 1)
+            if done > programs[0][0].end:
+                programs.pop(0)
             with self.ledger.measure("data_wait"):
                 batch = shard_batch(self.mesh, next(batches), batch_size)
             with self.ledger.measure("step"):
-                self.state, metrics = executable(self.state, batch)
+                self.state, metrics = programs[0][1](self.state, batch)
             if pending is not None:
                 self._read(*pending)
             pending = (done, metrics)
@@ -216,14 +220,10 @@ class _Run:
                 return False
         return True
 
-    def _compile(self, step: int) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """Compile the step for the phase that the 0-based ``step`` is in."""
-        config, warmup = self.config, warmup_steps(self.config.model)
-        if step < warmup and config.perf.execution != "scan":
-            self.reporter.say(f"routing warms up until step {warmup}: perf.execution='scan', afterwards 'gather'")
-            config = dataclasses.replace(config, perf=dataclasses.replace(config.perf, execution="scan"))
+    def _compile(self, phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        self.watchdog.reached(f"compiling the program of steps {phase.start + 1} to {phase.end}")
         with self.ledger.measure("compile"):
-            executable = compile_train_step(config, self.mesh)
+            executable = compile_train_step(phase.executed(self.config), self.mesh, phase.stage)
             barrier("compiled")  # a host that found it in its cache waits here, not in a collective
         return executable
 
@@ -251,13 +251,15 @@ class _Run:
         evaluates = now and self._evaluates(done)
         if done % self.config.train.log_every and not evaluates:
             return
-        values |= self.throughput.read(done - self.logged)
+        if self.config.train.growth:
+            values["num_recursions"] = self.config.stage_after(done).model.recursion.num_recursions
+        values |= self.throughput.read(self.logged, done)
         self.logged = done
         if evaluates:
             self.watchdog.reached(f"the validation after step {done}")
             with self.ledger.measure("eval"):
                 values |= validation_losses(
-                    self._weights(), self.config.perf, self.held_out, self.config.train.eval_rows
+                    self._weights(done), self.config.perf, self.held_out, self.config.train.eval_rows
                 )
         self.writers.write(done, values)
         self.reporter.log(done, values)
@@ -284,10 +286,12 @@ class _Run:
             write_loss_picture(self.folder, self.config)
             return
         with self.ledger.measure("eval"):
-            write_run_pictures(self.folder, self.config, self._weights(), self.held_out)
+            write_run_pictures(self.folder, self.config, self._weights(self.config.train.steps), self.held_out)
 
-    def _weights(self) -> Weights:
-        return Weights(self.config.model, self.state.params, self.state.router_bias_R, self.state.boundaries_R)
+    def _weights(self, done: int) -> Weights:
+        """The model that the steps up to ``done`` have trained."""
+        whole, trained, state = self.config.model, self.config.stage_after(done).model, self.state
+        return Weights(trained, cut_params(whole, trained, state.params), state.router_bias_R, state.boundaries_R)
 
     def close(self) -> None:
         """Complete the last save and close what is open."""

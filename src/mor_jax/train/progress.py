@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 _HOSTS_SHOWN = 8
 _SHOWN = (
     ("loss", "loss {:.4f}"),
+    ("validation_nll", "held-out {:.4f}"),
     ("validation_topk_nll", "held-out top-k {:.4f}"),
     ("validation_threshold_nll", "causal {:.4f}"),
     ("learning_rate", "lr {:.2e}"),

@@ -14,10 +14,11 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mor_jax.array_types import Params
-from mor_jax.config import Config, ResolvedPerf
-from mor_jax.errors import UserError
+from mor_jax.config import Config, ModelConfig, ResolvedPerf, Stage
+from mor_jax.errors import UserError, require
 from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.mesh import batch_sharding, replicated
+from mor_jax.model.cut import cut_params, zero_unused
 from mor_jax.model.loss import fused_cross_entropy, target_mask
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.boundaries import follow, printable, score_cut
@@ -32,6 +33,8 @@ from mor_jax.runs.state import TrainState, abstract_train_state
 Batch = Mapping[str, jax.Array]
 """int32 [B, T+1] arrays `tokens`, `segment_ids` (1-based, 0 = padding) and `positions` (restarting per document)."""
 Metrics = dict[str, jax.Array]
+OPTIMIZER_SCOPE = "optimiser"
+"""Part of the name of every operation of the update in a compiled step."""
 
 
 @struct.dataclass
@@ -88,7 +91,8 @@ def loss_fn(
         router_bias_R: float32 [R], token-choice's loss-free bias.
         batch: see ``Batch``.
         key: random key of a random router.
-        step: int32 scalar, 0-based optimiser step that drives the warm-ups; None is after them.
+        step: int32 scalar, 0-based optimiser step that drives the warm-ups of routing, counted from where routing
+            enters; None is after them.
         boundaries_R: float32 [R], running boundaries of expert-choice, for the statistics; None is none.
         perf: how to execute the model; None is ``config.perf``, plainly where it leaves something open.
         targets: target tokens of the whole batch; None counts this one's.
@@ -112,6 +116,7 @@ def loss_fn(
         z_coefficient=config.train.logit_z_loss,
         logits_dtype=perf.logits_dtype,
         fused=perf.fused,
+        softcap=model.parts.logit_softcap,
     )
     scale = 1.0 / jnp.maximum(targets, 1.0)
     total = entropy.loss_sum * scale
@@ -141,20 +146,23 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 
 
 def _gradients(
-    config: Config, perf: ResolvedPerf, state: TrainState, batch: Batch, step: jax.Array | None
+    config: Config, whole: ModelConfig, perf: ResolvedPerf, state: TrainState, batch: Batch, step: jax.Array | None
 ) -> tuple[Params, LossParts]:
-    """Differentiate the loss of the whole batch, one micro-batch at a time."""
+    """Differentiate the loss of the whole batch, one micro-batch at a time.
+
+    ``config`` is the stage's; the gradients are a tree of the ``whole`` model's, zero where the stage has nothing.
+    """
     count = config.train.accumulation
     targets = count_targets(config, batch)
     step_key = jax.random.fold_in(state.key, state.step)
-    axes_of_params = logical_axes(config.model)
+    axes_of_params = logical_axes(whole)
 
     def differentiate(index: jax.Array, rows: Batch) -> tuple[Params, LossParts]:
         def loss(params: Params) -> tuple[jax.Array, LossParts]:
             key = jax.random.fold_in(step_key, index)
             how: dict[str, Any] = {"perf": perf, "targets": targets, "micro_batches": count}
-            bias_R, boundaries_R = state.router_bias_R, state.boundaries_R
-            return loss_fn(config, params, bias_R, rows, key, step, boundaries_R=boundaries_R, **how)
+            params, bias_R = cut_params(whole, config.model, params), state.router_bias_R
+            return loss_fn(config, params, bias_R, rows, key, step, boundaries_R=state.boundaries_R, **how)
 
         gradients, parts = jax.grad(loss, has_aux=True)(state.params)
         return jax.tree.map(lambda g, axes: constrain(g, *axes), gradients, axes_of_params), parts
@@ -179,47 +187,63 @@ def _gradients(
     return gradients, dataclasses.replace(parts, scores_RBT=jnp.moveaxis(scores_ARBT, 0, 1))
 
 
-def _update_bias(config: Config, state: TrainState, statistics: RoutingStatistics | None) -> jax.Array:
+def _update_bias(
+    config: Config, state: TrainState, routed_step: jax.Array, statistics: RoutingStatistics | None
+) -> jax.Array:
     """Loss-free balancing: move every depth's bias by u towards the mean load of the global batch (table 14)."""
     routing = config.model.routing
     if statistics is None or not routing.is_loss_free:
         return state.router_bias_R
     load_R = statistics.load_R
     moved_R = state.router_bias_R + routing.bias_update_rate * jnp.sign(jnp.mean(load_R) - load_R)
-    warm = state.step + 1 >= routing.balance_warmup_steps  # before, no router chose the depths
+    warm = routed_step + 1 >= routing.balance_warmup_steps  # before, no router chose the depths
     return jnp.where(warm, moved_R, state.router_bias_R)
 
 
-def _follow_boundaries(state: TrainState, parts: LossParts) -> jax.Array:
+def _follow_boundaries(state: TrainState, routed_step: jax.Array, parts: LossParts) -> jax.Array:
     """Running boundaries of expert-choice: move those of the recursions that routed towards the batch's cuts."""
     if parts.scores_RBT is None or parts.chosen_R is None:
         return state.boundaries_R
     recursions = parts.chosen_R.shape[0]
     cut_R = score_cut(parts.scores_RBT, parts.chosen_R)
-    return state.boundaries_R.at[:recursions].set(follow(state.boundaries_R[:recursions], cut_R, state.step))
+    return state.boundaries_R.at[:recursions].set(follow(state.boundaries_R[:recursions], cut_R, routed_step))
 
 
 def train_step(
-    config: Config, state: TrainState, batch: Batch, perf: ResolvedPerf | None = None
+    config: Config,
+    state: TrainState,
+    batch: Batch,
+    perf: ResolvedPerf | None = None,
+    *,
+    stage: Stage | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Do one optimiser step. Pure: jit it with ``config`` closed over and ``state`` donated.
 
     Args:
-        config: static. While a warm-up of routing runs (``model.capacity.warmup_steps``), ``perf.execution`` must be
+        config: static, of the run. While a warm-up of routing runs (``train.phases``), ``perf.execution`` must be
             `scan`, whose shapes do not depend on the step.
         state: before the step.
         batch: the whole optimiser step's rows, [B, T+1]; split into ``train.accumulation`` micro-batches here.
         perf: static, from ``resolve_perf``; None is ``config.perf``, plainly where it leaves something open.
+        stage: static, of ``config.stages``; None where there is one only. What its model has no part of - routers,
+            parameters of later passes - keeps its values, and moments of zero.
 
     Returns:
         (state after the step, metrics as float32 scalars or [R] and [R+1] arrays).
+
+    Raises:
+        UserError: no stage, where ``train.growth`` makes several.
     """
-    perf = config.perf.resolved() if perf is None else perf
-    step = state.step if perf.execution == "scan" else None
-    gradients, parts = _gradients(config, perf, state, batch, step)
+    require(stage is not None or not config.train.growth, "a step of a run with train.growth needs its stage")
+    stage = stage or config.stages[-1]
+    own, perf = config.of_stage(stage), config.perf.resolved() if perf is None else perf
+    routed_step = state.step - stage.routed_from
+    step = routed_step if perf.execution == "scan" else None
+    gradients, parts = _gradients(own, config.model, perf, state, batch, step)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    with jax.named_scope("optimiser"):
+    with jax.named_scope(OPTIMIZER_SCOPE):
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates = zero_unused(config.model, own.model, updates)  # weight decay would shrink what waits
         params = optax.apply_updates(state.params, updates)
     metrics: Metrics = {
         "loss": parts.lm,
@@ -234,26 +258,29 @@ def train_step(
     if parts.losses is not None and parts.statistics is not None:
         metrics |= {f"{name}_loss": value for name, value in vars(parts.losses).items()}
         metrics |= vars(parts.statistics)
-    boundaries_R = _follow_boundaries(state, parts)
-    if config.model.routing.keeps_boundaries:
-        metrics["boundaries_R"] = printable(config.model, boundaries_R)
+    boundaries_R = _follow_boundaries(state, routed_step, parts)
+    if own.model.routing.keeps_boundaries:
+        metrics["boundaries_R"] = printable(own.model, boundaries_R[: own.model.recursion.num_recursions])
     new_state = dataclasses.replace(
         state,
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        router_bias_R=_update_bias(config, state, parts.statistics),
+        router_bias_R=_update_bias(own, state, routed_step, parts.statistics),
         boundaries_R=boundaries_R,
     )
     return new_state, metrics
 
 
-def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def compile_train_step(
+    config: Config, mesh: Mesh, stage: Stage | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile ``train_step`` ahead of time for a mesh; the state's buffers are donated.
 
     Args:
         config: of the run; what its `perf` leaves open is chosen here.
         mesh: from ``make_mesh``.
+        stage: of ``config.stages``; None is the last, which trains the model as configured.
 
     Returns:
         The executable: (state, batch) -> (state, metrics).
@@ -261,14 +288,15 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
     Raises:
         UserError: the mesh does not divide the batch or the model, or the compiler refuses ``perf.compiler_options``.
     """
-    perf = resolve_perf(config, mesh)
+    stage = stage or config.stages[-1]
+    perf = resolve_perf(config.of_stage(stage), mesh)
     state = abstract_train_state(config, mesh)
     shape = (config.train.batch_size, config.model.context_length + 1)
     array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     batch = dict.fromkeys(("tokens", "segment_ids", "positions"), array)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
-        lambda state, batch: train_step(config, state, batch, perf),
+        lambda state, batch: train_step(config, state, batch, perf, stage=stage),
         donate_argnums=0,
         out_shardings=(state_shardings, replicated(mesh)),
     )

@@ -179,7 +179,13 @@ def test_the_loss_free_bias_moves_the_choice_but_not_the_gate():
 
 
 def test_a_random_router_follows_its_key_and_not_the_scores():
-    model = _model(dataclasses.replace(EXPERT, random=True))
+    """As released: uniform numbers choose, and times alpha they are the gates; no loss sees them."""
+    model = _model(dataclasses.replace(EXPERT, random=True, alpha=0.5, score="sigmoid"))
+    trace = _route(model, SCORES, ROWS, key=jax.random.key(0))
+    noise_RBT = np.asarray(jax.random.uniform(jax.random.key(0), trace.gates_RBT.shape))
+    np.testing.assert_allclose(trace.gates_RBT, np.where(trace.selected_RBT, 0.5 * noise_RBT, 0.0), rtol=1e-6)
+    kept_T, left_T = noise_RBT[1, 0][trace.selected_RBT[1, 0]], noise_RBT[1, 0][~trace.selected_RBT[1, 0]]
+    assert kept_T.min() > left_T.max() and float(trace.losses.sampling) == 0.0
 
     def depths(key, execution: Execution = "gather"):
         return np.asarray(_route(model, SCORES, ROWS, execution, key=jax.random.key(key)).depth_BT)

@@ -26,10 +26,10 @@ def has_boundary(config: ModelConfig, running_R: jax.Array | None = None) -> boo
         running_R: ``Weights.boundaries_R``.
     """
     routing = config.routing
-    if routing.kind != "expert" or routing.boundaries is not None:
+    if routing.kind != "expert":
         return True
     kept = routing.keeps_boundaries and running_R is not None
-    return kept or (routing.sampling != "none" and not routing.random)
+    return not routing.random and (kept or routing.boundaries is not None or routing.sampling != "none")
 
 
 def boundaries_of(config: ModelConfig, running_R: jax.Array | None = None) -> jax.Array:
@@ -111,8 +111,8 @@ def follow(boundaries_R: jax.Array, cut_R: jax.Array, step: jax.Array) -> jax.Ar
     Args:
         boundaries_R: before; NaN where there is none yet, which the first cut replaces.
         cut_R: of ``score_cut``. A batch whose tokens all went on (-inf) leaves a boundary as it is.
-        step: 0-based optimiser step.
+        step: 0-based optimiser step, counted from where routing enters.
     """
-    rate = 1.0 / jnp.minimum(step + 1, HORIZON)  # in a run's first steps a plain mean: none of them weighs more
+    rate = 1.0 / jnp.minimum(step + 1, HORIZON)  # at first a plain mean: no step weighs more
     moved_R = jnp.where(jnp.isfinite(boundaries_R), boundaries_R + rate * (cut_R - boundaries_R), cut_R)
     return jnp.where(jnp.isfinite(boundaries_R) & ~jnp.isfinite(cut_R), boundaries_R, moved_R)

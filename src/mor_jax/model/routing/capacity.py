@@ -52,6 +52,9 @@ def token_seats(config: ModelConfig, length: int) -> tuple[int, ...]:
 
 
 def warmup_steps(config: ModelConfig) -> int:
-    """Optimiser steps during which routing changes with the step, so that `gather` has no static shapes yet."""
+    """Optimiser steps, from where routing enters, during which it changes with the step: `gather` cannot trace that."""
     routing = config.routing
-    return {"none": 0, "expert": routing.capacity_warmup_steps, "token": routing.balance_warmup_steps}[routing.kind]
+    if routing.kind == "none":
+        return 0
+    own = routing.capacity_warmup_steps if routing.kind == "expert" else routing.balance_warmup_steps
+    return max(own, routing.gate_warmup_steps)

@@ -10,6 +10,7 @@ from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model.layer_context import TokenView
+from mor_jax.model.modern_parts import Carried
 from mor_jax.model.relaxation import Unshared
 from mor_jax.model.routing.router import RouterParams, raw_scores, score
 
@@ -26,6 +27,8 @@ class RoutingInputs:
     aux_router: RouterParams | None = None
     unshared: Unshared | None = None
     """What recursions do not share, leaves [R, L, ...]; None if they share everything."""
+    carried: Carried | None = None
+    """Of all T tokens, for the parts that are on."""
     boundary_R: jax.Array | None = None
     """float32 [R], expert-choice: of ``boundaries_of``."""
     bias_R: jax.Array | None = None
@@ -33,7 +36,7 @@ class RoutingInputs:
     max_depth: jax.Array | None = None
     """Token-choice: int32 passes that a token may take at most, broadcast over [B, T]; None is all."""
     noise_RBT: jax.Array | None = None
-    """Random router: uniform numbers that replace the scores for choosing."""
+    """Random router: uniform numbers in place of the scores, for choosing and as gates."""
     step: int | jax.Array | None = None
     """0-based optimiser step; None is after every warm-up."""
     slot_multiple: int = struct.field(pytree_node=False, default=1)
@@ -41,7 +44,11 @@ class RoutingInputs:
 
 
 def expert_scores(
-    config: ModelConfig, router: RouterParams, aux_router: RouterParams | None, x_BCD: jax.Array
+    config: ModelConfig,
+    router: RouterParams,
+    aux_router: RouterParams | None,
+    x_BCD: jax.Array,
+    noise_BC: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Expert-choice: raw scores [B, C] of one recursion's router, and of what learns its boundary (often the same).
 
@@ -50,8 +57,9 @@ def expert_scores(
         router: of this recursion.
         aux_router: of this recursion; it sees the states, but its gradient does not reach them.
         x_BCD: hidden states of the tokens still active.
+        noise_BC: a random router's numbers for them, which are its scores.
     """
-    raw_BC = raw_scores(router, x_BCD, config.routing.temperature)[:, :, 0]
+    raw_BC = raw_scores(router, x_BCD, config.routing.temperature)[:, :, 0] if noise_BC is None else noise_BC
     if aux_router is None:
         return raw_BC, raw_BC
     return raw_BC, raw_scores(aux_router, jax.lax.stop_gradient(x_BCD))[:, :, 0]

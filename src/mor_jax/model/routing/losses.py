@@ -76,7 +76,7 @@ def expert_losses(
 ) -> RoutingLosses:
     """Expert-choice losses: sampling (auxiliary loss or auxiliary router) and z-loss (table 13)."""
     losses = RoutingLosses.zero()
-    if config.routing.sampling == "aux_loss":
+    if config.routing.sampling == "aux_loss" and not config.routing.random:
         losses = dataclasses.replace(losses, sampling=_selection_loss(raw_RBT, active_RBT, selected_RBT))
     if aux_RBT is not None:
         losses = dataclasses.replace(losses, aux_router=_selection_loss(aux_RBT, active_RBT, selected_RBT))

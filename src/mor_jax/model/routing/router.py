@@ -87,15 +87,32 @@ def _matmul(x_BTX: jax.Array, kernel_XY: jax.Array) -> jax.Array:
 
 @jax.named_scope("routing")
 def score(config: ModelConfig, raw: jax.Array) -> jax.Array:
-    """Raw router output to gate: alpha times the score function (softmax over the last axis)."""
+    """Raw router output to gate: alpha times the score function (softmax over the last axis).
+
+    A random router's numbers are scores already, as in the release.
+    """
     functions = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "softmax": jax.nn.softmax, "none": lambda x: x}
-    return config.routing.alpha * functions[config.routing.score](raw)
+    return config.routing.alpha * (raw if config.routing.random else functions[config.routing.score](raw))
 
 
 @jax.named_scope("routing")
-def gated(config: ModelConfig, gate_BC: jax.Array, out_BCD: jax.Array, x_BCD: jax.Array) -> jax.Array:
-    """What a token's residual stream receives: g * block(x), or g * (block(x) - x) in the `plain` form."""
+def gated(
+    config: ModelConfig,
+    gate_BC: jax.Array,
+    out_BCD: jax.Array,
+    x_BCD: jax.Array,
+    step: int | jax.Array | None = None,
+) -> jax.Array:
+    """What a token's residual stream receives: g * block(x), or g * (block(x) - x) in the `plain` form.
+
+    While the gate warms up (0-based optimiser ``step``) it is mixed with block(x) - x, which makes of the stream what
+    a pass without a router does.
+    """
     delta_BCD = out_BCD if config.routing.residual == "paper" else out_BCD - x_BCD
-    if config.routing.gating == "additive":
+    if config.routing.gating == "weighted":
+        delta_BCD = gate_BC[:, :, None].astype(out_BCD.dtype) * delta_BCD
+    warmup = config.routing.gate_warmup_steps
+    if step is None or not warmup:
         return delta_BCD
-    return gate_BC[:, :, None].astype(out_BCD.dtype) * delta_BCD
+    share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / warmup).astype(out_BCD.dtype)
+    return share * delta_BCD + (1 - share) * (out_BCD - x_BCD)

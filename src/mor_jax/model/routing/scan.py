@@ -12,7 +12,7 @@ import numpy as np
 
 from mor_jax.array_types import KeyValue
 from mor_jax.config import Mode, ModelConfig
-from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.model.modern_parts import inject
 from mor_jax.model.recurse import empty_kv, scan_context
 from mor_jax.model.relaxation import Unshared
 from mor_jax.model.routing.capacity import routed_tokens, warmup_table
@@ -42,15 +42,16 @@ def _run_block(
     config: ModelConfig,
     block: Any,
     x_BTD: jax.Array,
-    view: TokenView,
+    inputs: RoutingInputs,
     first: KeyValue | None,
     r: jax.Array,
     selected_BT: jax.Array,
     unshared: Unshared | None,
 ) -> tuple[jax.Array, KeyValue | None]:
     """One full-length pass; returns the block's output and recursion 1's keys and values to carry on."""
-    context = scan_context(config, view, first, _fresh(config, r, selected_BT), selected_BT)
-    out_BTD, kv = block(x_BTD, context, first, unshared)
+    fresh_BT = _fresh(config, r, selected_BT)
+    context = scan_context(config, inputs.view, first, fresh_BT, selected_BT, inputs.carried)
+    out_BTD, kv = block(inject(config, x_BTD, inputs.carried, unshared), context, first, unshared)
     if first is None:
         return out_BTD, None
     return out_BTD, jax.tree.map(lambda fresh, kept: jnp.where(r == 0, fresh, kept), kv, first)
@@ -72,17 +73,16 @@ def expert_scan(
     def body(block: Any, carry: Any, xs: Any) -> Any:
         x_BTD, active_BT, first = carry
         r, router_r, aux_r, unshared_r, count, boundary, noise_BT = xs
-        raw, aux = expert_scores(config, router_r, aux_r, x_BTD)
+        raw, aux = expert_scores(config, router_r, aux_r, x_BTD, noise_BT)
         if mode == "topk":
-            ranking = jax.lax.stop_gradient(raw) if noise_BT is None else noise_BT
             # padding ranks below every token, tokens that have left below padding
-            ranking = jnp.where(inputs.counted_BT, ranking, jnp.finfo(jnp.float32).min)
+            ranking = jnp.where(inputs.counted_BT, jax.lax.stop_gradient(raw), jnp.finfo(jnp.float32).min)
             selected_BT = active_BT & top_mask(jnp.where(active_BT, ranking, -jnp.inf), count)
         else:
             selected_BT = active_BT & (aux >= boundary)
-        out, first = _run_block(config, block, x_BTD, inputs.view, first, r, selected_BT, unshared_r)
+        out, first = _run_block(config, block, x_BTD, inputs, first, r, selected_BT, unshared_r)
         gate = score(config, raw)
-        x_BTD = jnp.where(selected_BT[:, :, None], x_BTD + gated(config, gate, out, x_BTD), x_BTD)
+        x_BTD = jnp.where(selected_BT[:, :, None], x_BTD + gated(config, gate, out, x_BTD, inputs.step), x_BTD)
         record = (raw, aux, active_BT, selected_BT, gate, x_BTD if return_stages else None)
         return (x_BTD, selected_BT, first), record
 
@@ -112,9 +112,9 @@ def token_scan(
         state, delta, first = carry
         r, unshared_r, gate = xs
         selected_BT = chosen_BT > r
-        out, first = _run_block(config, block, state, inputs.view, first, r, selected_BT, unshared_r)
+        out, first = _run_block(config, block, state, inputs, first, r, selected_BT, unshared_r)
         leaves_BT1 = (chosen_BT == r + 1)[:, :, None]
-        delta = jnp.where(leaves_BT1, gated(config, gate, out, x_BTD), delta)
+        delta = jnp.where(leaves_BT1, gated(config, gate, out, x_BTD, inputs.step), delta)
         state = jnp.where(selected_BT[:, :, None], out, state)
         stage = jnp.where(selected_BT[:, :, None], out, jnp.zeros((), out.dtype)) if return_stages else None
         return (state, delta, first), (selected_BT, stage)

@@ -1,0 +1,110 @@
+"""Models of the isoFLOP runs: families at several widths, all of one unrolled depth, trained for a budget of FLOPs.
+
+A family at a width differs from another one there in sharing and routing only. The budget counts every product of the
+training step, head and backward pass included.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mor_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mor_jax.errors import UserError, suggest
+from mor_jax.sweep.isoflop import steps_for, with_steps
+from mor_jax.sweep.recipes import quiet
+from mor_jax.sweep.recipes import vanilla as vanilla_of
+from mor_jax.sweep.runs import with_overrides
+
+Family = Literal["vanilla", "mor"]
+FAMILIES: tuple[Family, ...] = ("vanilla", "mor")
+OVERRIDES: Mapping[Family, Mapping[str, Any]] = {
+    "vanilla": {},
+    "mor": {
+        "model.recursion.sharing": "middle_cycle",
+        "model.recursion.num_recursions": 3,
+        "model.routing.kind": "expert",
+        "model.routing.residual": "plain",  # seeds of the paper's gate spread by 0.08 at scale `long`
+        "model.routing.alpha": 2.0,
+    },
+}
+RECIPE: Mapping[str, Any] = {"optimizer.kind": "muon"}
+"""What the base of every comparison has beside the defaults."""
+_WARMUP_SHARE = 0.04
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where and how long the runs are."""
+
+    budget: float
+    """Exact training FLOPs of a run."""
+    widths: Mapping[Family, tuple[int, int, int]]
+    """Sizes, so that the best lies inside: about 5 to 60 tokens for each unique parameter without embedding."""
+    rate: float
+    """Peak learning rate that is tried first; half and twice it are tried at the middle width."""
+
+
+SCALES = {
+    "full": Scale(4e15, {"vanilla": (192, 256, 320), "mor": (256, 320, 384)}, 2e-3),
+    "debug": Scale(4e8, {"vanilla": (16, 24, 32), "mor": (16, 24, 32)}, 3e-3),
+}
+"""`full` needs a GPU and the corpus of `corpus.py`; `debug` seconds of a CPU, and shows that everything works."""
+
+
+def scale_of(name: str) -> Scale:
+    """Return a scale.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in SCALES:
+        raise UserError(f"--scale {name!r} is not one of {', '.join(map(repr, SCALES))}{suggest(name, SCALES)}")
+    return SCALES[name]
+
+
+def configured(scale: str, family: Family, width: int, changes: Mapping[str, Any], corpus: str) -> Config:
+    """Return a family at a width with some fields changed, and as many steps as spend the budget.
+
+    Args:
+        scale: of SCALES.
+        family: of FAMILIES.
+        width: d_model.
+        changes: values by dotted path, on top of the family's and of RECIPE.
+        corpus: prepared corpus of scale `full`.
+    """
+    base = _debug(width) if scale == "debug" else _full(width, corpus)
+    config = with_overrides(base, {**OVERRIDES[family], **RECIPE, **changes})
+    budget, train = scale_of(scale).budget, config.train
+    steps = steps_for(config.model, budget, train.batch_size, "training", train.growth)
+    warmup = max(1, round(_WARMUP_SHARE * steps))
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup))
+    return with_steps(config, steps)
+
+
+def _full(width: int, corpus: str) -> Config:
+    heads = width // 64
+    model = ModelConfig(
+        vocab_size=8192,
+        num_layers=8,
+        d_model=width,
+        num_heads=heads,
+        num_kv_heads=heads,
+        d_ff=64 * round(width * 8 / 3 / 64),
+        context_length=1024,
+        attend_across_documents=False,
+    )
+    return Config(
+        preset="isoflop",
+        model=model,
+        data=DataConfig(source=corpus),
+        optimizer=OptimizerConfig(warmup_steps=0),
+        train=quiet(TrainConfig(batch_size=32, eval_rows=512, log_every=100)),
+    )
+
+
+def _debug(width: int) -> Config:
+    config = vanilla_of("debug")
+    model = dataclasses.replace(config.model, d_model=width, attend_across_documents=False)
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
+    return dataclasses.replace(config, model=model, optimizer=optimizer)

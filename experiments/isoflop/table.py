@@ -1,0 +1,80 @@
+"""Write the ablation's table from its results: python experiments/isoflop/table.py RESULTS.json [--out TABLE.md]."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from ablation import BASE, FIRST, FRESH, Ablation, loss_on, verdict
+from models import FAMILIES
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of the script."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    """What `run.py` wrote."""
+    out: Path | None = None
+    """File to write; None prints."""
+
+
+def table(ablation: Ablation, results: Mapping[str, Result]) -> str:
+    """Return both tables: sizes and rates that were tried, and what became of every part."""
+    parts = ["Widths and rates, seed 0, causal nats per token on `choose`:\n\n", _sizes(ablation, results)]
+    parts.append(
+        "\nEffect on the causal loss with its 95% t-interval over paired seeds, negative is better; decided on "
+        "`choose`, reported on `report`:\n\n"
+        f"| part | family | `choose`, seeds {_listed(FIRST)} | `choose`, seeds {_listed(FRESH)} | `report`, all seeds "
+        "| verdict |\n|---|---|---|---|---|---|\n"
+    )
+    for part, family in ablation.tested():
+        first, fresh = (ablation.effect(results, part, family, seeds) for seeds in (FIRST, FRESH))
+        reported = ablation.effect(results, part, family, FIRST + FRESH, "report")
+        cells = [part.says, family, *(_cell(each) for each in (first, fresh, reported)), verdict(first, fresh)]
+        parts.append("| " + " | ".join(cells) + " |\n")
+    return "".join(parts)
+
+
+def _listed(seeds: tuple[int, ...]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _cell(effect: Any) -> str:
+    return "" if effect is None else f"{effect} ({effect.seeds} seed{'s' * (effect.seeds > 1)})"
+
+
+def _sizes(ablation: Ablation, results: Mapping[str, Result]) -> str:
+    lines = ["| run | parameters without embedding | tokens for each | causal | |", "|---|---|---|---|---|"]
+    best = {ablation.at_best(results, family, BASE, 0).name for family in FAMILIES}
+    for run in ablation.sizes(results):
+        result = results.get(run.name)
+        loss = loss_on(result)
+        if result is None or loss is None:
+            lines.append(f"| {run.name} | | | {'not run' if result is None else result['state']} | |")
+            continue
+        each = result["tokens"] / result["non_embedding"]
+        mark = "taken" if run.name in best else ""
+        lines.append(f"| {run.name} | {result['non_embedding'] / 1e6:.2f}M | {each:.1f} | {loss:.4f} | {mark} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Write the table."""
+    options = tyro.cli(Arguments, description=__doc__)
+    values = json.loads(options.results.read_text(encoding="utf-8"))
+    text = table(Ablation(values["scale"]), {row["name"]: row for row in values["results"]})
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The parts under test: every execution computes what the plain loop does, training starts as promised, all counted."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from equivalence_examples import (
+    EXPERT,
+    TOKEN,
+    assert_close,
+    assert_computes_the_same,
+    by_model,
+    by_plain_loop,
+    random_params,
+    small_model,
+)
+
+from mor_jax.config import ModelConfig, PartsConfig, RecursionConfig
+from mor_jax.config import io as config_io
+from mor_jax.errors import UserError
+from mor_jax.interop.description import describe
+from mor_jax.interop.llama import check_expressible
+from mor_jax.model.flops import count_parameters, forward_flops
+from mor_jax.model.forward import forward
+from mor_jax.model.sharing import full_config, share_layers
+from mor_jax.model.transformer import init_params, logical_axes
+from mor_jax.runs.optimizer import decay_mask
+
+ALL = PartsConfig(True, True, "learned", zero_init=True, logit_softcap=5.0, value_residual=True, width_init=1000)
+BY_DEPTH = PartsConfig(qk_norm=True, input_injection=True, residual_scale="depth")
+MOR = small_model(RecursionConfig(2, "middle_cycle"), EXPERT, parts=ALL)
+VANILLA = small_model(RecursionConfig(), num_layers=3, parts=dataclasses.replace(ALL, input_injection=False))
+FIRST_SELECTS = dataclasses.replace(EXPERT, capacities=(0.6, 0.5))
+CASES = {
+    "expert": MOR,
+    "shared": small_model(RecursionConfig(2, "cycle", kv_strategy="shared"), FIRST_SELECTS, parts=BY_DEPTH),
+    "token": small_model(
+        RecursionConfig(2, "cycle", share_norms=False), TOKEN, parts=dataclasses.replace(BY_DEPTH, value_residual=True)
+    ),
+    "recursive": small_model(RecursionConfig(2, "cycle"), parts=ALL),
+    "sequence": small_model(RecursionConfig(2, "middle_sequence"), parts=PartsConfig(True, residual_scale="learned")),
+    "vanilla": VANILLA,
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "vanilla" else pytest.mark.slow) for n in CASES])
+def test_every_execution_is_the_plain_loop(name):
+    config = CASES[name]
+    packed = name in ("expert", "token", "vanilla")
+    params, recursion = random_params(config), config.recursion
+    plain = by_plain_loop(config, params, packed)
+    executions = ("gather", "scan") if recursion.num_recursions > 1 and not recursion.is_sequence else ("gather",)
+    for execution in executions:
+        assert_computes_the_same(by_model(config, params, execution, packed), plain)
+
+
+def test_gather_is_scan():
+    params = random_params(MOR)
+    assert_close(*(by_model(MOR, params, execution, True) for execution in ("gather", "scan")))
+
+
+def _init(config: ModelConfig):
+    return jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
+
+
+def test_what_starts_at_nothing_changes_nothing_at_first():
+    recursion = RecursionConfig(2, "cycle")
+    with_parts = small_model(recursion, parts=PartsConfig(input_injection=True, residual_scale="learned"))
+    without, params = small_model(recursion), _init(with_parts)
+    plain = {name: value for name, value in params.items() if name not in ("input_injection", "residual_scale")}
+    tokens_BT = np.arange(24, dtype=np.int32).reshape(2, 12) % 13
+    run = jax.jit(lambda config, params: forward(config, params, tokens_BT).logits, static_argnums=0)
+    np.testing.assert_array_equal(run(with_parts, params), run(without, plain))
+
+
+@pytest.mark.parametrize("config", [MOR, VANILLA], ids=["mor", "vanilla"])
+def test_matrices_start_by_their_width_and_output_projections_at_zero(config):
+    params = _init(dataclasses.replace(config, d_model=40, vocab_size=97, tie_embeddings=False))
+    for layer in [params[name] for name in ("first", "block", "last") if name in params]:
+        for leaf in (layer["attention"]["query"], layer["attention"]["key_value"], layer["ffn"]["gate_up"]):
+            np.testing.assert_allclose(np.std(leaf), 0.02 * (1000 / 40) ** 0.5, rtol=0.1)
+        assert not layer["attention"]["output"].any() and not layer["ffn"]["down"].any()
+    for leaf in (params["embedding"]["embedding"], params["head"]["kernel"]):
+        np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_counted_sharded_by_name_and_not_decayed_where_they_scale(name):
+    config = CASES[name]
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert count_parameters(config).total == sum(leaf.size for leaf in jax.tree.leaves(params))
+    axes, decayed = logical_axes(config), decay_mask(params)
+    expected = {
+        ("input_injection",): ("recursions", "embed"),
+        ("residual_scale",): ("recursions",),
+        ("value_residual",): ("recursions", "layers"),
+        ("block", "attention", "query_norm"): ("layers", "head_dim"),
+        ("block", "attention", "key_norm"): ("layers", "head_dim"),
+    }
+    found = 0
+    for path, names in expected.items():
+        if path[0] in params:
+            of_leaf, shrinks = axes, decayed
+            for key in path:
+                of_leaf, shrinks = of_leaf[key], shrinks[key]
+            assert of_leaf == {"scale": names} and shrinks == {"scale": False}
+            found += 1
+    assert found == {"expert": 5, "recursive": 5, "token": 4, "vanilla": 4}.get(name, 3)
+
+
+def test_the_product_of_the_value_residual_is_counted():
+    without = dataclasses.replace(MOR, parts=dataclasses.replace(ALL, value_residual=False))
+    more = forward_flops(MOR)["block"] - forward_flops(without)["block"]
+    assert more == 2 * MOR.context_length * MOR.d_model * MOR.num_kv_heads * MOR.head_dim
+
+
+def test_what_has_no_meaning_is_refused():
+    with pytest.raises(UserError, match=r"parts.residual_scale='deep' is not one of 'none', 'depth', 'learned'"):
+        PartsConfig(residual_scale="deep")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"parts.logit_softcap=0 must be positive"):
+        PartsConfig(logit_softcap=0)
+    for sharing in ("none", "sequence"):
+        with pytest.raises(UserError, match=rf"parts.input_injection=True.*sharing='{sharing}'"):
+            small_model(RecursionConfig(1, sharing), num_layers=3, parts=PartsConfig(input_injection=True))
+    with pytest.raises(UserError, match=r"parts.value_residual=True.*kv_strategy='shared'"):
+        small_model(RecursionConfig(2, "cycle", kv_strategy="shared"), parts=PartsConfig(value_residual=True))
+
+
+def test_a_configuration_without_parts_has_none():
+    values = config_io.to_dict(VANILLA)
+    del values["parts"]
+    assert config_io.from_dict(ModelConfig, values) == dataclasses.replace(VANILLA, parts=PartsConfig())
+
+
+def test_exports_refuse_by_name_what_changes_the_model():
+    starts = PartsConfig(zero_init=True, width_init=1000)
+    plain = dataclasses.replace(VANILLA, attend_across_documents=True, parts=starts)
+    check_expressible(plain)
+    describe(plain)
+    for export in (check_expressible, describe):
+        with pytest.raises(UserError, match=r"parts.qk_norm=True.*parts.logit_softcap=5.0.*parts.value_residual=True"):
+            export(dataclasses.replace(plain, parts=VANILLA.parts))
+
+
+def test_uptraining_keeps_norms_of_heads_and_starts_the_injection_at_nothing():
+    parts = PartsConfig(qk_norm=True, input_injection=True)
+    config = small_model(RecursionConfig(2, "middle_cycle"), parts=parts)
+    full = full_config(config)
+    params = jax.tree.map(np.asarray, random_params(full))
+    built = share_layers(full, params, config, "stepwise", key=jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert jax.tree.map(np.shape, built) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+    assert not np.any(built["input_injection"]["scale"])
+    norms_LH = params["block"]["attention"]["query_norm"]["scale"]
+    np.testing.assert_array_equal(built["first"]["attention"]["query_norm"]["scale"], norms_LH[0])
+    plain = dataclasses.replace(full, parts=PartsConfig())
+    with pytest.raises(UserError, match=r"the models differ in parts.qk_norm: False -> True"):
+        share_layers(plain, params, config, "stepwise", key=jax.random.key(0))
