@@ -156,7 +156,7 @@ def test_a_stop_token_ends_a_request(engine):
     ("request_", "message"),
     [
         (Request((), 1), "the prompt holds no token"),
-        (Request((1,), 0), "max_tokens=0 must be positive"),
+        (Request((1,), -1), "max_tokens=-1 must not be negative"),
         (Request((1, 99), 1), "prompt token 99 is outside 0..30"),
         (Request((1,) * 20, 5), "exceed max_length=24"),
         (Request((1,), 1, max_depth=0), "max_depth=0 must be at least 1"),

@@ -17,19 +17,19 @@ def test_the_page_is_whole_and_loads_nothing_from_elsewhere():
     assert page.html.count("<script>") == page.html.count("</script>") == 1
     assert "/*" not in page.html and not re.findall(r"https?://|//\w+\.|\bsrc=|@import|url\(", page.html)
     assert all(f".d{depth} {{ background: #" in page.html for depth in range(4))
-    assert '{"model": "a \\"name\\" \\u003c/script>\\u003cb>", "passes": 3, "cuts": true}' in page.html
+    assert '{"model": "a \\"name\\" \\u003c/script>\\u003cb>", "passes": 3, "cuts": true, "chat": false}' in page.html
     policy = page.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
 
 
 def test_a_server_without_cuts_has_a_page_without_them():
-    assert '"cuts": false}' in make_page("tiny", passes=3, cuts=False).html
+    assert '"cuts": false, ' in make_page("tiny", passes=3, cuts=False).html
 
 
 def test_every_input_has_a_label():
     html = make_page("tiny", passes=3).html
     inputs = set(re.findall(r'<(?:input|textarea) id="(\w+)"', html))
-    assert inputs == set(re.findall(r'<label for="(\w+)"', html)) and len(inputs) == 7
+    assert inputs == set(re.findall(r'<label for="(\w+)"', html)) and len(inputs) == 8
 
 
 @pytest.fixture(scope="module")
