@@ -349,11 +349,13 @@ def _ranked(token_K: np.ndarray, log_probability_K: np.ndarray, count: int) -> t
 
 def _prompt_scores(place: Place) -> PromptScores:
     """Fetch what the chunks of a prompt gave."""
-    parts = [packed_BTF[row, :count] for packed_BTF, row, count in place.scores]
     count = place.request.alternatives
-    if not parts:
+    if not place.scores:
         return PromptScores((), ())
-    scores_TF = np.concatenate(jax.device_get(parts))
+    # cut on the host: on the device every length would be a program
+    whole = jax.device_get([packed_BTF for packed_BTF, _, _ in place.scores])
+    parts = [packed_BTF[row, :size] for packed_BTF, (_, row, size) in zip(whole, place.scores, strict=True)]
+    scores_TF = np.concatenate(parts)
     values_T = np.ascontiguousarray(scores_TF[:, 0]).view(np.float32).tolist()
     if not count:
         return PromptScores(values_T, ())
