@@ -101,7 +101,7 @@ def _score(model: DecodeModel, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.A
 
     def piece(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_BCD, targets_BC = inputs
-        logits_BCV = constrain(logits(model, x_BCD))
+        logits_BCV = logits(model, x_BCD)
         index_BC1 = jnp.maximum(targets_BC, 0)[:, :, None]
         picked_BC1 = jnp.take_along_axis(logits_BCV, index_BC1, axis=-1)
         picked_BC1 = picked_BC1 - jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)

@@ -120,9 +120,10 @@ def most_likely(logits_XV: jax.Array, known_tokens: int | None = None) -> Altern
     The log-probabilities are the logits less their normaliser, as everywhere: equal bit by bit to those of the same
     tokens. Those of unknown ids, if they come in at all, are minus infinity.
     """
-    normaliser_X1 = jax.nn.logsumexp(logits_XV, axis=-1, keepdims=True)
-    values_XK, token_XK = jax.lax.top_k(_known(logits_XV, known_tokens), min(MOST_ALTERNATIVES, logits_XV.shape[-1]))
-    return Alternatives(token_XK.astype(jnp.int32), values_XK - normaliser_X1)
+    log_probability_XV = _known(logits_XV - jax.nn.logsumexp(logits_XV, axis=-1, keepdims=True), known_tokens)
+    # whole on every device, as in ``_draw_cut``; not the logits, which would then be so outside of the branch too
+    values_XK, token_XK = jax.lax.top_k(constrain(log_probability_XV), min(MOST_ALTERNATIVES, logits_XV.shape[-1]))
+    return Alternatives(token_XK.astype(jnp.int32), values_XK)
 
 
 def _known(logits_XV: jax.Array, known_tokens: int | None) -> jax.Array:
@@ -191,8 +192,7 @@ def _without_extras(choose: Any) -> Any:
 
 def _with_extras(choose: Any, known_tokens: int | None) -> Any:
     def run(all_EV: jax.Array, logits_EV: jax.Array, rows: SamplingRows, position_E: jax.Array, bias: Bias) -> Any:
-        whole_EV = constrain(all_EV)  # on every device, as in ``_draw_cut``
-        return choose(bias.add(logits_EV), rows, position_E), most_likely(whole_EV, known_tokens)
+        return choose(bias.add(logits_EV), rows, position_E), most_likely(all_EV, known_tokens)
 
     return run
 
