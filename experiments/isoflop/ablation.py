@@ -111,8 +111,11 @@ class Ablation:
 
     def confirm(self, results: Mapping[str, Result]) -> list[SweepRun]:
         """Return the other first seeds of the parts that are still in, those with the largest gain first."""
-        gains = {(part.name, family): self.effect(results, part, family, (0,)) for part, family in self.tested()}
-        still_in = [(gain.mean, *key) for key, gain in gains.items() if gain and gain.mean <= _DROPPED_ABOVE]
+        still_in: list[tuple[float, str, Family]] = []
+        for part, family in self.tested():
+            gain = self.effect(results, part, family, (0,))
+            if gain and gain.mean <= _DROPPED_ABOVE:
+                still_in.append((gain.mean, part.name, family))
         return [
             self.at_best(results, family, _BY_NAME[name], seed)
             for _, name, family in sorted(still_in)
@@ -123,7 +126,7 @@ class Ablation:
         """Return fresh seeds of the parts that the first ones keep, and of their base."""
         kept = [(part, family) for part, family in self.tested() if pays(self.effect(results, part, family, FIRST))]
         families = [family for family in FAMILIES if any(family == of for _, of in kept)]
-        pairs = [(BASE, family) for family in families] + kept
+        pairs: list[tuple[Part, Family]] = [*((BASE, family) for family in families), *kept]
         return [self.at_best(results, family, part, seed) for part, family in pairs for seed in FRESH]
 
     def tested(self) -> Iterator[tuple[Part, Family]]:
