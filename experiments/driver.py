@@ -145,14 +145,15 @@ def take_over(out: Path, rows: Sequence[Result], name: Callable[[Result], str] =
 _reported: set[str] = set()
 
 
-def report_new(finished: Mapping[str, Result]) -> bool:
-    """Print the runs that finished since the last call; return whether there are any."""
+def write_new(options: DriverOptions, finished: Mapping[str, Result], values: Callable[[], Any]) -> None:
+    """Write the results if runs finished since the last call, and print these."""
     new = [name for name in finished if name not in _reported]
+    if new or not options.results.exists():
+        write_json(options.results, values())
     for name in new:
         losses = ", ".join(f"{key} {finished[name].get(key)}" for key in ("nll", "topk_nll", "seconds"))
         print(f"{name}: {finished[name]['state']}, {losses}", flush=True)
     _reported.update(new)
-    return bool(new)
 
 
 def row_of(out: Path, run: SweepRun, command: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from driver import PLAIN_KERNELS, STOP_SECONDS, DriverOptions, conduct, report_new, results_in, row_of, take_over, work
+from driver import PLAIN_KERNELS, STOP_SECONDS, DriverOptions, conduct, results_in, row_of, take_over, work, write_new
 from ranked import RankedRun, ranked_runs, spread
 
 from mor_jax.compilation_cache import enable_compilation_cache
@@ -179,9 +179,9 @@ def _collect(options: Arguments, plan: dict[str, Any], runs: list[RankedRun]) ->
     """Write the results of all runs if there are new ones; return how many are finished, and of how many."""
     names = {run.placed.name for run in runs}
     finished = {name: result for name, result in results_in(options.out).items() if name in names}
-    if report_new(finished) or not options.results.exists():
-        rows = [_row(options, each) for each in runs]
-        write_json(options.results, {"scale": options.scale, **plan, "results": rows})
+    write_new(
+        options, finished, lambda: {"scale": options.scale, **plan, "results": [_row(options, each) for each in runs]}
+    )
     return sum(result["state"] == "done" for result in finished.values()), len(runs)
 
 

@@ -113,6 +113,8 @@ def test_stages_choose_by_what_was_found():
     put(qk, 0, 4.48)
     put(growth, 0, 4.51)  # worse than the base: no more seeds
     put(adamw, 0, 4.6)  # worse than the base, which has what is tested
+    for rate in ("0.003", "0.006"):
+        found[f"vanilla-d24-lr{rate}-adamw-s0"]["nll"] = 4.0
     assert [run.name for run in ablation.confirm(found)] == [
         "mor-d32-lr0.006-adamw-s1",
         "mor-d32-lr0.006-adamw-s2",

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # driver.py
 import tyro
 from ablation import Ablation
-from driver import STOP_SECONDS, DriverOptions, conduct, report_new, results_in, row_of, take_over, work
+from driver import STOP_SECONDS, DriverOptions, conduct, results_in, row_of, take_over, work, write_new
 from models import scale_of
 
 from mor_jax.errors import require
@@ -91,15 +91,17 @@ def _measure(texts: dict[str, Path], folder: Path) -> dict[str, Any]:
 def _collect(options: Arguments, ablation: Ablation) -> tuple[int, int]:
     """Write the results of all runs that are known by now, in their order, if there are new ones."""
     finished = results_in(options.out)
-    if report_new(finished) or not options.results.exists():
+
+    def values() -> dict[str, Any]:
         known: dict[str, SweepRun] = {}
         for stage in ablation.stages():
             for run in stage(finished):
                 known.setdefault(run.name, run)
         rows = [row_of(options.out, run, _described(options)) for run in known.values()]
         rows += [result for name, result in finished.items() if name not in known]  # of choices that later ones changed
-        values = {"scale": options.scale, "budget": scale_of(options.scale).budget, "results": rows}
-        write_json(options.results, values)
+        return {"scale": options.scale, "budget": scale_of(options.scale).budget, "results": rows}
+
+    write_new(options, finished, values)
     return sum(result["state"] == "done" for result in finished.values()), len(finished)
 
 

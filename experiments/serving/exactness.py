@@ -78,9 +78,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     model = mor_jax.load(arguments.run).model
+    from mor_jax.interop.sources import open_model
     from mor_jax.runs.restore import restore_run
 
-    restored, config = restore_run(arguments.run), model.config
+    restored, params, config = restore_run(arguments.run), open_model(arguments.run).params, model.config
     length, rng = config.context_length, np.random.default_rng(0)
     engine = Engine(model, EngineOptions(max_running=12, max_length=length, prefill_chunk=32))
     engine.warm_up()
@@ -90,7 +91,7 @@ def main() -> None:
 
     @jax.jit
     def run(tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        output = forward(config, restored.params, tokens_BT, mode="threshold", execution="scan")
+        output = forward(config, params, tokens_BT, mode="threshold", execution="scan")
         assert output.trace is not None
         return output.logits, output.trace.depth_BT
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-TINY = "debug:model.d_model=16,model.d_ff=16,model.head_dim=4,model.context_length=16,model.vocab_size=32"
+TINY = (
+    "debug:model.d_model=16,model.d_ff=16,model.head_dim=4,model.context_length=16,model.vocab_size=32,model.num_layers=1,"
+    "model.recursion.num_recursions=1,model.recursion.sharing=none,model.routing.kind=none"
+)
 
 
 @pytest.fixture(scope="module")

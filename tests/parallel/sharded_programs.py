@@ -15,7 +15,7 @@ from mor_jax.mesh.mesh import make_mesh, params_shardings, shard_batch
 from mor_jax.model.transformer import init_params, logical_axes
 from mor_jax.plan.collectives import Collective, collectives
 from mor_jax.plan.hlo import Module, parse
-from mor_jax.train.step import loss_fn
+from mor_jax.train.step import compile_train_step, loss_fn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import tiny_runs  # pyright: ignore[reportMissingImports]
@@ -60,6 +60,14 @@ def traffic(config: Config, mesh_config: MeshConfig) -> tuple[list[Collective], 
     executable, _, _ = compile_gradients(config, mesh_config)
     module = parse(executable.as_text())
     return collectives(module, math.prod(vars(mesh_config).values())), module
+
+
+def step_traffic(config: Config, mesh_config: MeshConfig) -> list[Collective]:
+    """Collectives of the whole training step."""
+    count = math.prod(vars(mesh_config).values())
+    mesh = make_mesh(mesh_config, jax.devices()[:count])
+    executable: Any = compile_train_step(dataclasses.replace(config, mesh=mesh_config), mesh)
+    return collectives(parse(executable.as_text()), count)
 
 
 def assert_equal(one: Any, many: Any, tolerance: float = 1e-5) -> None:

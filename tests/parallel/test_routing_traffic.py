@@ -1,9 +1,10 @@
 """What routing moves between devices, read from compiled programs: nothing of a row unless `context` splits rows."""
 
+import dataclasses
 import functools
 
 import pytest
-from sharded_programs import TOKENS, config_of, traffic
+from sharded_programs import TOKENS, config_of, step_traffic, traffic
 
 from mor_jax.config import MeshConfig
 from mor_jax.plan.collectives import Collective
@@ -58,6 +59,21 @@ def assert_routing_is_local(router: str, mesh: MeshConfig, execution: str = "gat
 @pytest.mark.parametrize("router", ["expert", "token"])
 def test_routing_adds_no_collective_of_tokens(router):
     assert_routing_is_local(router, CUBE)
+
+
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_running_boundaries_exchange_counts_and_no_scores(accumulation):
+    """Per recursion 15 counts, eight times; then how many scores reach the cut, and the highest of the rest."""
+    mesh, config = MeshConfig(data=2, fsdp=2, tensor=2), config_of("expert")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=accumulation))
+    found = step_traffic(config, mesh)
+    rows = BATCH // 4 // accumulation
+    allowed = {"dot_general", "gather", "psum", "scatter-add"}
+    tokens = [item for item in found if holds_tokens(item, rows) and not is_dead_token_count(item)]
+    names = {name.split("/")[-1].rstrip(")") for item in tokens for name in item.op_name.split(":")}
+    assert names <= allowed, names
+    counts = [item for item in found if [(s.dtype, s.sizes) for s in item.operands] == [("s32", (2, 15))]]
+    assert [(item.kind, item.executions) for item in counts] == [("all-reduce", 8)]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from mor_jax.config import Config, GrowthStage, MeshConfig, ModelConfig
 from mor_jax.errors import UserError
 from mor_jax.mesh.devices import GIB
 from mor_jax.model.flops import count_parameters, run_flops, train_flops_per_token
+from mor_jax.model.optimizer_costs import optimizer_costs
 from mor_jax.perf import kept_values
 from mor_jax.plan import compile as compile_module
 from mor_jax.plan.compile import DoesNotFitError, compile_step, plan_mesh
@@ -67,7 +68,7 @@ def test_the_optimiser_is_stated_beside_the_model(plan, capsys):
     assert 0.5 * costs["flops_per_device"] < costs["compiled_flops_per_device"] <= costs["flops_per_device"]
     adamw = plan["optimizer"]
     assert (adamw["kind"], adamw["flops"], adamw["compiled_flops_per_device"]) == ("adamw", 0, 0)
-    assert adamw["received_per_device"] < 1e3 < costs["received_per_device"]
+    assert costs["received_per_device"] >= optimizer_costs(config, muon["mesh"]).received > 0
     print_report(plan)
     print_report(muon)
     printed = capsys.readouterr().out
