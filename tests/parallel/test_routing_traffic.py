@@ -63,7 +63,7 @@ def test_routing_adds_no_collective_of_tokens(router):
 
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_running_boundaries_exchange_counts_and_no_scores(accumulation):
-    """Per recursion 15 counts, eight times, in a loop; then how many scores reach the cut, and the highest of the rest."""
+    """Per recursion 15 counts, eight times; then how many scores reach the cut, and the highest of the rest."""
     mesh, config = MeshConfig(data=2, fsdp=2, tensor=2), config_of("expert")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=accumulation))
     found = step_traffic(config, mesh)
