@@ -18,8 +18,8 @@ HORIZON = 8
 beside the steps over which a decaying rate lets the scores come to rest."""
 
 
-def has_boundary(config: ModelConfig, running_R: jax.Array | None = None) -> bool:
-    """Whether mode `threshold` means something: token-choice, or a boundary: calibrated, running, or trained.
+def boundary_refusal(config: ModelConfig, running_R: jax.Array | None = None) -> str | None:
+    """Say why expert-choice has no boundary - calibrated, running, or trained -, or None if it has, or needs none.
 
     Args:
         config: the model.
@@ -27,9 +27,15 @@ def has_boundary(config: ModelConfig, running_R: jax.Array | None = None) -> boo
     """
     routing = config.routing
     if routing.kind != "expert":
-        return True
-    kept = routing.keeps_boundaries and running_R is not None
-    return not routing.random and (kept or routing.boundaries is not None or routing.sampling != "none")
+        return None
+    if routing.random:
+        return "model.routing.random=True selects without regard to scores: no boundary can decide as it does"
+    if running_R is not None or routing.boundaries is not None or routing.sampling != "none":
+        return None
+    return (
+        f"model.routing.sampling={routing.sampling!r} trains no causal boundary, model.routing.boundaries holds no "
+        "calibrated one (`mor eval --calibrate` finds it), and the weights come without running ones"
+    )
 
 
 def boundaries_of(config: ModelConfig, running_R: jax.Array | None = None) -> jax.Array:
