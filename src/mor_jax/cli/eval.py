@@ -104,7 +104,7 @@ def _held_out(options: EvalArguments) -> None:
         return
     if boundaries is not None:
         calibrated = restored.config.model.routing.boundaries is not None
-        words = ", ".join(f"{boundary:.4f}" for boundary in boundaries)
+        words = ", ".join(f"{boundary:.4g}" for boundary in boundaries)
         print(f"{'calibrated' if calibrated else 'running'} boundaries: {words}")
     print(f"step {restored.step}, {losses['validation_tokens']} held-out tokens")
     print(summary(restored.weights, losses))

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mor_jax.config import MeshConfig, ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.mesh.mesh import make_mesh
-from mor_jax.model.routing.boundaries import HORIZON, boundaries_of, boundary_refusal, follow, listed, score_cut
+from mor_jax.model.routing.boundaries import HORIZON, LOWEST, boundaries_of, boundary_refusal, follow, listed, score_cut
 
 INF, NAN = float("inf"), float("nan")
 
@@ -87,7 +87,7 @@ def test_a_model_of_fewer_recursions_reads_its_own():
 
 
 def test_listed_boundaries_are_numbers_that_mean_the_same():
-    assert listed(_model(), jnp.array([-INF, 0.25, -INF])) == [0.0, 0.25, np.finfo(np.float32).min]
+    assert listed(_model(), jnp.array([-INF, 0.25, -INF])) == [0.0, 0.25, np.float32(LOWEST)]
     assert listed(_model(), None) == [0.0, 0.0, 0.0]
 
 

@@ -16,6 +16,8 @@ from mor_jax.config import ModelConfig
 HORIZON = 8
 """Batches that a running boundary averages over (their mean age): enough to even out what batches differ by, and few
 beside the steps over which a decaying rate lets the scores come to rest."""
+LOWEST = -1e30
+"""What is written for -inf: below every score, and short enough to be read back as it was printed."""
 
 
 def boundary_refusal(config: ModelConfig, running_R: jax.Array | None = None) -> str | None:
@@ -59,7 +61,7 @@ def boundaries_of(config: ModelConfig, running_R: jax.Array | None = None) -> ja
 
 def printable(config: ModelConfig, boundaries_R: Any) -> jax.Array:
     """Return boundaries as JSON and `--boundaries` take them: finite, and 0 where the capacity is 1 (of no effect)."""
-    return jnp.where(jnp.array(config.capacities) == 1.0, 0.0, jnp.nan_to_num(boundaries_R))
+    return jnp.where(jnp.array(config.capacities) == 1.0, 0.0, jnp.nan_to_num(boundaries_R, neginf=LOWEST))
 
 
 def listed(config: ModelConfig, running_R: jax.Array | None) -> list[float]:
