@@ -1,6 +1,7 @@
 """Which modern parts pay? The runs in stages, each chosen by the results before it, the most telling first.
 
-1. sizes: three widths of each family, and half and twice the learning rate at the middle one, for Muon and AdamW;
+1. sizes: three widths of each family, and at the middle one half and twice the learning rate for Muon, the first and
+   twice it for AdamW;
 2. screen: every part with seed 0, at its family's best width and rate, and the base with seeds 0, 1, 2;
 3. confirm: seeds 1 and 2 of the parts that seed 0 does not speak against;
 4. repeat: three fresh seeds of the parts that would be kept, and of their base.
@@ -87,6 +88,8 @@ class Ablation:
     scale: str = "full"
     corpus: str = "data/isoflop"
     parts: tuple[Part, ...] = field(default=PARTS)
+    _made: dict[tuple[Any, ...], SweepRun] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Runs by what they depend on: choices ask for the same ones hundreds of times."""
 
     def stages(self) -> tuple[Any, ...]:
         """Return what gives the runs of each stage, from the results before it."""
@@ -135,10 +138,12 @@ class Ablation:
 
     def run(self, family: Family, part: Part, seed: int, width: int, rate: float) -> SweepRun:
         """Return one run; its name says all that it depends on."""
-        changes = {**part.changes, "optimizer.learning_rate": rate}
-        config = configured(self.scale, family, width, changes, self.corpus)
-        (run,) = seeded(f"{family}-d{width}-lr{rate:g}-{part.name}", config, (seed,))
-        return run
+        key = (family, part.name, seed, width, rate)
+        if key not in self._made:
+            changes = {**part.changes, "optimizer.learning_rate": rate}
+            config = configured(self.scale, family, width, changes, self.corpus)
+            (self._made[key],) = seeded(f"{family}-d{width}-lr{rate:g}-{part.name}", config, (seed,))
+        return self._made[key]
 
     def at_best(self, results: Mapping[str, Result], family: Family, part: Part, seed: int) -> SweepRun:
         """Return a run at its family's best width and at the best rate of its optimiser, as far as they are known."""
