@@ -172,7 +172,7 @@ def _plan_path(options: Arguments) -> Path:
 
 def _command(options: Arguments) -> list[str]:
     text = [] if options.text is None else ["--text", str(options.text)]
-    return [__file__, "--scale", options.scale, "--out", str(options.out), *text]
+    return [__file__, "--scale", options.scale, "--out", str(options.out), "--devices", str(options.devices), *text]
 
 
 def _collect(options: Arguments, plan: dict[str, Any], runs: list[RankedRun]) -> tuple[int, int]:

@@ -33,9 +33,9 @@ ABLATION = _module("ablation")
 TABLE = _module("table")
 
 
-def _documents(source, count, parts):
+def _documents(source: str, count: int, parts: int):
     forms = {"books": "books/A/Book {0}#{1}", "openstax": "openstax/book-{0}@1/m{1}"}
-    form = forms.get(source, source + "/{0}-{1}")
+    form = forms.get(source, f"{source}/{{0}}-{{1}}")
     for work in range(count):
         for part in range(parts):
             yield {"id": form.format(work, part), "source": source, "text": f"{source} {work} {part}"}

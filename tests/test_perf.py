@@ -19,7 +19,7 @@ from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.flops import block_parameters
 from mor_jax.perf import activation_bytes, compiler_options, resolve_perf, state_bytes
 from mor_jax.runs.state import init_train_state
-from mor_jax.train.step import loss_fn
+from mor_jax.train.objective import loss_fn
 
 
 def _mesh(kind: str, platform: str, memory: int | None = None) -> Any:

@@ -1,6 +1,7 @@
 """Which modern parts pay? The runs in stages, each chosen by the results before it, the most telling first.
 
-1. sizes: three widths of each family, and half and twice the learning rate at the middle one, for Muon and AdamW;
+1. sizes: three widths of each family, and at the middle one half and twice the learning rate for Muon, the first and
+   twice it for AdamW;
 2. screen: every part with seed 0, at its family's best width and rate, and the base with seeds 0, 1, 2;
 3. confirm: seeds 1 and 2 of the parts that seed 0 does not speak against;
 4. repeat: three fresh seeds of the parts that would be kept, and of their base.
@@ -87,6 +88,8 @@ class Ablation:
     scale: str = "full"
     corpus: str = "data/isoflop"
     parts: tuple[Part, ...] = field(default=PARTS)
+    _made: dict[tuple[Any, ...], SweepRun] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Runs by what they depend on: choices ask for the same ones hundreds of times."""
 
     def stages(self) -> tuple[Any, ...]:
         """Return what gives the runs of each stage, from the results before it."""
@@ -111,8 +114,11 @@ class Ablation:
 
     def confirm(self, results: Mapping[str, Result]) -> list[SweepRun]:
         """Return the other first seeds of the parts that are still in, those with the largest gain first."""
-        gains = {(part.name, family): self.effect(results, part, family, (0,)) for part, family in self.tested()}
-        still_in = [(gain.mean, *key) for key, gain in gains.items() if gain and gain.mean <= _DROPPED_ABOVE]
+        still_in: list[tuple[float, str, Family]] = []
+        for part, family in self.tested():
+            gain = self.effect(results, part, family, (0,))
+            if gain and gain.mean <= _DROPPED_ABOVE:
+                still_in.append((gain.mean, part.name, family))
         return [
             self.at_best(results, family, _BY_NAME[name], seed)
             for _, name, family in sorted(still_in)
@@ -123,7 +129,7 @@ class Ablation:
         """Return fresh seeds of the parts that the first ones keep, and of their base."""
         kept = [(part, family) for part, family in self.tested() if pays(self.effect(results, part, family, FIRST))]
         families = [family for family in FAMILIES if any(family == of for _, of in kept)]
-        pairs = [(BASE, family) for family in families] + kept
+        pairs: list[tuple[Part, Family]] = [*((BASE, family) for family in families), *kept]
         return [self.at_best(results, family, part, seed) for part, family in pairs for seed in FRESH]
 
     def tested(self) -> Iterator[tuple[Part, Family]]:
@@ -132,10 +138,12 @@ class Ablation:
 
     def run(self, family: Family, part: Part, seed: int, width: int, rate: float) -> SweepRun:
         """Return one run; its name says all that it depends on."""
-        changes = {**part.changes, "optimizer.learning_rate": rate}
-        config = configured(self.scale, family, width, changes, self.corpus)
-        (run,) = seeded(f"{family}-d{width}-lr{rate:g}-{part.name}", config, (seed,))
-        return run
+        key = (family, part.name, seed, width, rate)
+        if key not in self._made:
+            changes = {**part.changes, "optimizer.learning_rate": rate}
+            config = configured(self.scale, family, width, changes, self.corpus)
+            (self._made[key],) = seeded(f"{family}-d{width}-lr{rate:g}-{part.name}", config, (seed,))
+        return self._made[key]
 
     def at_best(self, results: Mapping[str, Result], family: Family, part: Part, seed: int) -> SweepRun:
         """Return a run at its family's best width and at the best rate of its optimiser, as far as they are known."""

@@ -12,7 +12,7 @@ from mor_jax.errors import UserError
 from mor_jax.evaluate.calibrate import _cut, calibrate, with_boundaries
 from mor_jax.evaluate.passes import batch_trace
 from mor_jax.model.parameters import Weights
-from mor_jax.model.routing.boundaries import has_boundary
+from mor_jax.model.routing.boundaries import boundary_refusal
 from mor_jax.model.rows import Rows
 
 
@@ -23,13 +23,13 @@ def test_a_cut_is_halfway_between_what_is_in_and_what_is_out():
 
 def test_as_many_tokens_pass_as_by_topk():
     cfg = config(sampling="none")
-    assert not has_boundary(cfg.model)
+    assert boundary_refusal(cfg.model)
     batches = [batch(seed, rows=8) for seed in range(3)]
     boundaries = calibrate(weights(cfg), cfg.perf, batches)
     fixed = with_boundaries(cfg, boundaries)
-    assert boundaries[0] == 0.0 and has_boundary(fixed.model)  # the first recursion takes all
+    assert boundaries[0] == 0.0 and boundary_refusal(fixed.model) is None  # the first recursion takes all
     running = dataclasses.replace(weights(cfg), boundaries_R=np.array(boundaries, np.float32))
-    assert has_boundary(cfg.model, running.boundaries_R)
+    assert boundary_refusal(cfg.model, running.boundaries_R) is None
     shares = {}
     for name, model, mode in (
         ("topk", weights(cfg), "topk"),

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from test_llama import TINY, random_params, write
 
-from mor_jax.config import Config, InitConfig, LoraTarget, ModelConfig, RecursionConfig, RelaxationConfig, RoutingConfig
+from mor_jax.config import (
+    Config,
+    InitConfig,
+    LoraTarget,
+    ModelConfig,
+    PartsConfig,
+    RecursionConfig,
+    RelaxationConfig,
+    RoutingConfig,
+)
 from mor_jax.errors import UserError
 from mor_jax.interop import weights_folder as weights
 from mor_jax.interop.uptrain import initial_weights
@@ -120,6 +129,9 @@ def test_models_that_do_not_fit_are_refused_by_field(tmp_path):
     other = dataclasses.replace(FULL, rope_theta=5e5, recursion=MOR)
     with pytest.raises(UserError, match=r"other constants: --model.rope_theta 10000.0 \(now 500000.0\)"):
         initial_weights(_config(tmp_path, other))
+    capped = dataclasses.replace(FULL, parts=PartsConfig(logit_softcap=30.0))  # of the same shapes
+    with pytest.raises(UserError, match=r"other constants: --model.parts.logit_softcap None \(now 30.0\)"):
+        initial_weights(_config(tmp_path, capped))
     with pytest.raises(UserError, match="is no folder"):
         initial_weights(_config(tmp_path / "none", FULL))
     assert initial_weights(Config()) is None

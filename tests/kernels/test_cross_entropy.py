@@ -14,7 +14,7 @@ from mor_jax.kernels.cross_entropy import RowTile, softmax_cross_entropy
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.loss import fused_cross_entropy
 from mor_jax.model.transformer import init_params
-from mor_jax.train.step import loss_fn
+from mor_jax.train.objective import loss_fn
 
 TILE = RowTile(columns=32, warps=4)
 GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")

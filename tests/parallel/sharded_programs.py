@@ -15,7 +15,8 @@ from mor_jax.mesh.mesh import make_mesh, params_shardings, shard_batch
 from mor_jax.model.transformer import init_params, logical_axes
 from mor_jax.plan.collectives import Collective, collectives
 from mor_jax.plan.hlo import Module, parse
-from mor_jax.train.step import compile_train_step, loss_fn
+from mor_jax.train.objective import loss_fn
+from mor_jax.train.step import compile_train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import tiny_runs  # pyright: ignore[reportMissingImports]

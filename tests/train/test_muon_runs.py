@@ -65,5 +65,7 @@ def test_a_run_is_resumed_bit_for_bit_and_stays_muons(tmp_path):
         checkpoints.restore(abstract_train_state(_adamw(config), mesh))
     with _checkpoints(folder) as checkpoints:
         whole = checkpoints.restore(abstract_train_state(config, mesh))
+        assert whole is not None
         weights = checkpoints.restore_model(abstract_model_state(config.model, whole.state.step.sharding))
+    assert weights is not None
     jax.tree.map(np.testing.assert_array_equal, weights.params, whole.state.params)

@@ -33,8 +33,9 @@ from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.state import TrainState, abstract_train_state, init_train_state
 from mor_jax.train import loop
 from mor_jax.train import step as step_module
+from mor_jax.train.objective import loss_fn
 from mor_jax.train.phases import phases
-from mor_jax.train.step import loss_fn, train_step
+from mor_jax.train.step import train_step
 
 ONE, TWO = GrowthStage(1 / 3, 1), GrowthStage(1 / 3, 2)
 PLAIN = RoutingConfig(kind="expert", residual="plain", alpha=2.0)

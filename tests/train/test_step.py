@@ -17,7 +17,8 @@ from mor_jax.model.parameters import Weights
 from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk
 from mor_jax.runs.state import TrainState, init_train_state
-from mor_jax.train.step import compile_train_step, count_targets, loss_fn, train_step
+from mor_jax.train.objective import count_targets, loss_fn
+from mor_jax.train.step import compile_train_step, train_step
 
 EXPERT, FREE = RoutingConfig(kind="expert"), RoutingConfig(kind="token", balancing="loss_free", score="softmax")
 

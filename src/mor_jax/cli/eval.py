@@ -102,11 +102,11 @@ def _held_out(options: EvalArguments) -> None:
     if options.json:
         _print_json({"run": options.run, "step": restored.step, "boundaries": boundaries, **losses})
         return
+    print(f"step {restored.step}, {losses['validation_tokens']} held-out tokens")
     if boundaries is not None:
         calibrated = restored.config.model.routing.boundaries is not None
-        words = ", ".join(f"{boundary:.4f}" for boundary in boundaries)
+        words = ", ".join(f"{boundary:.4g}" for boundary in boundaries)
         print(f"{'calibrated' if calibrated else 'running'} boundaries: {words}")
-    print(f"step {restored.step}, {losses['validation_tokens']} held-out tokens")
     print(summary(restored.weights, losses))
 
 

@@ -17,7 +17,7 @@ from mor_jax.evaluate.passes import MODE_NOTES, BatchTotals, batch_totals, evalu
 from mor_jax.evaluate.text_bytes import token_lengths
 from mor_jax.mesh.processes import to_host
 from mor_jax.model.parameters import Weights
-from mor_jax.model.routing.boundaries import has_boundary
+from mor_jax.model.routing.boundaries import boundary_refusal
 
 
 class HeldOut(Protocol):
@@ -43,12 +43,7 @@ def threshold_refusal(weights: Weights) -> str | None:
     model = weights.config
     if model.routing.kind == "none":
         return "without a router there is nothing to select"
-    if has_boundary(model, weights.boundaries_R):
-        return None
-    return (
-        f"model.routing.sampling={model.routing.sampling!r}, random={model.routing.random} trains no causal boundary, "
-        "model.routing.boundaries holds no calibrated one, and the weights come without running ones"
-    )
+    return boundary_refusal(model, weights.boundaries_R)
 
 
 def modes_of(weights: Weights) -> tuple[Mode, ...]:

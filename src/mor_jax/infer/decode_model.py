@@ -21,7 +21,7 @@ from mor_jax.errors import require
 from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.mesh import check_model, on_mesh, params_shardings, replicated
 from mor_jax.model.parameters import compute_copy, head_matrix
-from mor_jax.model.routing.boundaries import boundaries_of, has_boundary
+from mor_jax.model.routing.boundaries import boundaries_of, boundary_refusal
 from mor_jax.model.routing.router import RouterParams
 from mor_jax.model.transformer import logical_axes
 
@@ -96,12 +96,7 @@ def decoding_refusal(config: ModelConfig, running_R: jax.Array | None = None) ->
         )
     if config.parts.value_residual:
         return "parts.value_residual=True has no decoding yet: the values of the first layer are not handed on"
-    if not has_boundary(config, running_R):
-        return (
-            f"routing.sampling={config.routing.sampling!r}, random={config.routing.random} trains no causal boundary, "
-            "and the weights come without running ones; calibrate routing.boundaries on held-out text first"
-        )
-    return None
+    return boundary_refusal(config, running_R)
 
 
 def prepare_weights(

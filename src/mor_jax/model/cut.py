@@ -29,7 +29,7 @@ def cut_params(whole: ModelConfig, part: ModelConfig, params: Params) -> Params:
     return jax.tree.map(lambda names, leaf: leaf[:count] if _is_stacked(names) else leaf, axes, kept, is_leaf=_is_axes)
 
 
-def zero_unused(whole: ModelConfig, part: ModelConfig, tree: Params) -> Params:
+def zero_unused(whole: ModelConfig, part: ModelConfig, tree: Any) -> Any:
     """Return a tree such as the whole model's parameters with zeros wherever a part computes with nothing of it."""
     if part == whole:
         return tree

@@ -23,7 +23,7 @@ from mor_jax.model.modern_parts import Carried, carry
 from mor_jax.model.parameters import Weights, compute_copy, from_tree, to_tree
 from mor_jax.model.recurse import make_context, recurse, recurse_scan
 from mor_jax.model.relaxation import collect_unshared
-from mor_jax.model.routing.boundaries import boundaries_of, has_boundary
+from mor_jax.model.routing.boundaries import boundaries_of, boundary_refusal
 from mor_jax.model.routing.capacity import warmup_steps
 from mor_jax.model.routing.decide import RoutingInputs
 from mor_jax.model.routing.gather import expert_gather, token_gather
@@ -241,14 +241,11 @@ def apply_trunk(
     Raises:
         UserError: `threshold` for a recipe without a boundary, or a traced step under `gather` during a warm-up.
     """
-    config, routing = weights.config, weights.config.routing
+    config = weights.config
     require(mode in get_args(Mode), f"mode={mode!r} is not one of {', '.join(map(repr, get_args(Mode)))}")
     if mode == "threshold":
-        require(
-            has_boundary(config, weights.boundaries_R),
-            f"mode='threshold' needs a boundary: routing.sampling={routing.sampling!r}, random={routing.random} trains "
-            f"none, routing.boundaries is not calibrated, and the weights come without running ones",
-        )
+        refusal = boundary_refusal(config, weights.boundaries_R)
+        require(refusal is None, f"mode='threshold' needs a boundary: {refusal}")
     if warmup_steps(config) == 0:
         step = None
     require(

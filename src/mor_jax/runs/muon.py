@@ -111,22 +111,23 @@ def _from_stack(x_MDX: jax.Array, shape: tuple[int, ...], axes: tuple[str | None
 def _on_whole(x_MDX: jax.Array) -> jax.Array:
     """Orthogonalise a stack whose D is split over `fsdp` and X over `tensor`."""
     matrices, shards = x_MDX.shape[0], math.prod(axis_size(axis) for axis in _SHARDS)
-    replicas = math.prod(axis_size(axis) for axis in _REPLICAS)
     each = -(-matrices // shards)  # of one device and its replicas together
-    mine = -(-each // replicas)
     x_PMDX = jnp.pad(x_MDX, ((0, each * shards - matrices), (0, 0), (0, 0))).reshape(shards, each, *x_MDX.shape[1:])
-    if replicas > 1:
-        wanted = jax.lax.axis_index(_REPLICAS) * mine
-        start = jnp.minimum(wanted, each - mine)
-        x_PMDX = jax.lax.dynamic_slice_in_dim(x_PMDX, start, mine, axis=1)
-    y_PMDX = _split(_newton_schulz(_gather(x_PMDX)))
-    if replicas > 1:
-        is_mine_M = start + jnp.arange(mine) >= wanted  # the last ones may have had to start earlier, or have none
-        y_PMDX = jnp.where(is_mine_M[None, :, None, None], y_PMDX, 0)
-        everything = jnp.zeros((shards, each, *x_MDX.shape[1:]), y_PMDX.dtype)
-        everything = jax.lax.dynamic_update_slice_in_dim(everything, y_PMDX, start, axis=1)
-        y_PMDX = jax.lax.psum(everything, _REPLICAS)
-    return y_PMDX.reshape(each * shards, *x_MDX.shape[1:])[:matrices]
+    return _by_replicas(x_PMDX).reshape(each * shards, *x_MDX.shape[1:])[:matrices]
+
+
+def _by_replicas(x_PMDX: jax.Array) -> jax.Array:
+    """Orthogonalise every place's matrices, each by one of the devices that hold the same parts."""
+    replicas, each = math.prod(axis_size(axis) for axis in _REPLICAS), x_PMDX.shape[1]
+    if replicas == 1:
+        return _split(_newton_schulz(_gather(x_PMDX)))
+    mine = -(-each // replicas)
+    wanted = jax.lax.axis_index(_REPLICAS) * mine
+    start = jnp.minimum(wanted, each - mine)
+    y_PMDX = _split(_newton_schulz(_gather(jax.lax.dynamic_slice_in_dim(x_PMDX, start, mine, axis=1))))
+    is_mine_M = start + jnp.arange(mine) >= wanted  # the last ones may have had to start earlier, or have none
+    y_PMDX = jnp.where(is_mine_M[None, :, None, None], y_PMDX, 0)
+    return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(x_PMDX), y_PMDX, start, axis=1), _REPLICAS)
 
 
 def _gather(x_PMDX: jax.Array) -> jax.Array:

@@ -137,10 +137,11 @@ def with_overrides(config: Config, overrides: dict[str, Any], where: str = "set"
         *parents, last = path.split(".")
         inner = values
         for name in parents:
-            require(isinstance(inner.get(name), dict), f"{where}: unknown field {path!r}{suggest(name, inner)}")
+            if not isinstance(inner.get(name), dict):
+                raise UserError(f"{where}: unknown field {path!r}{suggest(name, inner)}")
             inner = inner[name]
-        known = last in inner or path == "train.tensorboard"  # see TrainConfig.upgrade
-        require(known, f"{where}: unknown field {path!r}{suggest(last, inner)}")
+        if last not in inner and path != "train.tensorboard":  # see TrainConfig.upgrade
+            raise UserError(f"{where}: unknown field {path!r}{suggest(last, inner)}")
         inner[last] = value
     try:
         return config_io.from_dict(Config, values)

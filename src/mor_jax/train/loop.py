@@ -33,11 +33,12 @@ from mor_jax.runs.folder import RunLock, check_run_folder, claim_run_folder, wri
 from mor_jax.runs.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_weights
 from mor_jax.runs.trackers import make_writers
 from mor_jax.train.goodput import Ledger, Throughput
+from mor_jax.train.objective import Batch
 from mor_jax.train.phases import Phase, phases
 from mor_jax.train.preemption import StopVote
 from mor_jax.train.progress import Reporter, describe_rising_rate, roll_call
 from mor_jax.train.signals import StopRequest
-from mor_jax.train.step import Batch, Metrics, compile_train_step
+from mor_jax.train.step import Metrics, compile_train_step
 from mor_jax.train.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)

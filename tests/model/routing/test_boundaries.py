@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mor_jax.config import MeshConfig, ModelConfig, RecursionConfig, RoutingConfig
 from mor_jax.mesh.mesh import make_mesh
-from mor_jax.model.routing.boundaries import HORIZON, boundaries_of, follow, has_boundary, listed, score_cut
+from mor_jax.model.routing.boundaries import HORIZON, LOWEST, boundaries_of, boundary_refusal, follow, listed, score_cut
 
 INF, NAN = float("inf"), float("nan")
 
@@ -87,7 +87,7 @@ def test_a_model_of_fewer_recursions_reads_its_own():
 
 
 def test_listed_boundaries_are_numbers_that_mean_the_same():
-    assert listed(_model(), jnp.array([-INF, 0.25, -INF])) == [0.0, 0.25, np.finfo(np.float32).min]
+    assert listed(_model(), jnp.array([-INF, 0.25, -INF])) == [0.0, 0.25, np.float32(LOWEST)]
     assert listed(_model(), None) == [0.0, 0.0, 0.0]
 
 
@@ -106,5 +106,17 @@ def test_listed_boundaries_are_numbers_that_mean_the_same():
 def test_which_recipes_have_a_boundary(changes, has, keeps):
     model = _model(2, **changes)
     assert model.routing.keeps_boundaries is keeps
-    assert has_boundary(model) is has
-    assert has_boundary(model, jnp.zeros(2)) is (has or keeps)
+    assert (boundary_refusal(model) is None) is has
+    assert (boundary_refusal(model, jnp.zeros(2)) is None) is (has or keeps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"random": True}, "model.routing.random=True selects without regard to scores"),
+        ({"random": True, "boundaries": (0.0, 0.1)}, "no boundary can decide as it does"),
+        ({"sampling": "none"}, "model.routing.sampling='none' trains no causal boundary"),
+    ],
+)
+def test_what_has_no_boundary_says_why(changes, message):
+    assert message in str(boundary_refusal(_model(2, **changes)))

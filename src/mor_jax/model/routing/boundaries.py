@@ -16,10 +16,12 @@ from mor_jax.config import ModelConfig
 HORIZON = 8
 """Batches that a running boundary averages over (their mean age): enough to even out what batches differ by, and few
 beside the steps over which a decaying rate lets the scores come to rest."""
+LOWEST = -1e30
+"""What is written for -inf: below every score, and short enough to be read back as it was printed."""
 
 
-def has_boundary(config: ModelConfig, running_R: jax.Array | None = None) -> bool:
-    """Whether mode `threshold` means something: token-choice, or a boundary: calibrated, running, or trained.
+def boundary_refusal(config: ModelConfig, running_R: jax.Array | None = None) -> str | None:
+    """Say why expert-choice has no boundary - calibrated, running, or trained -, or None if it has, or needs none.
 
     Args:
         config: the model.
@@ -27,9 +29,15 @@ def has_boundary(config: ModelConfig, running_R: jax.Array | None = None) -> boo
     """
     routing = config.routing
     if routing.kind != "expert":
-        return True
-    kept = routing.keeps_boundaries and running_R is not None
-    return not routing.random and (kept or routing.boundaries is not None or routing.sampling != "none")
+        return None
+    if routing.random:
+        return "model.routing.random=True selects without regard to scores: no boundary can decide as it does"
+    if running_R is not None or routing.boundaries is not None or routing.sampling != "none":
+        return None
+    return (
+        f"model.routing.sampling={routing.sampling!r} trains no causal boundary, model.routing.boundaries holds no "
+        "calibrated one (`mor eval --calibrate` finds it), and the weights come without running ones"
+    )
 
 
 def boundaries_of(config: ModelConfig, running_R: jax.Array | None = None) -> jax.Array:
@@ -53,7 +61,7 @@ def boundaries_of(config: ModelConfig, running_R: jax.Array | None = None) -> ja
 
 def printable(config: ModelConfig, boundaries_R: Any) -> jax.Array:
     """Return boundaries as JSON and `--boundaries` take them: finite, and 0 where the capacity is 1 (of no effect)."""
-    return jnp.where(jnp.array(config.capacities) == 1.0, 0.0, jnp.nan_to_num(boundaries_R))
+    return jnp.where(jnp.array(config.capacities) == 1.0, 0.0, jnp.nan_to_num(boundaries_R, neginf=LOWEST))
 
 
 def listed(config: ModelConfig, running_R: jax.Array | None) -> list[float]:
