@@ -23,8 +23,8 @@ from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.devices import target_platform
 from mor_jax.model.routing.select import take_rows
 
-_SCORED = 32
-"""Tokens of each row whose logits there are at a time."""
+_SCORED = 128
+"""Tokens whose logits there are at a time."""
 
 
 @struct.dataclass
@@ -95,23 +95,24 @@ def prefill(
 
 
 def _score(model: DecodeModel, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Score targets, a few columns at a time: logits of a whole chunk would take gigabytes."""
+    """Score targets, some of one row at a time: logits of a whole chunk would take gigabytes, and rows may have none."""
     rows, length, width = x_BTD.shape
     columns = next(n for n in range(min(_SCORED, length), 0, -1) if length % n == 0)
 
-    def piece(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_BCD, targets_BC = inputs
-        logits_BCV = logits(model, x_BCD)
-        index_BC1 = jnp.maximum(targets_BC, 0)[:, :, None]
-        picked_BC1 = jnp.take_along_axis(logits_BCV, index_BC1, axis=-1)
-        picked_BC1 = picked_BC1 - jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
-        bits_BC1 = jax.lax.bitcast_convert_type(picked_BC1, jnp.int32)
-        return jnp.concatenate([bits_BC1, pack_alternatives(most_likely(logits_BCV, model.known_tokens))], axis=-1)
+    def score(x_1CD: jax.Array, targets_1C: jax.Array) -> jax.Array:
+        logits_1CV = logits(model, x_1CD)
+        picked_1C1 = jnp.take_along_axis(logits_1CV, jnp.maximum(targets_1C, 0)[:, :, None], axis=-1)
+        picked_1C1 = picked_1C1 - jax.nn.logsumexp(logits_1CV, axis=-1, keepdims=True)
+        bits_1C1 = jax.lax.bitcast_convert_type(picked_1C1, jnp.int32)
+        return jnp.concatenate([bits_1C1, pack_alternatives(most_likely(logits_1CV, model.known_tokens))], axis=-1)
 
-    x_IBCD = jnp.moveaxis(x_BTD.reshape(rows, -1, columns, width), 1, 0)
-    targets_IBC = jnp.moveaxis(targets_BT.reshape(rows, -1, columns), 1, 0)
-    scores_IBCF = jax.lax.map(piece, (x_IBCD, targets_IBC))
-    return jnp.moveaxis(scores_IBCF, 0, 1).reshape(rows, length, -1)
+    def piece(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        like = jax.eval_shape(score, *inputs)
+        nothing = lambda *_: jnp.zeros(like.shape, like.dtype)  # noqa: E731
+        return jax.lax.cond(jnp.any(inputs[1] >= 0), score, nothing, *inputs)
+
+    x_I1CD, targets_I1C = x_BTD.reshape(-1, 1, columns, width), targets_BT.reshape(-1, 1, columns)
+    return jax.lax.map(piece, (x_I1CD, targets_I1C)).reshape(rows, length, -1)
 
 
 def _piece(expected: float, length: int) -> int:
