@@ -28,13 +28,12 @@ from mor_jax.infer.engine_state import (
     empty_control,
     make_state,
     put_bias,
-    unpack_alternatives,
 )
-from mor_jax.infer.places import Place, Places
+from mor_jax.infer.places import Places
 from mor_jax.infer.prefill import prefill
-from mor_jax.infer.request import PromptScores, Request, Token
-from mor_jax.infer.sampling import MOST_ALTERNATIVES
+from mor_jax.infer.request import Request, Token
 from mor_jax.infer.stages import dispatch
+from mor_jax.infer.told import check_extras, prompt_scores, ranked_tokens
 from mor_jax.mesh.mesh import on_mesh
 
 
@@ -139,30 +138,12 @@ class Engine:
         require(
             request.max_depth is None or request.max_depth >= 1, f"max_depth={request.max_depth} must be at least 1"
         )
-        self._check_extras(request)
+        check_extras(request, self.model.known_tokens or vocabulary, self.shape.cuts)
         needed, pages = self._places.needed(request), self._places.pages
         require(
             all(n <= m for n, m in zip(needed, pages, strict=True)),
             f"the request may need {needed} pages, but the pools hold {pages}",
         )
-
-    def _check_extras(self, request: Request) -> None:
-        sampling, vocabulary = request.sampling, self.model.known_tokens or self.model.config.vocab_size
-        low, most = request.min_tokens, request.max_tokens
-        require(0 <= low <= most, f"min_tokens={low} is outside 0..max_tokens={most}")
-        told = request.alternatives
-        require(0 <= told <= MOST_ALTERNATIVES, f"logprobs={told} is outside 0..{MOST_ALTERNATIVES}")
-        strange = next((t for t, _ in sampling.logit_bias if not 0 <= t < vocabulary), None)
-        require(strange is None, f"logit_bias={{{strange}: ...}} is outside 0..{vocabulary - 1}")
-        asked = {
-            f"top_k={sampling.top_k}": sampling.top_k > 0,
-            f"top_p={sampling.top_p}": sampling.top_p < 1,
-            "logit_bias={...}": bool(sampling.logit_bias),
-            f"min_tokens={low}": low > 0,
-            f"logprobs={told}": told > 0,
-        }
-        refused = [name for name, asks in asked.items() if asks and not self.shape.cuts]
-        require(not refused, f"{', '.join(refused)} needs an engine with cuts=True")
 
     def cancel(self, number: int) -> None:
         """Drop a request, wherever it is; it gives no more tokens. An unknown or finished number is ignored."""
@@ -323,7 +304,7 @@ class Engine:
         return tokens
 
     def _tokens(
-        self, numbers: Sequence[int], now: float, ranked: tuple[np.ndarray, np.ndarray], *fields: list[Any]
+        self, numbers: Sequence[int], now: float, ranked: tuple[Any, Any], *fields: list[Any]
     ) -> Iterator[Token]:
         """Name the requests of emitted tokens; those cancelled after the dispatch had been launched give none."""
         for nth, (index, token, depth, log_probability, finished) in enumerate(zip(*fields, strict=True)):
@@ -334,31 +315,8 @@ class Engine:
                 self._places.empty(index)
             made = Token(place.number, token, depth, log_probability, finished, now)
             if count := place.request.alternatives:
-                made = made._replace(alternatives=_ranked(ranked[0][nth], ranked[1][nth], count))
+                made = made._replace(alternatives=ranked_tokens(ranked[0][nth], ranked[1][nth], count))
             if place.request.score_prompt and not place.answered:
-                made = made._replace(prompt=_prompt_scores(place))
+                made = made._replace(prompt=prompt_scores(place))
             place.answered = True
             yield made
-
-
-def _ranked(token_K: np.ndarray, log_probability_K: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
-    """The first ones; ids that no tokenizer knows, of minus infinity, come last and are left out."""
-    pairs = zip(token_K[:count].tolist(), log_probability_K[:count].tolist(), strict=True)
-    return tuple((token, value) for token, value in pairs if value > -np.inf)
-
-
-def _prompt_scores(place: Place) -> PromptScores:
-    """Fetch what the chunks of a prompt gave."""
-    count = place.request.alternatives
-    if not place.scores:
-        return PromptScores((), ())
-    # cut on the host: on the device every length would be a program
-    whole = jax.device_get([packed_BTF for packed_BTF, _, _ in place.scores])
-    parts = [packed_BTF[row, :size] for packed_BTF, (_, row, size) in zip(whole, place.scores, strict=True)]
-    scores_TF = np.concatenate(parts)
-    values_T = np.ascontiguousarray(scores_TF[:, 0]).view(np.float32).tolist()
-    if not count:
-        return PromptScores(values_T, ())
-    found = unpack_alternatives(scores_TF[:, 1:])
-    ranked = [_ranked(*row, count) for row in zip(found.token, found.log_probability, strict=True)]
-    return PromptScores(values_T, ranked)

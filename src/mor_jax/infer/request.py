@@ -28,11 +28,6 @@ class Request:
     score_prompt: bool = False
     """Whether to tell the log-probability of the prompt's tokens."""
 
-    @property
-    def has_extras(self) -> bool:
-        """Whether it asks for what needs an engine with cuts."""
-        return bool(self.sampling.logit_bias or self.min_tokens or self.alternatives)
-
 
 NOT_FINITE = "the logits are not finite: the weights hold NaN or infinity, or the computation overflows"
 
