@@ -170,8 +170,8 @@ class Client:
     async def bad_field(self) -> str:
         """A value that breaks a rule."""
         wrong: dict[str, Any] = self.rng.choice((
-            {"temperature": -1}, {"n": 2}, {"max_tokens": "many"}, {"stop": [""]}, {"prompt": [10**9]},
-            {"logprobs": 5}, {"max_depth": 0}, {"unknown": 1}, {"top_p": 7},
+            {"temperature": -1}, {"n": 10**6}, {"max_tokens": "many"}, {"stop": [""]}, {"prompt": [10**9]},
+            {"logprobs": 50}, {"max_depth": 0}, {"unknown": 1}, {"top_p": 7},
         ))  # fmt: skip
         return self._judge(await self._post(self._fields() | wrong), REFUSALS["bad_field"])
 
@@ -197,6 +197,10 @@ class Client:
             "top_p": rng.choice((1.0, 0.9)),
             "stop": rng.choice((None, ["e"], ["th", "zz"])),
             "show_depth": True,
+            "logprobs": rng.choice((None, None, 0, 3)),
+            "echo": rng.choice((False, False, True)),
+            "logit_bias": rng.choice((None, None, {"101": 5, "32": -100})),
+            "min_tokens": rng.choice((0, 0, 1)),
         }
 
     def _judge(self, response: Response, refusals: tuple[int, ...]) -> str:
@@ -268,7 +272,8 @@ def _check_choices(choices: list[dict[str, Any]], fields: dict[str, Any]) -> Non
     _demand(len(choices) == len(fields["prompt"]), f"{len(choices)} choices for {len(fields['prompt'])} prompts")
     for choice in choices:
         count = len(choice["tokens"])
-        _demand("".join(token["text"] for token in choice["tokens"]) == choice["text"], "pieces are not the text")
+        pieces, text = "".join(token["text"] for token in choice["tokens"]), choice["text"]
+        _demand(text.endswith(pieces) if fields["echo"] else text == pieces, "pieces are not the text")
         if choice["finish_reason"] == "length":
             _demand(count == fields["max_tokens"], f"{count} tokens of {fields['max_tokens']}")
         else:

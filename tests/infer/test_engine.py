@@ -16,7 +16,7 @@ from mor_jax.infer.cache import kv_usage
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.request import Request
-from mor_jax.infer.sampling import Sampling
+from mor_jax.infer.sampling import Alternatives, Sampled, Sampling
 
 
 def _check_greedy(config, requests, results, margin=1e-4, max_depth=None):
@@ -126,6 +126,68 @@ def test_cancelled_requests_give_nothing_more_and_leave_nothing(engine):
     test_nothing_stays_behind(engine)
 
 
+def _log_softmax(logits_TV):
+    logits_TV = logits_TV.astype(np.float64)
+    return logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
+
+
+def test_what_few_requests_ask_for_is_what_the_full_forward_pass_says(config, engine):
+    """Bias, a least number of tokens, alternatives and scores of prompts, beside requests that ask for nothing."""
+    bias = ((3, 2.0), (4, -100.0), (5, 1.5))
+    asked = [
+        {"sampling": Sampling(logit_bias=bias), "alternatives": 3},
+        {"score_prompt": True, "alternatives": 20},
+        {},
+        {"stop_tokens": tuple(range(0, 31, 4)), "alternatives": 1},
+        {"score_prompt": True, "max_depth": 2},
+    ]
+    requests = [dataclasses.replace(r, **asked[i % 5]) for i, r in enumerate(make_requests(25, seed=6))]
+    requests = [dataclasses.replace(r, min_tokens=min(4, r.max_tokens)) if r.stop_tokens else r for r in requests]
+    before = compilations()
+    results = serve(engine, requests, seed=1)
+    assert compilations() == before
+    assert _check_greedy(config, requests[2::5], results[2::5]) == 0
+    for request, result in zip(requests, results, strict=True):
+        whole, size = [*request.prompt, *(token.token for token in result)], len(request.prompt)
+        row = np.zeros((1, LENGTH), np.int32)
+        row[0, : len(whole)] = whole
+        says_TV = _log_softmax(np.asarray(full_forward(config, request.max_depth)(row)[0][0]))
+        for nth, token in enumerate(result):
+            chosen_V = says_TV[size - 1 + nth].copy()
+            for biased, value in request.sampling.logit_bias:
+                chosen_V[biased] += value
+            if nth < request.min_tokens:
+                chosen_V[list(request.stop_tokens)] = -np.inf
+            assert token.token == chosen_V.argmax() and (token.prompt is not None) == (
+                request.score_prompt and nth == 0
+            )
+            _check_ranked(says_TV[size - 1 + nth], token.alternatives, request.alternatives)
+        assert len(result) >= request.min_tokens
+        if request.score_prompt:
+            found = result[0].prompt
+            want_T = says_TV[np.arange(size - 1), request.prompt[1:]]
+            np.testing.assert_allclose(found.log_probabilities, want_T, atol=1e-4, rtol=0)
+            assert len(found.alternatives) == (size - 1 if request.alternatives else 0)
+            for says_V, ranked in zip(says_TV, found.alternatives, strict=False):
+                _check_ranked(says_V, ranked, request.alternatives)
+    assert min(len(r) for r, q in zip(results, requests, strict=True) if q.stop_tokens and q.max_tokens > 8) < 8
+
+
+def _check_ranked(says_V, ranked, count):
+    assert [token for token, _ in ranked] == np.argsort(-says_V)[:count].tolist()
+    np.testing.assert_allclose([value for _, value in ranked], np.sort(says_V)[::-1][:count], atol=1e-4, rtol=0)
+
+
+def test_a_prompt_is_scored_without_a_token(engine):
+    (request,) = make_requests(1, seed=9)
+    (scored,) = serve(engine, [dataclasses.replace(request, max_tokens=0, score_prompt=True)])
+    (longer,) = serve(engine, [dataclasses.replace(request, score_prompt=True)])
+    assert [token.finished for token in scored] == [True] and scored[0].prompt == longer[0].prompt
+    (full,) = serve(engine, [Request((1,) * LENGTH, 0, score_prompt=True)])
+    assert len(full[0].prompt.log_probabilities) == LENGTH - 1
+    test_nothing_stays_behind(engine)
+
+
 @pytest.mark.parametrize("routing", ["expert", "token"])
 def test_every_request_keeps_its_budget_of_passes_as_evaluation_does(routing, config, engine):
     if routing == "token":
@@ -156,7 +218,7 @@ def test_a_stop_token_ends_a_request(engine):
     ("request_", "message"),
     [
         (Request((), 1), "the prompt holds no token"),
-        (Request((1,), 0), "max_tokens=0 must be positive"),
+        (Request((1,), -1), "max_tokens=-1 must not be negative"),
         (Request((1, 99), 1), "prompt token 99 is outside 0..30"),
         (Request((1,) * 20, 5), "exceed max_length=24"),
         (Request((1,), 1, max_depth=0), "max_depth=0 must be at least 1"),
@@ -188,7 +250,8 @@ def test_only_rows_that_leave_make_the_head_draw_or_cut(config, monkeypatch):
 
 
 def _nothing(logits_EV):
-    return np.zeros(len(logits_EV), np.int32), np.zeros(len(logits_EV), np.float32)
+    none_EK = np.zeros((len(logits_EV), 0))
+    return Sampled(none_EK.sum(1).astype(np.int32), none_EK.sum(1), Alternatives(none_EK.astype(np.int32), none_EK))
 
 
 def test_an_engine_without_cuts_refuses_them_and_draws_the_same(config, engine):

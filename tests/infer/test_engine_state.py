@@ -14,7 +14,8 @@ def _state(phase_S: Any, since_S: Any, order_S: Any, step: int) -> Any:
     phase_S, since_S, order_S = (jnp.asarray(x, jnp.int32) for x in (phase_S, since_S, order_S))
     absent: Any = None
     requests: Any = SimpleNamespace(order=order_S)
-    return EngineState(absent, phase_S, since_S, absent, absent, absent, requests, jnp.asarray(step, jnp.int32), absent)
+    step_ = jnp.asarray(step, jnp.int32)
+    return EngineState(absent, phase_S, since_S, absent, absent, absent, requests, absent, step_, absent)
 
 
 @pytest.mark.parametrize(

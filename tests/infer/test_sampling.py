@@ -51,16 +51,16 @@ def test_a_draw_is_repeated_by_seed_and_position_and_by_them_alone():
 def test_a_draw_is_the_same_beside_rows_that_cut_that_are_greedy_or_that_may_not_cut():
     logits_EV, position_E = _logits(6), jnp.arange(6)
     plain = _rows([3, 1, 4, 1, 5, 9])
-    want, log_probability_E = sample(logits_EV, plain, position_E)
+    want, log_probability_E, _ = sample(logits_EV, plain, position_E)
     mixed = plain.replace(  # type: ignore[attr-defined]
         temperature_E=jnp.array([1.0, 1.0, 0.0, 1.0, 1.0, 1.0]), top_k_E=jnp.array([0, 3, 0, 0, 0, 0], jnp.int32)
     )
-    got, _ = sample(logits_EV, mixed, position_E)
+    got = sample(logits_EV, mixed, position_E).token_E
     np.testing.assert_array_equal(got[np.array([0, 3, 4, 5])], want[np.array([0, 3, 4, 5])])
     assert got[2] == jnp.argmax(logits_EV[2])
     for greedy in (plain, mixed.replace(top_k_E=plain.top_k_E)):  # type: ignore[attr-defined]
         branched = sample(logits_EV, greedy, position_E)
-        for one, other in zip(branched, sample(logits_EV, greedy, position_E, cuts=False), strict=True):
+        for one, other in zip(branched[:2], sample(logits_EV, greedy, position_E, cuts=False)[:2], strict=True):
             np.testing.assert_array_equal(one, other)
     picked_E = jnp.take_along_axis(jax.nn.log_softmax(logits_EV), want[:, None], axis=1)[:, 0]
     np.testing.assert_allclose(log_probability_E, picked_E, atol=1e-6)
@@ -76,7 +76,7 @@ def test_draws_follow_the_softmax_of_what_is_left():
     before = np.cumsum(share[order]) - share[order]
     kept = {(0, 1.0): VOCABULARY, (5, 1.0): 5, (0, 0.5): int((before < 0.5).sum())}
     for (top_k, top_p), left in kept.items():
-        tokens, _ = sample(logits_EV, _rows(np.arange(count), temperature, top_k, top_p), zeros)
+        tokens = sample(logits_EV, _rows(np.arange(count), temperature, top_k, top_p), zeros).token_E
         found = np.bincount(tokens, minlength=VOCABULARY) / count
         want = np.zeros(VOCABULARY)
         want[order[:left]] = share[order[:left]] / share[order[:left]].sum()
@@ -93,9 +93,9 @@ def test_ids_beyond_the_tokenizer_are_never_chosen():
         (_rows(np.arange(300), top_k=35), True),
         (_rows(np.arange(300), top_p=0.9), True),
     ):
-        token_E, log_probability_E = sample(logits_EV, rows, position_E, known_tokens=30, cuts=cuts)
+        token_E, log_probability_E, _ = sample(logits_EV, rows, position_E, known_tokens=30, cuts=cuts)
         assert int(token_E.max()) < 30
-        alone_E, _ = sample(logits_EV[:, :30], rows, position_E, cuts=cuts)
+        alone_E = sample(logits_EV[:, :30], rows, position_E, cuts=cuts).token_E
         if not rows.draws_E.any():
             np.testing.assert_array_equal(token_E, alone_E)
         picked_E = jnp.take_along_axis(jax.nn.log_softmax(logits_EV), token_E[:, None], axis=1)[:, 0]

@@ -46,8 +46,10 @@ def _models(config, shards=SHARDS):
 
 
 def _requests(count=16):
-    """Greedy ones, draws, and draws from a part of the vocabulary."""
-    fields = ({}, {}, {"sampling": Sampling(1.5, seed=7)}, {"sampling": Sampling(1.5, top_k=5, top_p=0.9, seed=7)})
+    """Greedy ones, those that ask for more, draws, and draws from a part of the vocabulary."""
+    cut, biased = Sampling(1.5, top_k=5, top_p=0.9, seed=7), Sampling(logit_bias=((3, 2.0), (30, -9.0)))
+    more = {"sampling": biased, "alternatives": 3, "score_prompt": True, "min_tokens": 1}
+    fields = ({}, more, {"sampling": Sampling(1.5, seed=7)}, {"sampling": cut})
     return [dataclasses.replace(request, **fields[i % 4]) for i, request in enumerate(make_requests(count))]
 
 
@@ -58,6 +60,9 @@ def _check_equal(got, want):
         np.testing.assert_allclose(
             [t.log_probability for t in one], [t.log_probability for t in other], atol=1e-5, rtol=0
         )
+        assert [[k for k, _ in t.alternatives] for t in one] == [[k for k, _ in t.alternatives] for t in other]
+        scores = [[token.prompt.log_probabilities for token in tokens if token.prompt] for tokens in (one, other)]
+        np.testing.assert_allclose(*scores, atol=1e-5, rtol=0)
 
 
 def _check_model(config, shards=SHARDS, options=OPTIONS):
@@ -136,8 +141,8 @@ def _check_traffic(engine):
     want = {(exits, 1, WIDTH): steps * (edges + 1)}
     want[block, 1, WIDTH] = want.get((block, 1, WIDTH), 0) + steps * 2 * len(model.block) * repeats
     assert summed == want
-    # the branch of requests that cut the vocabulary needs all of it
-    assert gathered == [((exits, model.config.vocab_size // shards), steps)]
+    # the branches of requests that cut the vocabulary, and of those that ask for more, need all of it
+    assert gathered == [((exits, model.config.vocab_size // shards), steps)] * 3
     _check_prompt_traffic(engine)
 
 

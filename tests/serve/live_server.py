@@ -1,6 +1,7 @@
 """A tiny model behind a real server on a free port of the loopback, and a client that speaks plain HTTP."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import threading
@@ -26,10 +27,23 @@ ENGINE = EngineOptions(max_running=4, max_length=96, steps=4, page_size=8, prefi
 NAME = "tiny"
 
 
-def tiny_model() -> LanguageModel:
-    """Three recursions, bytes as tokens."""
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{% if message.role == "system" and not loop.first %}
+{{ raise_exception("only the first message may be of the system") }}
+{% endif %}
+[{{ message['role'] }}] {{ message['content'] | trim }}
+{% endfor %}
+{% if add_generation_prompt %}[assistant] {% endif %}
+"""
+
+
+def tiny_model(template: str | None = None) -> LanguageModel:
+    """Three recursions, bytes as tokens, and a chat template if there is one."""
     params = jax.jit(lambda: init_params(MODEL, jax.random.key(1)))()
-    return LanguageModel(MODEL, params, Tokenizer.bytes_level())
+    tokenizer = Tokenizer.bytes_level()
+    if template is not None:
+        tokenizer.special = dataclasses.replace(tokenizer.special, files={"chat_template.jinja": template})
+    return LanguageModel(MODEL, params, tokenizer)
 
 
 @dataclass
@@ -77,6 +91,12 @@ class Client:
     def complete(self, **fields: Any) -> Answer:
         """POST /v1/completions."""
         return self.send("POST", "/v1/completions", json.dumps(fields).encode(), {"Content-Type": "application/json"})
+
+    def chat(self, *contents: str, **fields: Any) -> Answer:
+        """POST /v1/chat/completions; the user speaks first, then in turn."""
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+        body = json.dumps({"messages": messages, **fields}).encode()
+        return self.send("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
 
     def metric(self, name: str) -> float:
         """Sum of a metric's samples."""

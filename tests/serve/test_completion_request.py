@@ -16,8 +16,20 @@ def _parse(body):
 
 def test_openai_defaults():
     wanted = _parse({"model": "tiny", "prompt": "text", "seed": 1})
-    assert wanted == CompletionRequest(("text",), max_tokens=16, sampling=Sampling(1.0, seed=1))
-    nothing = dict.fromkeys(("max_tokens", "temperature", "top_p", "stop", "stream", "n", "logprobs", "logit_bias"))
+    assert wanted == CompletionRequest(prompts=("text",), max_tokens=16, sampling=Sampling(1.0, seed=1))
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "stop",
+        "stream",
+        "n",
+        "logprobs",
+        "logit_bias",
+        "echo",
+        "min_tokens",
+    )
+    nothing = dict.fromkeys(names)
     assert _parse({"prompt": "text", "seed": 1, **nothing}) == wanted
 
 
@@ -25,11 +37,14 @@ def test_every_field():
     wanted = _parse({
         "prompt": ["a", [1, 2]], "max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 4, "seed": 5, "n": 1,
         "stop": "x", "stream": True, "stream_options": {"include_usage": True}, "max_depth": 2, "show_depth": True,
-        "user": "somebody", "echo": False, "best_of": 1, "presence_penalty": 0.0, "suffix": "", "logit_bias": {},
+        "user": "somebody", "echo": True, "best_of": 1, "presence_penalty": 0.0, "suffix": "", "logprobs": 2,
+        "logit_bias": {"7": -100, "30": 1.5}, "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [4],
     })  # fmt: skip
     assert wanted == CompletionRequest(
-        ("a", (1, 2)), 3, Sampling(0, 4, 0.5, 5), ("x",), max_depth=2, stream=True, include_usage=True, show_depth=True
-    )
+        prompts=("a", (1, 2)), max_tokens=3, sampling=Sampling(0, 4, 0.5, 5, ((7, -100), (30, 1.5))), stop=("x",),
+        max_depth=2, stream=True, include_usage=True, show_depth=True, echo=True, alternatives=2, min_tokens=2,
+        ignore_eos=True, stop_token_ids=(4,),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("body", [{}, {"seed": None}, {"seed": -1}])
@@ -83,9 +98,21 @@ def test_stream_options_of_the_official_client(usage, obfuscation):
     assert wanted.stream and wanted.include_usage == bool(usage)
 
 
-def test_prompts_of_one_request_draw_apart():
-    wanted = _parse({"prompt": ["a", "b"], "seed": 2**32 - 1})
-    assert [wanted.engine_request(i, (1,), (9,)).sampling.seed for i in range(2)] == [2**32 - 1, 0]
+def test_completions_of_one_request_draw_apart():
+    wanted = _parse({"prompt": ["a"], "n": 3, "seed": 2**32 - 1, "best_of": 3})
+    requests = wanted.engine_requests([(1,)], (9,), 8)
+    assert [request.sampling.seed for request in requests] == [2**32 - 1, 0, 1]
+
+
+def test_what_ends_a_completion():
+    stops = lambda **fields: _parse({"prompt": "a", **fields}).engine_requests([(1,)], (9,), 8)[0].stop_tokens  # noqa: E731
+    assert stops() == (9,) and stops(ignore_eos=True) == ()
+    assert stops(stop_token_ids=[3, 9]) == (9, 3) and stops(stop_token_ids=[3], ignore_eos=True) == (3,)
+
+
+def test_only_a_repeated_prompt_is_scored():
+    scored = lambda **fields: _parse({"prompt": "a", **fields}).engine_requests([(1,)], (), 8)[0].score_prompt  # noqa: E731
+    assert [scored(echo=True, logprobs=0), scored(echo=True), scored(logprobs=3)] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -132,17 +159,28 @@ def test_prompts_of_one_request_draw_apart():
             "stream_options",
             "stream_options.continuous_usage_stats=true is not served",
         ),
-        ({"prompt": "a", "n": 2}, "n", "n=2 is not served, only 1: every prompt gets one completion"),
-        ({"prompt": "a", "n": True}, "n", "n=true is not served"),
-        ({"prompt": "a", "echo": True}, "echo", "the prompt is not repeated"),
-        ({"prompt": "a", "echo": 0}, "echo", "echo=0 is not served"),
-        ({"prompt": "a", "logprobs": 0}, "logprobs", "show_depth=true tells"),
+        ({"prompt": "a", "n": 4}, "n", "n=4 for each of 1 prompts is outside 1..3 completions"),
+        ({"prompt": ["a", "b"], "n": 2}, "n", "n=2 for each of 2 prompts is outside 1..3"),
+        ({"prompt": "a", "n": 10**30}, "n", "n=1000000"),
+        ({"prompt": "a", "n": 0}, "n", "n=0 for"),
+        ({"prompt": "a", "n": True}, "n", "n=true must be an integer"),
+        ({"prompt": "a", "best_of": 2}, "best_of", "best_of=2 must be n=1"),
+        ({"prompt": "a", "echo": 0}, "echo", "echo=0 must be true or false"),
+        ({"prompt": "a", "logprobs": True}, "logprobs", "logprobs=true must be an integer"),
+        ({"prompt": "a", "min_tokens": -1}, "min_tokens", "min_tokens=-1 must not be negative"),
         ({"prompt": "a", "presence_penalty": 0.1}, "presence_penalty", "presence_penalty=0.1 is not served, only 0"),
-        ({"prompt": "a", "logit_bias": {"1": 2}}, "logit_bias", "only null"),
+        ({"prompt": "a", "logit_bias": [1]}, "logit_bias", "must be an object of at most 300"),
+        ({"prompt": "a", "logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "at most 300"),
+        ({"prompt": "a", "logit_bias": {"01": 2}}, "logit_bias", '"01" is not a token id'),
+        ({"prompt": "a", "logit_bias": {"\u0661": 2}}, "logit_bias", "is not a token id"),
+        ({"prompt": "a", "logit_bias": {"1": None}}, "logit_bias", "1: null is not a number"),
+        ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "logit_bias={1: 101.0} is outside [-100, 100]"),
+        (b'{"prompt": "a", "logit_bias": {"1": 1e999}}', "logit_bias", "is outside [-100, 100]"),
         ({"prompt": "a", "repetition_penalty": 1.1}, "repetition_penalty", "only 1: the model's probabilities"),
         ({"prompt": "a", "min_p": 0.1}, "min_p", "min_p=0.1 is not served, only 0"),
-        ({"prompt": "a", "ignore_eos": True}, "ignore_eos", "only false: a completion ends at"),
-        ({"prompt": "a", "stop_token_ids": [3]}, "stop_token_ids", "only null"),
+        ({"prompt": "a", "ignore_eos": 1}, "ignore_eos", "ignore_eos=1 must be true or false"),
+        ({"prompt": "a", "stop_token_ids": ["3"]}, "stop_token_ids", "must be a list of token ids"),
+        ({"prompt": "a", "messages": []}, None, 'unknown field "messages"'),
         ({"prompt": "a", "skip_special_tokens": False}, "skip_special_tokens", "only true"),
     ],
     ids=lambda value: str(value)[:40],

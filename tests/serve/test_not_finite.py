@@ -114,5 +114,5 @@ def test_minus_infinity_is_no_failure():
 
     rows = SamplingRows(jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.ones(1), jnp.zeros(1, jnp.uint32))
     for logits, finite in (([0.0, -math.inf], True), ([0.0, math.nan], False), ([0.0, math.inf], False)):
-        _, log_probability_E = sample(jnp.array([logits]), rows, jnp.zeros(1, jnp.int32))
+        _, log_probability_E, _ = sample(jnp.array([logits]), rows, jnp.zeros(1, jnp.int32))
         assert bool(jnp.isfinite(log_probability_E[0])) == finite

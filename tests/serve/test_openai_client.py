@@ -4,7 +4,7 @@ import math
 
 import jax
 import pytest
-from live_server import MODEL, NAME, running, tiny_model
+from live_server import MODEL, NAME, TEMPLATE, running, tiny_model
 
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.infer.language_model import LanguageModel
@@ -85,16 +85,82 @@ def test_models(client):
 
 
 def test_errors_arrive_as_the_clients_exceptions(client):
-    with pytest.raises(openai.BadRequestError, match="n=2 is not served") as caught:
-        client.completions.create(model=NAME, prompt="a", n=2)
+    with pytest.raises(openai.BadRequestError, match="n=200 for each of 1 prompts") as caught:
+        client.completions.create(model=NAME, prompt="a", n=200)
     assert (caught.value.param, caught.value.type) == ("n", "invalid_request_error")
-    with pytest.raises(openai.BadRequestError, match="logprobs"):
-        client.completions.create(model=NAME, prompt="a", logprobs=1)
+    with pytest.raises(openai.BadRequestError, match=r"logprobs=21 is outside 0\.\.20"):
+        client.completions.create(model=NAME, prompt="a", logprobs=21)
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="other", prompt="a")
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "a"}])
+
+
+def _told(logprobs):
+    return list(zip(logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset, strict=True))
+
+
+def test_a_prompt_is_repeated_with_its_logprobs(client):
+    ask = lambda **fields: client.completions.create(model=NAME, prompt="Once", temperature=0, logprobs=2, **fields)  # noqa: E731
+    after, whole, alone = ask(max_tokens=5), ask(max_tokens=5, echo=True), ask(max_tokens=0, echo=True)
+    text, found = after.choices[0].text, whole.choices[0].logprobs
+    assert whole.choices[0].text == "Once" + text and alone.choices[0].text == "Once"
+    assert found.tokens[:4] == list("Once") and found.text_offset[:5] == [0, 1, 2, 3, 4]
+    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+    assert _told(alone.choices[0].logprobs) == _told(found)[:4]
+    assert [t[:2] for t in _told(found)[4:]] == [t[:2] for t in _told(after.choices[0].logprobs)]
+    for token, value, top in list(zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True))[1:]:
+        assert top[token] == value and 2 <= len(top) <= 3 and max(top.values()) < 0
+    assert (alone.usage.completion_tokens, alone.choices[0].finish_reason) == (0, "length")
+    parts = list(ask(max_tokens=5, echo=True, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == "Once" + text
+    assert [told for part in parts for told in _told(part.choices[0].logprobs)] == _told(found)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    model = tiny_model(TEMPLATE)
+    with running(model) as server:
+        yield _client(server.port), model
+
+
+MESSAGES = ({"role": "system", "content": "Be kind. "}, {"role": "user", "content": "Hi"})
+TEXT = "[system] Be kind.\n[user] Hi\n[assistant] "
+
+
+def test_a_chat_whole_and_streamed(chat):
+    client, model = chat
+    (expected,) = model.generate(TEXT, max_tokens=12)
+    fields = {"model": NAME, "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0, "logprobs": True}
+    answer = client.chat.completions.create(**fields, top_logprobs=2)
+    (choice,) = answer.choices
+    assert (answer.object, choice.message.role, choice.message.content) == (
+        "chat.completion",
+        "assistant",
+        expected.text,
+    )
+    assert choice.finish_reason == "length" and answer.usage.completion_tokens == 12
+    assert answer.usage.prompt_tokens == len(TEXT)
+    told = choice.logprobs.content
+    assert [token.logprob for token in told] == pytest.approx(expected.log_probabilities, abs=1e-4)
+    assert [bytes(token.bytes) for token in told] == [bytes([t]) for t in expected.tokens]
+    assert all(token.top_logprobs[0].logprob == token.logprob and len(token.top_logprobs) == 2 for token in told)
+
+    stream = client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    *parts, last = list(stream)
+    assert {part.object for part in parts} == {"chat.completion.chunk"}
+    assert [part.choices[0].delta.role for part in parts] == ["assistant"] + [None] * (len(parts) - 1)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == expected.text
+    assert parts[-1].choices[0].finish_reason == "length" and last.usage.total_tokens == len(TEXT) + 12
+    assert [t.logprob for part in parts for t in part.choices[0].logprobs.content] == [t.logprob for t in told]
+
+
+def test_a_chat_that_the_template_refuses_or_that_is_none(chat, client):
+    with pytest.raises(openai.BadRequestError, match="only the first message may be of the system") as caught:
+        chat[0].chat.completions.create(model=NAME, messages=MESSAGES[::-1])
+    assert caught.value.param == "messages"
+    with pytest.raises(openai.BadRequestError, match="has no chat template") as caught:
+        client.chat.completions.create(model=NAME, messages=MESSAGES)
+    assert caught.value.code == "no_chat_template"
 
 
 @pytest.fixture(scope="module")

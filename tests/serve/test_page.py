@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from live_server import ENGINE, running, tiny_model
+from live_server import ENGINE, TEMPLATE, running, tiny_model
 
 from mor_jax.infer.engine import Engine
 from mor_jax.serve.page import make_page
@@ -17,19 +17,19 @@ def test_the_page_is_whole_and_loads_nothing_from_elsewhere():
     assert page.html.count("<script>") == page.html.count("</script>") == 1
     assert "/*" not in page.html and not re.findall(r"https?://|//\w+\.|\bsrc=|@import|url\(", page.html)
     assert all(f".d{depth} {{ background: #" in page.html for depth in range(4))
-    assert '{"model": "a \\"name\\" \\u003c/script>\\u003cb>", "passes": 3, "cuts": true}' in page.html
+    assert '{"model": "a \\"name\\" \\u003c/script>\\u003cb>", "passes": 3, "cuts": true, "chat": false}' in page.html
     policy = page.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
 
 
 def test_a_server_without_cuts_has_a_page_without_them():
-    assert '"cuts": false}' in make_page("tiny", passes=3, cuts=False).html
+    assert '"cuts": false, ' in make_page("tiny", passes=3, cuts=False).html
 
 
 def test_every_input_has_a_label():
     html = make_page("tiny", passes=3).html
     inputs = set(re.findall(r'<(?:input|textarea) id="(\w+)"', html))
-    assert inputs == set(re.findall(r'<label for="(\w+)"', html)) and len(inputs) == 7
+    assert inputs == set(re.findall(r'<label for="(\w+)"', html)) and len(inputs) == 8
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,48 @@ def test_a_page_without_cuts_asks_for_none(browser):
         _fill(tab, Prompt="Once", Tokens_at_most=6)
         tab.get_by_role("button", name="Generate").click()
         _expect(tab.get_by_role("status")).to_have_text("As many tokens as asked for", timeout=30_000)
+        tab.close()
+
+
+@pytest.mark.browser
+def test_a_model_without_a_template_offers_no_chat(page):
+    _expect(page.get_by_label("Chat", exact=True)).to_be_hidden()
+    _expect(page.get_by_role("button", name="New conversation")).to_be_hidden()
+
+
+@pytest.mark.browser
+def test_a_conversation_goes_on_coloured_by_depth_and_begins_anew(browser):
+    with running(tiny_model(TEMPLATE)) as client:
+        tab, asked, errors = browser.new_page(), [], []
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.post_data_json) if request.method == "POST" else None)
+        tab.goto(f"http://127.0.0.1:{client.port}/")
+        tab.get_by_label("Chat", exact=True).check()
+        _fill(tab, Tokens_at_most=12, Temperature=0)
+        turns = []
+        for text in ("<b>Hi</b>", "And?"):
+            expected = client.chat(*turns, text, max_tokens=12, temperature=0, top_p=0.95, show_depth=True).json
+            _fill(tab, Prompt=text)
+            tab.get_by_role("button", name="Generate").click()
+            _expect(tab.get_by_role("status")).to_have_text("As many tokens as asked for", timeout=30_000)
+            _expect(tab.get_by_label("Prompt")).to_have_value("")
+            (choice,) = expected["choices"]
+            turns += [text, choice["message"]["content"]]
+            assert [message["content"] for message in asked[-1]["messages"]] == turns[:-1]
+            shown = [token for token in choice["tokens"] if token["text"]]
+            tokens = tab.locator("#text span[data-depth]")
+            depths = [tokens.nth(i).get_attribute("class") for i in range(tokens.count())]
+            assert depths[-len(shown) :] == [f"d{token['depth']}" for token in shown]
+        said = ["You" + turns[0], "tiny" + turns[1], "You" + turns[2], "tiny" + turns[3]]
+        assert tab.locator("#text").text_content() == "".join(said)
+        tab.get_by_role("button", name="New conversation").click()
+        _expect(tab.locator("#text")).to_be_empty()
+        _fill(tab, Prompt="x" * 90)
+        tab.get_by_role("button", name="Generate").click()
+        _expect(tab.get_by_role("status")).to_contain_text("Error: ")
+        _expect(tab.get_by_label("Prompt")).to_have_value("x" * 90)  # a question without an answer can be changed
+        _expect(tab.locator("#text")).to_be_empty()
+        assert errors == []
         tab.close()
 
 

@@ -75,7 +75,8 @@ def test_an_answer_is_what_the_model_generates(client, model):
     assert [token["depth"] for token in choice["tokens"]] == expected.depths
     assert "".join(token["text"] for token in choice["tokens"]) == expected.text
     assert [token["logprob"] for token in choice["tokens"]] == pytest.approx(expected.log_probabilities, abs=1e-4)
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16}
+    depth = round(sum(expected.depths) / 12, 4)
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16, "mean_depth": depth}
     assert (answer["object"], answer["model"]) == ("text_completion", NAME)
 
     events = client.complete(**fields, stream=True, stream_options={"include_usage": True}).events
@@ -124,9 +125,14 @@ def test_a_budget_of_passes_holds(client):
         ({"prompt": "x" * 90, "max_tokens": 20}, "prompt", "exceed max_length=96"),
         ({"prompt": [5, 257]}, "prompt", "prompt token 257 is outside 0..256"),
         ({"prompt": [-1]}, "prompt", "prompt token -1 is outside"),
-        ({"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens=0 must be positive"),
+        ({"prompt": "x", "max_tokens": -1}, "max_tokens", "max_tokens=-1 must not be negative"),
+        ({"prompt": "x", "min_tokens": 17}, "min_tokens", "min_tokens=17 is outside 0..max_tokens=16"),
+        ({"prompt": "x", "stop_token_ids": [257]}, "stop_token_ids", "stop_tokens: 257 is outside 0..256"),
+        ({"prompt": "x", "stop_token_ids": [*range(8)]}, "stop_token_ids", "holds 9 tokens, more than 8"),
+        ({"prompt": "x", "logit_bias": {"257": 1}}, "logit_bias", "logit_bias={257: ...} is outside 0..256"),
+        ({"prompt": "x", "logprobs": -1}, "logprobs", "logprobs=-1 is outside 0..20"),
         ({"prompt": "x", "max_depth": 0}, "max_depth", "max_depth=0 must be at least 1"),
-        ({"prompt": "x", "n": 2}, "n", "n=2 is not served"),
+        ({"prompt": "x", "n": 20}, "n", "n=20 for each of 1 prompts"),
     ],
 )
 def test_what_cannot_be_served_is_refused(client, fields, field, words):
@@ -144,7 +150,7 @@ def test_what_cannot_be_served_is_refused(client, fields, field, words):
         ("POST", "/v1/completions", b"x" * 9999, {"Content-Type": "application/json; charset=utf-8"}, 413, "4000"),
         ("POST", "/v1/completions", b"x" * 500_000, {"Content-Type": "application/json"}, 413, "max_request_bytes"),
         ("GET", "/v1/completions", None, {}, 405, "Method Not Allowed"),
-        ("POST", "/v1/chat/completions", b"{}", {}, 404, "Not Found"),
+        ("POST", "/v1/chat/completions", b"{}", {}, 400, "has no chat template"),
         ("GET", "/v1/models/large", None, {}, 404, "the model is 'tiny'"),
         ("GET", "/v1/models", None, {"Host": "attacker.example:80"}, 421, "Host='attacker.example:80' is not known"),
     ],
@@ -379,7 +385,7 @@ def test_an_engine_that_hangs_does_not_keep_the_server(model, gate, monkeypatch,
 def test_an_engine_without_cuts_refuses_them(model):
     with running(model, dataclasses.replace(ENGINE, cuts=False)) as client:
         assert client.complete(prompt="x", max_tokens=3).status == 200
-        for name, value in (("top_k", 3), ("top_p", 0.5)):
+        for name, value in (("top_k", 3), ("top_p", 0.5), ("min_tokens", 2), ("logprobs", 1)):
             answer = client.complete(prompt="x", **{name: value})
             assert answer.status == 400 and answer.json["error"]["param"] == name
             assert answer.json["error"]["message"] == f"{name}={value} needs an engine with cuts=True"

@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         from mor_jax.serve.server import serve
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client"):
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client", "jinja2"):
             raise
         raise UserError(f"the package {error.name} is missing: pip install 'mor-jax[serve]'") from error
     enable_compilation_cache()

@@ -159,6 +159,11 @@ def _text_of(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
+def token_names(files: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts of the tokens that published files name, such as ``bos_token``, as chat templates see them."""
+    return {name: content for name in NAMES if (content := _content(files, name)) is not None}
+
+
 def _content(files: Mapping[str, Any], name: str) -> str | None:
     config = files.get(TOKENIZER_CONFIG, {})
     value = config.get(name, _CLASS_TOKENS.get(_class_of(files), {}).get(name))

@@ -20,10 +20,20 @@ from mor_jax.infer.cache import KvUsage, kv_layout, kv_usage
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_shape import engine_shape
-from mor_jax.infer.engine_state import COUNTERS, Control, Emitted, empty_control, make_state
-from mor_jax.infer.places import Places
+from mor_jax.infer.engine_state import (
+    COUNTERS,
+    Control,
+    Emitted,
+    bias_rows,
+    empty_control,
+    make_state,
+    put_bias,
+    unpack_alternatives,
+)
+from mor_jax.infer.places import Place, Places
 from mor_jax.infer.prefill import prefill
-from mor_jax.infer.request import Request, Token
+from mor_jax.infer.request import PromptScores, Request, Token
+from mor_jax.infer.sampling import MOST_ALTERNATIVES
 from mor_jax.infer.stages import dispatch
 from mor_jax.mesh.mesh import on_mesh
 
@@ -114,11 +124,13 @@ class Engine:
         """Raise ``UserError`` if a request can never be served."""
         length, vocabulary = len(request.prompt) + request.max_tokens, self.model.config.vocab_size
         require(len(request.prompt) > 0, "the prompt holds no token")
-        require(request.max_tokens > 0, f"max_tokens={request.max_tokens} must be positive")
+        require(request.max_tokens >= 0, f"max_tokens={request.max_tokens} must not be negative")
         stops = len(request.stop_tokens)
         require(stops <= MOST_STOP_IDS, f"stop_tokens holds {stops} tokens, more than {MOST_STOP_IDS}")
         outside = next((t for t in request.prompt if not 0 <= t < vocabulary), None)
         require(outside is None, f"prompt token {outside} is outside 0..{vocabulary - 1}")
+        outside = next((t for t in request.stop_tokens if not 0 <= t < vocabulary), None)
+        require(outside is None, f"stop_tokens: {outside} is outside 0..{vocabulary - 1}")
         require(
             length <= self.shape.max_length,
             f"prompt ({len(request.prompt)} tokens) and max_tokens={request.max_tokens} exceed "
@@ -127,14 +139,30 @@ class Engine:
         require(
             request.max_depth is None or request.max_depth >= 1, f"max_depth={request.max_depth} must be at least 1"
         )
-        top_k, top_p = request.sampling.top_k, request.sampling.top_p
-        cut = f"top_k={top_k}" if top_k else f"top_p={top_p}"
-        require(self.shape.cuts or (top_k == 0 and top_p == 1), f"{cut} needs an engine with cuts=True")
+        self._check_extras(request)
         needed, pages = self._places.needed(request), self._places.pages
         require(
             all(n <= m for n, m in zip(needed, pages, strict=True)),
             f"the request may need {needed} pages, but the pools hold {pages}",
         )
+
+    def _check_extras(self, request: Request) -> None:
+        sampling, vocabulary = request.sampling, self.model.known_tokens or self.model.config.vocab_size
+        low, most = request.min_tokens, request.max_tokens
+        require(0 <= low <= most, f"min_tokens={low} is outside 0..max_tokens={most}")
+        told = request.alternatives
+        require(0 <= told <= MOST_ALTERNATIVES, f"logprobs={told} is outside 0..{MOST_ALTERNATIVES}")
+        strange = next((t for t, _ in sampling.logit_bias if not 0 <= t < vocabulary), None)
+        require(strange is None, f"logit_bias={{{strange}: ...}} is outside 0..{vocabulary - 1}")
+        asked = {
+            f"top_k={sampling.top_k}": sampling.top_k > 0,
+            f"top_p={sampling.top_p}": sampling.top_p < 1,
+            "logit_bias={...}": bool(sampling.logit_bias),
+            f"min_tokens={low}": low > 0,
+            f"logprobs={told}": told > 0,
+        }
+        refused = [name for name, asks in asked.items() if asks and not self.shape.cuts]
+        require(not refused, f"{', '.join(refused)} needs an engine with cuts=True")
 
     def cancel(self, number: int) -> None:
         """Drop a request, wherever it is; it gives no more tokens. An unknown or finished number is ignored."""
@@ -177,7 +205,10 @@ class Engine:
         """Compile everything that serving runs; without ``prompts`` only what prompts of one token need."""
         for _ in range(2):  # the second time around, all arrays are what compiled programs returned
             if prompts:
-                self._read_prompts(warm_up=True)
+                for scored in (False, True):
+                    self._read_prompts(warm_up=True, scored=scored)
+            if self.shape.cuts:
+                self._put_bias(self.shape.places, ())
             self._settled = False
             self.step()
         self.drain()
@@ -225,6 +256,9 @@ class Engine:
             (rows.remaining, request.max_tokens),
             (rows.stop_tokens, (request.stop_tokens + (-1,) * MOST_STOP_IDS)[:MOST_STOP_IDS]),
             (rows.max_depth, passes if request.max_depth is None else min(request.max_depth, passes)),
+            (rows.stops_at, request.max_tokens - request.min_tokens),
+            (rows.has_bias, bool(sampling.logit_bias)),
+            (rows.has_alternatives, request.alternatives > 0),
             (rows.sampling.temperature_E, sampling.temperature),
             (rows.sampling.top_k_E, sampling.top_k),
             (rows.sampling.top_p_E, sampling.top_p),
@@ -232,26 +266,41 @@ class Engine:
         )
         for array, value in values:
             array[index] = value
+        if sampling.logit_bias:
+            self._put_bias(index, sampling.logit_bias)
         self._admissions += 1
 
-    def _read_prompts(self, warm_up: bool = False) -> None:
-        """Read the next chunk of up to ``prefill_rows`` prompts."""
+    def _put_bias(self, index: int, logit_bias: tuple[tuple[int, float], ...]) -> None:
+        with on_mesh(self.model.mesh):
+            bias = put_bias(self._state.bias, np.int32(index), *bias_rows(logit_bias))
+        self._state = dataclasses.replace(self._state, bias=bias)
+
+    def _read_prompts(self, warm_up: bool = False, scored: bool = False) -> None:
+        """Read the next chunk of up to ``prefill_rows`` prompts; if one of them is to be scored, with ``scored``."""
         rows, chunk = self.options.prefill_rows, self.options.prefill_chunk
         unread = [(index, place) for index, place in self._places.taken if place.unread]
         unread = sorted(unread, key=lambda entry: entry[1].number)[:rows]
         if not unread and not warm_up:
             return
-        place_B = np.full(rows, self.shape.places, np.int32)
+        place_B, targets_BT = np.full(rows, self.shape.places, np.int32), np.full((rows, chunk), -1, np.int32)
         tokens_BT, sizes = np.zeros((rows, chunk), np.int32), np.zeros((3, rows), np.int32)
         for row, (index, place) in enumerate(unread):
-            part = place.request.prompt[place.read : place.read + min(chunk, place.unread)]
-            budget = place.request.max_depth or self._layout.passes
+            begin, end = place.read, place.read + min(chunk, place.unread)
+            part, budget = place.request.prompt[begin:end], place.request.max_depth or self._layout.passes
             place_B[row], tokens_BT[row, : len(part)] = index, part
-            sizes[:, row] = place.read, len(part), min(budget, self._layout.passes)
-            place.read += len(part)
+            sizes[:, row] = begin, len(part), min(budget, self._layout.passes)
+            if place.request.score_prompt:
+                targets_BT[row, : len(part)] = place.request.prompt[begin + 1 : end + 1]
+                scored = True
+            place.read = end
             self.statistics.prompt_tokens += len(part)
         with on_mesh(self.model.mesh):
-            cache, output = prefill(self.model, self._state.cache, place_B, tokens_BT, *sizes)
+            targets = (targets_BT,) if scored else ()
+            cache, output = prefill(self.model, self._state.cache, place_B, tokens_BT, *sizes, *targets)
+        for row, (_, place) in enumerate(unread):
+            if place.request.score_prompt:
+                assert output.scores_BTF is not None
+                place.scores.append((output.scores_BTF, row, int(sizes[1, row])))
         self._chunks.append(output.depth_BT)
         self._state = dataclasses.replace(self._state, cache=cache)
         self.statistics.prefills += 1
@@ -267,17 +316,49 @@ class Engine:
                 setattr(total, name, getattr(total, name) + number)
             filled = emitted.place >= 0
             fields = (emitted.place, emitted.token, emitted.depth, emitted.log_probability, emitted.finished)
+            ranked = (emitted.alternatives.token[filled], emitted.alternatives.log_probability[filled])
             # plain numbers at once: converting them one by one would take longer than the device's work
-            tokens += self._tokens(numbers, now, *(field[filled].tolist() for field in fields))
+            tokens += self._tokens(numbers, now, ranked, *(field[filled].tolist() for field in fields))
         self.statistics.tokens += len(tokens)
         return tokens
 
-    def _tokens(self, numbers: Sequence[int], now: float, *fields: list[Any]) -> Iterator[Token]:
+    def _tokens(
+        self, numbers: Sequence[int], now: float, ranked: tuple[np.ndarray, np.ndarray], *fields: list[Any]
+    ) -> Iterator[Token]:
         """Name the requests of emitted tokens; those cancelled after the dispatch had been launched give none."""
-        for index, token, depth, log_probability, finished in zip(*fields, strict=True):
+        for nth, (index, token, depth, log_probability, finished) in enumerate(zip(*fields, strict=True)):
             place = self._places[index]
             if place is None or place.number != numbers[index] or place.number in self._cancelled:
                 continue
             if finished:
                 self._places.empty(index)
-            yield Token(place.number, token, depth, log_probability, finished, now)
+            made = Token(place.number, token, depth, log_probability, finished, now)
+            if count := place.request.alternatives:
+                made = made._replace(alternatives=_ranked(ranked[0][nth], ranked[1][nth], count))
+            if place.request.score_prompt and not place.answered:
+                made = made._replace(prompt=_prompt_scores(place))
+            place.answered = True
+            yield made
+
+
+def _ranked(token_K: np.ndarray, log_probability_K: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+    """The first ones; ids that no tokenizer knows, of minus infinity, come last and are left out."""
+    pairs = zip(token_K[:count].tolist(), log_probability_K[:count].tolist(), strict=True)
+    return tuple((token, value) for token, value in pairs if value > -np.inf)
+
+
+def _prompt_scores(place: Place) -> PromptScores:
+    """Fetch what the chunks of a prompt gave."""
+    count = place.request.alternatives
+    if not place.scores:
+        return PromptScores((), ())
+    # cut on the host: on the device every length would be a program
+    whole = jax.device_get([packed_BTF for packed_BTF, _, _ in place.scores])
+    parts = [packed_BTF[row, :size] for packed_BTF, (_, row, size) in zip(whole, place.scores, strict=True)]
+    scores_TF = np.concatenate(parts)
+    values_T = np.ascontiguousarray(scores_TF[:, 0]).view(np.float32).tolist()
+    if not count:
+        return PromptScores(values_T, ())
+    found = unpack_alternatives(scores_TF[:, 1:])
+    ranked = [_ranked(*row, count) for row in zip(found.token, found.log_probability, strict=True)]
+    return PromptScores(values_T, ranked)

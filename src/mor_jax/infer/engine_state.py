@@ -1,6 +1,6 @@
 """What the engine keeps on the device: the places of sequences, their caches, and what the host asks for.
 
-Letters: S places, C block slots, E exit slots, D width.
+Letters: S places, C block slots, E exit slots, D width, K tokens with a bias, or most likely ones.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from mor_jax.data.special_tokens import MOST_STOP_IDS
 from mor_jax.infer.cache import Cache, hold_cache, init_cache, release_all
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine_shape import EngineShape
-from mor_jax.infer.sampling import SamplingRows
+from mor_jax.infer.sampling import MOST_ALTERNATIVES, MOST_BIASES, Alternatives, Bias, SamplingRows
 from mor_jax.infer.walk import Walk, start_walk
 from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.mesh import on_mesh
@@ -40,6 +40,12 @@ class Requests:
     """int32 [S, MOST_STOP_IDS]: tokens that end it; -1 is none."""
     max_depth: AnyArray
     """int32: budget of passes per token."""
+    stops_at: AnyArray
+    """int32: while more tokens than that remain, no stop token is chosen."""
+    has_bias: AnyArray
+    """bool: whether ``EngineState.bias`` is its own."""
+    has_alternatives: AnyArray
+    """bool: whether it is told the most likely tokens."""
     sampling: SamplingRows
 
 
@@ -69,6 +75,8 @@ class EngineState:
     walk_S: Walk
     """Its way through the recursions, [S, 1, ...]."""
     requests: Requests
+    bias: Bias
+    """[S, MOST_BIASES]; no part of the requests, which are handed over with every dispatch: see ``put_bias``."""
     step: jax.Array
     counters_F: jax.Array
     """int32 [F]: sums since the last dispatch began; see ``COUNTERS``."""
@@ -101,24 +109,62 @@ class Emitted:
     log_probability: jax.Array
     finished: jax.Array
     """bool: whether it is its request's last."""
+    alternatives: Alternatives
+    """[E, K]."""
 
     @classmethod
-    def none(cls, slots: int) -> "Emitted":
+    def none(cls, slots: int, alternatives: int = 0) -> "Emitted":
         """No tokens."""
-        whole = jnp.zeros(slots, jnp.int32)
-        return cls(whole - 1, whole, whole, jnp.zeros(slots, jnp.float32), jnp.zeros(slots, bool))
+        whole, ranked = jnp.zeros(slots, jnp.int32), jnp.zeros((slots, alternatives), jnp.int32)
+        found = Alternatives(ranked, ranked.astype(jnp.float32))
+        return cls(whole - 1, whole, whole, jnp.zeros(slots, jnp.float32), jnp.zeros(slots, bool), found)
 
     def pack(self) -> jax.Array:
         """All fields as int32 [F, E]: one write and one transfer."""
         bits = jax.lax.bitcast_convert_type(self.log_probability, jnp.int32)
-        return jnp.stack([self.place, self.token, self.depth, bits, self.finished.astype(jnp.int32)])
+        plain = jnp.stack([self.place, self.token, self.depth, bits, self.finished.astype(jnp.int32)])
+        return jnp.concatenate([plain, pack_alternatives(self.alternatives).T])
 
     @classmethod
     def unpack(cls, packed_XFE: np.ndarray) -> "Emitted":
         """Fields [steps, E] on the host."""
-        place, token, depth, bits, finished = np.moveaxis(packed_XFE, 1, 0)
+        packed_FXE = np.moveaxis(packed_XFE, 1, 0)
+        place, token, depth, bits, finished = packed_FXE[:5]
         bits = np.ascontiguousarray(bits).view(np.float32)
-        return cls(place, token, depth, bits, finished.astype(bool))  # type: ignore[arg-type]
+        ranked = unpack_alternatives(np.moveaxis(packed_FXE[5:], 0, -1))
+        return cls(place, token, depth, bits, finished.astype(bool), ranked)  # type: ignore[arg-type]
+
+
+def pack_alternatives(found: Alternatives) -> jax.Array:
+    """Both fields as int32 [..., 2 K]."""
+    bits = jax.lax.bitcast_convert_type(found.log_probability, jnp.int32)
+    return jnp.concatenate([found.token, bits], axis=-1)
+
+
+def unpack_alternatives(packed: np.ndarray) -> Any:
+    """The fields again, on the host."""
+    token, bits = np.split(packed, 2, axis=-1)
+    return Alternatives(token, np.ascontiguousarray(bits).view(np.float32))  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put_bias(bias: Bias, place: jax.Array, token_K: jax.Array, value_K: jax.Array) -> Bias:
+    """Store the bias of one place (``MOST_BIASES`` tokens, -1 is none); a place that there is not changes nothing."""
+    put = lambda leaf_SK, row_K: constrain(leaf_SK.at[place].set(row_K, mode="drop"))  # noqa: E731
+    return Bias(put(bias.token_EK, token_K), put(bias.value_EK, value_K))
+
+
+def bias_rows(logit_bias: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """A request's bias as rows for ``put_bias``."""
+    token_K, value_K = np.full(MOST_BIASES, -1, np.int32), np.zeros(MOST_BIASES, np.float32)
+    for nth, (token, value) in enumerate(logit_bias):
+        token_K[nth], value_K[nth] = token, value
+    return token_K, value_K
+
+
+def alternatives_told(model: DecodeModel, shape: EngineShape) -> int:
+    """Most likely tokens that come with every token."""
+    return min(MOST_ALTERNATIVES, model.config.vocab_size) if shape.cuts else 0
 
 
 def init_state(model: DecodeModel, shape: EngineShape) -> EngineState:
@@ -134,6 +180,7 @@ def init_state(model: DecodeModel, shape: EngineShape) -> EngineState:
         position_S=jnp.asarray(zeros_S),
         walk_S=jax.jit(start_walk)(model, x_SD, jnp.ones((places, 1), jnp.int32)),
         requests=jax.tree.map(jnp.asarray, empty_requests(places)),
+        bias=Bias(jnp.full((places, MOST_BIASES), -1, jnp.int32), jnp.zeros((places, MOST_BIASES), jnp.float32)),
         step=jnp.zeros((), jnp.int32),
         counters_F=jnp.zeros(len(COUNTERS), jnp.int32),
     )
@@ -157,8 +204,9 @@ def empty_requests(places: int) -> Requests:
     zeros = lambda: np.zeros(places, np.int32)  # noqa: E731
     zero_floats = lambda: np.zeros(places, np.float32)  # noqa: E731
     rows = SamplingRows(zero_floats(), zeros(), zero_floats(), np.zeros(places, np.uint32))
+    no_flags = lambda: np.zeros(places, bool)  # noqa: E731
     stops = np.full((places, MOST_STOP_IDS), -1, np.int32)
-    return Requests(order=zeros(), remaining=zeros(), stop_tokens=stops, max_depth=zeros(), sampling=rows)
+    return Requests(zeros(), zeros(), stops, zeros(), zeros(), no_flags(), no_flags(), rows)
 
 
 def empty_control(places: int) -> Control:

@@ -161,6 +161,7 @@ class LanguageModel:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         require(len(prompts) > 0, "there is no prompt")
+        require(max_tokens > 0, f"max_tokens={max_tokens} must be positive")
         special = self.tokenizer.special
         token_lists = [self.tokenizer.encode(prompt) or [special.start_id] for prompt in prompts]
         longest = max(map(len, token_lists)) + max_tokens

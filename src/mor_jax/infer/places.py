@@ -2,7 +2,9 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import jax
 
 from mor_jax.infer.cache import KvLayout
 from mor_jax.infer.request import Request
@@ -17,6 +19,10 @@ class Place:
     read: int = 0
     """Prompt tokens read."""
     admitted: bool = False
+    answered: bool = False
+    """Whether its first token has been handed out."""
+    scores: list[tuple[jax.Array, int, int]] = field(default_factory=list)
+    """Of the chunks read: packed ``prefill.PromptScoring`` on the device, the row in it, and how many tokens of it."""
 
     @property
     def unread(self) -> int:
@@ -55,7 +61,7 @@ class Places:
 
     def needed(self, request: Request) -> list[int]:
         """Pages that a request takes at most, per pool: the last token generated is never cached."""
-        pages = -(-(len(request.prompt) + request.max_tokens - 1) // self._page_size)
+        pages = -(-(len(request.prompt) + max(1, request.max_tokens) - 1) // self._page_size)
         return [pages * self._groups, pages][: len(self.pages)]
 
     def seat(self) -> None:

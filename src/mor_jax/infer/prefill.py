@@ -15,10 +15,16 @@ from flax import struct
 from mor_jax.infer.cache import Cache, PagedCache, hold_cache, kv_layout, reserve
 from mor_jax.infer.decode_layers import block_pass, decode_context, edge_layer, embed, logits
 from mor_jax.infer.decode_model import DecodeModel
+from mor_jax.infer.engine_state import pack_alternatives
 from mor_jax.infer.paged_attention import PagedStore
+from mor_jax.infer.sampling import most_likely
 from mor_jax.infer.walk import Walk, advance, start_walk
+from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.devices import target_platform
 from mor_jax.model.routing.select import take_rows
+
+_SCORED = 128
+"""Tokens whose logits there are at a time."""
 
 
 @struct.dataclass
@@ -29,6 +35,9 @@ class PrefillOutput:
     """float32, if asked for; arbitrary at tokens beyond a row's count."""
     depth_BT: jax.Array
     """int32: passes that each token completed."""
+    scores_BTF: jax.Array | None = None
+    """int32, if targets were given: the bits of each target's float32 log-probability, then the packed most likely
+    tokens (``pack_alternatives``); arbitrary where no target is."""
 
 
 @functools.partial(jax.jit, static_argnames=("piece", "return_logits"), donate_argnums=1)
@@ -40,6 +49,7 @@ def prefill(
     start_B: jax.Array,
     count_B: jax.Array,
     max_depth_B: jax.Array,
+    targets_BT: jax.Array | None = None,
     *,
     piece: int | None = None,
     return_logits: bool = False,
@@ -54,6 +64,8 @@ def prefill(
         start_B: int32 tokens that the sequence has already read.
         count_B: int32 tokens to read; a row with 0 does nothing.
         max_depth_B: int32 budget of passes per token.
+        targets_BT: int32 tokens to score, each after the token at its place; -1 is none. None scores nothing, which
+            is another program: a prompt that only needs its keys does without the last layer's output and the head.
         piece: tokens per row that a recursion computes at a time; None is a quarter of T, at least 64, and on a GPU
             what a recursion has capacity for in training and some more.
         return_logits: whether to compute the last layer's output and the logits; a prompt only needs its keys.
@@ -74,9 +86,33 @@ def prefill(
         out_BTD, cache = _pass(model, cache, walk, positions_BT, sequence_B, recursion, min(size, length))
         walk = advance(model, walk, out_BTD)
     x_BTD, edge = edge_layer(model, edge, walk.x_BTD, context, 1)
+    scores_BTF = None
+    if targets_BT is not None:
+        scores_BTF = constrain(_score(model, x_BTD, targets_BT))
     cache = hold_cache(dataclasses.replace(cache, edge=edge))
     depth_BT = jnp.where(valid_BT, walk.depth_BT, 0)
-    return cache, PrefillOutput(logits_BTV=logits(model, x_BTD) if return_logits else None, depth_BT=depth_BT)
+    return cache, PrefillOutput(logits(model, x_BTD) if return_logits else None, depth_BT, scores_BTF)
+
+
+def _score(model: DecodeModel, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Score targets, some of one row at a time: logits of a whole chunk would take gigabytes, and rows may have none."""
+    rows, length, width = x_BTD.shape
+    columns = next(n for n in range(min(_SCORED, length), 0, -1) if length % n == 0)
+
+    def score(x_1CD: jax.Array, targets_1C: jax.Array) -> jax.Array:
+        logits_1CV = logits(model, x_1CD)
+        picked_1C1 = jnp.take_along_axis(logits_1CV, jnp.maximum(targets_1C, 0)[:, :, None], axis=-1)
+        picked_1C1 = picked_1C1 - jax.nn.logsumexp(logits_1CV, axis=-1, keepdims=True)
+        bits_1C1 = jax.lax.bitcast_convert_type(picked_1C1, jnp.int32)
+        return jnp.concatenate([bits_1C1, pack_alternatives(most_likely(logits_1CV, model.known_tokens))], axis=-1)
+
+    def piece(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        like = jax.eval_shape(score, *inputs)
+        nothing = lambda *_: jnp.zeros(like.shape, like.dtype)  # noqa: E731
+        return jax.lax.cond(jnp.any(inputs[1] >= 0), score, nothing, *inputs)
+
+    x_I1CD, targets_I1C = x_BTD.reshape(-1, 1, columns, width), targets_BT.reshape(-1, 1, columns)
+    return jax.lax.map(piece, (x_I1CD, targets_I1C)).reshape(rows, length, -1)
 
 
 def _piece(expected: float, length: int) -> int:

@@ -28,6 +28,7 @@ from mor_jax.infer.engine_state import (
     Emitted,
     EngineState,
     Slots,
+    alternatives_told,
     apply_control,
     choose,
     count,
@@ -35,7 +36,7 @@ from mor_jax.infer.engine_state import (
     promote,
 )
 from mor_jax.infer.paged_attention import PagedStore
-from mor_jax.infer.sampling import sample
+from mor_jax.infer.sampling import Bias, Extras, Sampled, sample
 from mor_jax.infer.walk import Walk, advance, start_walk
 from mor_jax.mesh.axes import constrain
 
@@ -75,7 +76,7 @@ def dispatch(
 
     # where there is nothing to decide: a branch would make the host wait for the device in every step
     exits_always = kv_layout(model.config).passes == 1 or shape.exit_at == 1
-    empty_FE = Emitted.none(shape.exit_slots).pack()
+    empty_FE = Emitted.none(shape.exit_slots, alternatives_told(model, shape)).pack()
     emitted_XFE = jnp.broadcast_to(empty_FE[None], (shape.steps, *empty_FE.shape))
     state, emitted_XFE = jax.lax.fori_loop(0, shape.steps, step, (state, emitted_XFE))
     return hold_state(state), constrain(emitted_XFE), constrain(state.counters_F)
@@ -234,22 +235,48 @@ def _leave(
     if edge is not None:
         context = _edge_context(model, edge, place_E, position_E, leaves_E.astype(jnp.int32), shape)
         x_E1D, edge = edge_layer(model, edge, x_E1D, context, 1)
-    sampling = jax.tree.map(at, state.requests.sampling)
-    # nobody reads what the others would draw, and a cut of theirs would sort the vocabulary
-    sampling = dataclasses.replace(sampling, temperature_E=jnp.where(leaves_E, sampling.temperature_E, 0.0))
-    sampled_E, log_probability_E = sample(
-        logits(model, x_E1D)[:, 0], sampling, position_E, known_tokens=model.known_tokens, cuts=shape.cuts
-    )
-    stops_E = jnp.any(sampled_E[:, None] == at(state.requests.stop_tokens), axis=1)
+    sampled = _sample(model, state, logits(model, x_E1D)[:, 0], place_E, leaves_E, shape)
+    stops_E = jnp.any(sampled.token_E[:, None] == at(state.requests.stop_tokens), axis=1)
     ends_E = (at(state.requests.remaining) <= 1) | stops_E
     emitted = Emitted(
         place=jnp.where(leaves_E, place_E, -1),
-        token=sampled_E,
+        token=sampled.token_E,
         depth=walk.depth_BT[:, 0],
-        log_probability=log_probability_E,
+        log_probability=sampled.log_probability_E,
         finished=leaves_E & ends_E,
+        alternatives=sampled.alternatives,
     )
-    return edge, jnp.where(leaves_E, sampled_E, at(state.token_S)), emitted
+    return edge, jnp.where(leaves_E, sampled.token_E, at(state.token_S)), emitted
+
+
+def _sample(
+    model: DecodeModel,
+    state: EngineState,
+    logits_EV: jax.Array,
+    place_E: jax.Array,
+    leaves_E: jax.Array,
+    shape: EngineShape,
+) -> Sampled:
+    requests = jax.tree.map(lambda leaf_S: leaf_S.at[place_E].get(mode="clip"), state.requests)
+    # nobody reads what the others would draw, and a cut of theirs would sort the vocabulary
+    temperature_E = jnp.where(leaves_E, requests.sampling.temperature_E, 0.0)
+    extras = None
+    if shape.cuts:
+        bias = jax.tree.map(lambda leaf_SK: leaf_SK.at[place_E].get(mode="clip"), state.bias)
+        must_go_on_E = requests.remaining > requests.stops_at
+        token_EK = jnp.where(requests.has_bias[:, None], bias.token_EK, -1)
+        banned_EK = jnp.where(must_go_on_E[:, None], requests.stop_tokens, -1)
+        forbidden_EK = jnp.full(banned_EK.shape, -jnp.inf)
+        both = Bias(jnp.concatenate([token_EK, banned_EK], 1), jnp.concatenate([bias.value_EK, forbidden_EK], 1))
+        extras = Extras(both, leaves_E & (requests.has_bias | requests.has_alternatives | must_go_on_E))
+    return sample(
+        logits_EV,
+        dataclasses.replace(requests.sampling, temperature_E=temperature_E),
+        state.position_S.at[place_E].get(mode="clip"),
+        known_tokens=model.known_tokens,
+        cuts=shape.cuts,
+        extras=extras,
+    )
 
 
 def _enter(

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -19,14 +19,20 @@ from starlette.types import Receive
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
 from mor_jax.infer import engine
-from mor_jax.serve.answer import Answer, EventStream
-from mor_jax.serve.completion_request import CompletionRequest, Prompt, parse_completion_request
+from mor_jax.serve.answer import Answer, ChatAnswer, EventStream
+from mor_jax.serve.chat_request import parse_chat_request
+from mor_jax.serve.chat_template import ChatTemplate
+from mor_jax.serve.completion_request import Prompt, parse_completion_request
 from mor_jax.serve.http_errors import CLIENT_LEFT, ApiError, from_user_error
 from mor_jax.serve.job import Job
 from mor_jax.serve.middleware import CountRequests, KnownHosts
 from mor_jax.serve.page import Page
+from mor_jax.serve.request_fields import Wanted
 from mor_jax.serve.service import Service
+from mor_jax.serve.token_forms import TokenForms
 
+_Read = tuple[Wanted, list[engine.Request], list[str] | None]
+"""A request: what is wanted, its sequences, and the texts to repeat."""
 _DISCARDED = 16
 """A body that is too large is read on, up to so many times the limit, since a client that writes does not read."""
 
@@ -39,24 +45,37 @@ class Endpoints:
         tokenizer: of the model.
         name: of the model.
         page: shown at ``/``.
+        chat: the model's template, if it has one.
     """
 
-    def __init__(self, service: Service, tokenizer: Tokenizer, name: str, page: Page) -> None:
-        self._service, self._tokenizer, self._name, self._page = service, tokenizer, name, page
-        self._options, self._created = service.options, int(time.time())
+    def __init__(
+        self, service: Service, tokenizer: Tokenizer, name: str, page: Page, chat: ChatTemplate | None
+    ) -> None:
+        self._service, self._tokenizer, self._name, self._page, self._chat = service, tokenizer, name, page, chat
+        self._options, self._created, self._forms = service.options, int(time.time()), TokenForms(tokenizer)
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
+        return await self._generate(request, self._read_completion, Answer)
+
+    async def chat(self, request: Request) -> Response:
+        """``POST /v1/chat/completions``."""
+        if self._chat is None:
+            message = f"the model {self._name!r} has no chat template; /v1/completions continues texts"
+            raise ApiError(400, message, code="no_chat_template")
+        return await self._generate(request, functools.partial(self._read_chat, self._chat), ChatAnswer)
+
+    async def _generate(self, request: Request, read: Callable[[bytes], _Read], form: type[Answer]) -> Response:
         self._service.check_open()
         self._service.check_room()
         deadline = asyncio.get_running_loop().time() + self._options.request_seconds
         body, arrived = await self._body(request), time.perf_counter()
         # in a thread: a long prompt takes a while to be read and turned into tokens
-        wanted, requests = await asyncio.to_thread(self._read, body)
+        wanted, requests, echoed = await asyncio.to_thread(read, body)
         job = self._service.submit(requests, wanted.stop, arrived)
         late = ApiError(504, f"the request took more than request_seconds={self._options.request_seconds:g}")
         timer = asyncio.get_running_loop().call_at(deadline, job.fail, late)
-        answer, watch = Answer(self._name, wanted, job), functools.partial(_client, job)
+        answer, watch = form(self._name, wanted, job, self._forms, echoed), functools.partial(_client, job)
 
         def close() -> None:
             timer.cancel()
@@ -121,16 +140,34 @@ class Endpoints:
             raise ApiError(413, f"the body is larger than max_request_bytes={most}")
         return bytes(body)
 
-    def _read(self, body: bytes) -> tuple[CompletionRequest, list[engine.Request]]:
+    def _read_completion(self, body: bytes) -> _Read:
         wanted = parse_completion_request(body, self._name, self._options.max_prompts)
-        prompts, stops = map(self._tokens, wanted.prompts), self._tokenizer.special.stop_ids
-        requests = [wanted.engine_request(index, tokens, stops) for index, tokens in enumerate(prompts)]
+        prompts = list(map(self._tokens, wanted.prompts))
+        echoed = None
+        if wanted.echo:
+            pairs = zip(wanted.prompts, prompts, strict=True)
+            echoed = [text if isinstance(text, str) else self._tokenizer.decode(tokens) for text, tokens in pairs]
+        return wanted, self._requests(wanted, prompts, "prompt"), echoed
+
+    def _read_chat(self, chat: ChatTemplate, body: bytes) -> _Read:
+        wanted = parse_chat_request(body, self._name, self._options.max_prompts)
+        try:
+            text = chat.render(wanted.messages, wanted.add_generation_prompt)
+            # nothing around it: the template says where BOS stands
+            tokens = tuple(self._tokenizer.encode(text, around=False)) or (self._tokenizer.special.start_id,)
+        except UserError as error:
+            raise from_user_error(error, "messages") from error
+        return wanted, self._requests(wanted, [tokens], "messages"), None
+
+    def _requests(self, wanted: Wanted, prompts: list[tuple[int, ...]], field: str) -> list[engine.Request]:
+        stops, most = self._tokenizer.special.stop_ids, self._service.shape.max_length
+        requests = wanted.engine_requests(prompts, stops, most)
         try:
             for each in requests:
                 self._service.check(each)
         except UserError as error:
-            raise from_user_error(error, "prompt") from error
-        return wanted, requests
+            raise from_user_error(error, field) from error
+        return requests
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """An empty text begins a new document, as in ``LanguageModel.stream``."""
@@ -155,12 +192,15 @@ async def _client(job: Job, receive: Receive) -> AsyncIterator[None]:
         watching.cancel()
 
 
-def make_app(service: Service, tokenizer: Tokenizer, name: str, page: Page) -> Starlette:
-    """Build the application; starts and stops the service with it."""
-    paths = Endpoints(service, tokenizer, name, page)
+def make_app(
+    service: Service, tokenizer: Tokenizer, name: str, page: Page, chat: ChatTemplate | None = None
+) -> Starlette:
+    """Build the application; starts and stops the service with it, and ends the chat template's process."""
+    paths = Endpoints(service, tokenizer, name, page, chat)
     routes = [
         Route("/", paths.page),
         Route("/v1/completions", paths.completions, methods=["POST"]),
+        Route("/v1/chat/completions", paths.chat, methods=["POST"]),
         Route("/v1/models", paths.models),
         Route("/v1/models/{name:path}", paths.models),
         Route("/health", paths.health),
@@ -172,6 +212,8 @@ def make_app(service: Service, tokenizer: Tokenizer, name: str, page: Page) -> S
         service.start()
         yield
         await service.stop()
+        if chat is not None:
+            chat.close()
 
     known = [route.path for route in routes]
     return Starlette(

@@ -119,7 +119,8 @@ class EngineThread:
             if sequence is None:
                 continue  # a stop string ended it before the engine knew
             update = batch.setdefault(sequence, Update())
-            if token.is_valid:
+            update.prompt = update.prompt or token.prompt
+            if token.is_valid and sequence.request.max_tokens:
                 update.pieces.append(_piece(sequence, token))
             update.finish = _finish(sequence, token)
             if update.finish:
@@ -132,12 +133,14 @@ class EngineThread:
 
 def _piece(sequence: PromptSequence, token: Token) -> Piece:
     text = sequence.growth.add(token.token, last=token.finished)
-    return Piece(text, token.token, token.depth, token.log_probability, token.time)
+    return Piece(text, token.token, token.depth, token.log_probability, token.time, token.alternatives)
 
 
 def _finish(sequence: PromptSequence, token: Token) -> Finish:
     if not token.is_valid:
         return "error"
+    if not sequence.request.max_tokens:
+        return "length"
     if token.token in sequence.request.stop_tokens or sequence.growth.stopped:
         return "stop"
     return "length" if token.finished else ""

@@ -10,6 +10,9 @@ from mor_jax.errors import UserError
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error", 504: "timeout_error"}
 _UNREAD = (408, 413)
 """Statuses that leave a part of the request unread."""
+_NAMES = ("max_tokens", "min_tokens", "max_depth", "temperature", "top_k", "top_p", "seed", "logprobs", "logit_bias")
+_FIELDS = {name: name for name in _NAMES} | {"stop_tokens": "stop_token_ids"}
+"""Fields by what the engine calls them."""
 CLIENT_LEFT = 499
 """Status, for the record only, of a request whose client did not wait for the answer."""
 
@@ -51,5 +54,5 @@ def invalid(field: str | None, message: str) -> ApiError:
 
 def from_user_error(error: UserError, otherwise: str) -> ApiError:
     """Turn a refusal of the engine into one of the request; the message begins with the field, or is about another."""
-    named = re.match(r"(max_tokens|max_depth|temperature|top_k|top_p|seed)=", str(error))
-    return invalid(named[1] if named else otherwise, str(error))
+    named = re.match(rf"({'|'.join(_FIELDS)})[=: ]", str(error))
+    return invalid(_FIELDS[named[1]] if named else otherwise, str(error))

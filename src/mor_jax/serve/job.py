@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mor_jax.infer.growing_text import GrowingText
-from mor_jax.infer.request import Request
+from mor_jax.infer.request import PromptScores, Ranked, Request
 from mor_jax.serve.http_errors import ApiError
 
 Finish = Literal["stop", "length", "error", ""]
@@ -27,6 +27,8 @@ class Piece:
     log_probability: float
     time: float
     """``time.perf_counter`` when the host saw it."""
+    alternatives: Ranked = ()
+    """The most likely tokens at its place, if asked for."""
 
 
 @dataclass
@@ -36,6 +38,14 @@ class Update:
     pieces: list[Piece] = field(default_factory=list)
     finish: Finish = ""
     """Why it ended; empty while it goes on. `error`: its logits are not finite, which ends the whole request."""
+    prompt: PromptScores | None = None
+    """With the first token, if asked for."""
+
+    def join(self, later: "Update") -> None:
+        """Take in what came after it."""
+        self.pieces.extend(later.pieces)
+        self.finish = later.finish
+        self.prompt = self.prompt or later.prompt
 
 
 @dataclass(eq=False)
@@ -53,6 +63,8 @@ class PromptSequence:
     """``time.perf_counter`` of its first token; 0 before."""
     count: int = 0
     """Tokens generated."""
+    passes: int = 0
+    """Sum of their depths."""
     ended: bool = False
 
 
@@ -77,9 +89,7 @@ class Job:
 
     def add(self, index: int, update: Update) -> None:
         """Keep an update until it is taken, joined with what waits."""
-        waiting = self._pending.setdefault(index, Update())
-        waiting.pieces.extend(update.pieces)
-        waiting.finish = update.finish
+        self._pending.setdefault(index, Update()).join(update)
         self._changed.set()
 
     def fail(self, error: ApiError) -> None:

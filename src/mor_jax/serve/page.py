@@ -18,13 +18,14 @@ class Page:
     headers: dict[str, str]
 
 
-def make_page(model: str, passes: int, cuts: bool = True) -> Page:
+def make_page(model: str, passes: int, cuts: bool = True, chat: bool = False) -> Page:
     """Fill the page in.
 
     Args:
         model: name of the model.
         passes: over the shared block that a token takes at most.
         cuts: whether requests may cut the vocabulary.
+        chat: whether the model has a chat template.
 
     Returns:
         The page; its headers allow the browser nothing but the page's own script and style, and this server.
@@ -34,7 +35,7 @@ def make_page(model: str, passes: int, cuts: bool = True) -> Page:
         f".d{depth} {{ background: {background}; color: {foreground}; }}"
         for depth, (background, foreground) in enumerate(depth_colours(passes))
     ]
-    settings = json.dumps({"model": model, "passes": passes, "cuts": cuts}).replace("<", "\\u003c")
+    settings = json.dumps({"model": model, "passes": passes, "cuts": cuts, "chat": chat}).replace("<", "\\u003c")
     html = html.replace("/* DEPTH COLOURS */", "\n".join(rules)).replace("{} /* SETTINGS */", settings)
     policy = [
         "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; connect-src 'self'",

@@ -110,8 +110,8 @@ class Metrics:
             self.depths.labels(str(piece.depth)).inc()
         self._tokens += len(pieces)
         self._passes += sum(piece.depth for piece in pieces)
-        self.mean_depth.set(self._passes / self._tokens)
-        if sequence.count == len(pieces):
+        self.mean_depth.set(self._passes / max(1, self._tokens))
+        if pieces and sequence.count == len(pieces):
             self.first_token.observe(sequence.begin - sequence.job.arrived)
         if update.finish:
             self.completions.labels(update.finish).inc()

@@ -15,6 +15,7 @@ from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.language_model import LanguageModel
 from mor_jax.serve.app import make_app
+from mor_jax.serve.chat_template import open_chat_template
 from mor_jax.serve.page import make_page
 from mor_jax.serve.prometheus import Metrics
 from mor_jax.serve.protocol import bounded_protocol
@@ -61,11 +62,12 @@ class Server(uvicorn.Server):
         engine = model.new_engine(engine_options)
         engine.warm_up()
         self.service = Service(engine, model.tokenizer, options, Metrics(name), self._stop)
-        page = make_page(name, kv_layout(model.config).passes, engine_options.cuts)
+        chat = open_chat_template(model.tokenizer)
+        page = make_page(name, kv_layout(model.config).passes, engine_options.cuts, chat is not None)
         self._options, self._draining = options, None
         self._loop: asyncio.AbstractEventLoop | None = None
         config = uvicorn.Config(
-            make_app(self.service, model.tokenizer, name, page),
+            make_app(self.service, model.tokenizer, name, page, chat),
             http=bounded_protocol(options.read_seconds, options.write_seconds),
             ws="none",
             loop="asyncio",

@@ -98,7 +98,7 @@ class Service:
         """Let a client's sequences in.
 
         Args:
-            requests: one per prompt, all of which ``check`` has accepted.
+            requests: one per completion, all of which ``check`` has accepted.
             stop: strings that end a completion.
             arrived: ``time.perf_counter`` when the whole request was there.
 
@@ -110,8 +110,8 @@ class Service:
         """
         self.check_open()
         if len(requests) > self._most_open:
-            message = f"prompt holds {len(requests)} prompts; at most {self._most_open} can run or wait at once"
-            raise ApiError(400, message, field="prompt")
+            message = f"{len(requests)} completions are asked for; at most {self._most_open} can run or wait at once"
+            raise ApiError(400, message)
         if self._open + len(requests) > self._most_open:
             message = (
                 f"{self._open} sequences run or wait, and the {len(requests)} of this request would exceed "
@@ -194,12 +194,15 @@ class Service:
                 self.metrics.completions.labels("error").inc()
                 sequence.job.fail(ApiError(500, NOT_FINITE, code="logits_not_finite"))
                 continue
-            sequence.begin = sequence.begin or update.pieces[0].time
+            if update.pieces:  # there are none where only the prompt was read
+                sequence.begin = sequence.begin or update.pieces[0].time
             sequence.count += len(update.pieces)
+            sequence.passes += sum(piece.depth for piece in update.pieces)
             self.metrics.count(sequence, update)
             if update.finish:
                 self._end(sequence)
-                self._mean_seconds += 0.1 * (time.perf_counter() - sequence.begin - self._mean_seconds)
+                if sequence.begin:
+                    self._mean_seconds += 0.1 * (time.perf_counter() - sequence.begin - self._mean_seconds)
             sequence.job.add(sequence.index, update)
 
     def _fail_from_thread(self, error: BaseException) -> None:
