@@ -165,6 +165,7 @@ def test_what_few_requests_ask_for_is_what_the_full_forward_pass_says(config, en
         assert len(result) >= request.min_tokens
         if request.score_prompt:
             found = result[0].prompt
+            assert found is not None
             want_T = says_TV[np.arange(size - 1), request.prompt[1:]]
             np.testing.assert_allclose(found.log_probabilities, want_T, atol=1e-4, rtol=0)
             assert len(found.alternatives) == (size - 1 if request.alternatives else 0)
@@ -184,7 +185,7 @@ def test_a_prompt_is_scored_without_a_token(engine):
     (longer,) = serve(engine, [dataclasses.replace(request, score_prompt=True)])
     assert [token.finished for token in scored] == [True] and scored[0].prompt == longer[0].prompt
     (full,) = serve(engine, [Request((1,) * LENGTH, 0, score_prompt=True)])
-    assert len(full[0].prompt.log_probabilities) == LENGTH - 1
+    assert full[0].prompt is not None and len(full[0].prompt.log_probabilities) == LENGTH - 1
     test_nothing_stays_behind(engine)
 
 
@@ -250,8 +251,8 @@ def test_only_rows_that_leave_make_the_head_draw_or_cut(config, monkeypatch):
 
 
 def _nothing(logits_EV):
-    none_EK = np.zeros((len(logits_EV), 0))
-    return Sampled(none_EK.sum(1).astype(np.int32), none_EK.sum(1), Alternatives(none_EK.astype(np.int32), none_EK))
+    none_EK = jnp.zeros((len(logits_EV), 0))
+    return Sampled(none_EK.sum(1).astype(jnp.int32), none_EK.sum(1), Alternatives(none_EK.astype(jnp.int32), none_EK))
 
 
 def test_an_engine_without_cuts_refuses_them_and_draws_the_same(config, engine):

@@ -33,7 +33,7 @@ from mor_jax.infer.engine_state import (
 from mor_jax.infer.places import Place, Places
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.request import PromptScores, Request, Token
-from mor_jax.infer.sampling import MOST_ALTERNATIVES
+from mor_jax.infer.sampling import MOST_ALTERNATIVES, Alternatives
 from mor_jax.infer.stages import dispatch
 from mor_jax.mesh.mesh import on_mesh
 
@@ -316,15 +316,13 @@ class Engine:
                 setattr(total, name, getattr(total, name) + number)
             filled = emitted.place >= 0
             fields = (emitted.place, emitted.token, emitted.depth, emitted.log_probability, emitted.finished)
-            ranked = (emitted.alternatives.token[filled], emitted.alternatives.log_probability[filled])
+            ranked = Alternatives(*(ranks[filled] for ranks in emitted.alternatives))
             # plain numbers at once: converting them one by one would take longer than the device's work
             tokens += self._tokens(numbers, now, ranked, *(field[filled].tolist() for field in fields))
         self.statistics.tokens += len(tokens)
         return tokens
 
-    def _tokens(
-        self, numbers: Sequence[int], now: float, ranked: tuple[np.ndarray, np.ndarray], *fields: list[Any]
-    ) -> Iterator[Token]:
+    def _tokens(self, numbers: Sequence[int], now: float, ranked: Alternatives, *fields: list[Any]) -> Iterator[Token]:
         """Name the requests of emitted tokens; those cancelled after the dispatch had been launched give none."""
         for nth, (index, token, depth, log_probability, finished) in enumerate(zip(*fields, strict=True)):
             place = self._places[index]
@@ -334,14 +332,14 @@ class Engine:
                 self._places.empty(index)
             made = Token(place.number, token, depth, log_probability, finished, now)
             if count := place.request.alternatives:
-                made = made._replace(alternatives=_ranked(ranked[0][nth], ranked[1][nth], count))
+                made = made._replace(alternatives=_ranked(ranked.token[nth], ranked.log_probability[nth], count))
             if place.request.score_prompt and not place.answered:
                 made = made._replace(prompt=_prompt_scores(place))
             place.answered = True
             yield made
 
 
-def _ranked(token_K: np.ndarray, log_probability_K: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+def _ranked(token_K: Any, log_probability_K: Any, count: int) -> tuple[tuple[int, float], ...]:
     """The first ones; ids that no tokenizer knows, of minus infinity, come last and are left out."""
     pairs = zip(token_K[:count].tolist(), log_probability_K[:count].tolist(), strict=True)
     return tuple((token, value) for token, value in pairs if value > -np.inf)

@@ -73,7 +73,7 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def answers(lines: Iterable[str], arm: Callable[[float], None]) -> Iterable[str]:
+def answers(lines: Iterable[str], arm: Callable[[float], object]) -> Iterable[str]:
     """Answer a line with a line.
 
     Args:
