@@ -91,7 +91,7 @@ def test_sizes_bracket_the_tokens_for_each_parameter():
 def test_stages_choose_by_what_was_found():
     ablation = ABLATION.Ablation("debug")
     sizes = ablation.sizes({})
-    assert sizes[0].name == "vanilla-d24-lr0.003-base-s0" and len({run.name for run in sizes}) == len(sizes) == 14
+    assert sizes[0].name == "vanilla-d24-lr0.003-base-s0" and len({run.name for run in sizes}) == len(sizes) == 16
     found = {run.name: {"state": "done", "nll": 5.0} for run in sizes}
     found["vanilla-d24-lr0.003-base-s0"]["nll"] = 4.9
     found["mor-d32-lr0.003-base-s0"]["nll"] = 4.9

@@ -1,7 +1,7 @@
 """Which modern parts pay? The runs in stages, each chosen by the results before it, the most telling first.
 
-1. sizes: three widths of each family, and at the middle one half and twice the learning rate for Muon, the first and
-   twice it for AdamW;
+1. sizes: three widths of each family, and at the middle one half and twice the learning rate, for Muon and for
+   AdamW;
 2. screen: every part with seed 0, at its family's best width and rate, and the base with seeds 0, 1, 2;
 3. confirm: seeds 1 and 2 of the parts that seed 0 does not speak against;
 4. repeat: three fresh seeds of the parts that would be kept, and of their base.
@@ -100,7 +100,8 @@ class Ablation:
         scale = scale_of(self.scale)
         adamw = _BY_NAME["adamw"]
         tried = [(BASE, which, 1.0) for which in (1, 0, 2)]
-        tried += [(part, 1, factor) for part, factor in ((BASE, 2.0), (adamw, 1.0), (BASE, 0.5), (adamw, 2.0))]
+        rates = ((BASE, 2.0), (adamw, 1.0), (BASE, 0.5), (adamw, 2.0), (adamw, 0.5))
+        tried += [(part, 1, factor) for part, factor in rates]
         return [
             self.run(family, part, 0, scale.widths[family][which], factor * scale.rate)
             for part, which, factor in tried
@@ -129,7 +130,7 @@ class Ablation:
         """Return fresh seeds of the parts that the first ones keep, and of their base."""
         kept = [(part, family) for part, family in self.tested() if pays(self.effect(results, part, family, FIRST))]
         families = [family for family in FAMILIES if any(family == of for _, of in kept)]
-        pairs: list[tuple[Part, Family]] = [*((BASE, family) for family in families), *kept]
+        pairs = [(BASE, family) for family in families] + kept
         return [self.at_best(results, family, part, seed) for part, family in pairs for seed in FRESH]
 
     def tested(self) -> Iterator[tuple[Part, Family]]:
@@ -153,7 +154,7 @@ class Ablation:
         widths = {width: self.run(family, BASE, 0, width, scale.rate) for width in scale.widths[family]}
         rates = {
             factor * scale.rate: self.run(family, optimizer, 0, middle, factor * scale.rate)
-            for factor in ((1.0, 2.0) if part.name == "adamw" else (1.0, 0.5, 2.0))
+            for factor in (1.0, 0.5, 2.0)
         }
         return self.run(family, part, seed, _best(results, widths, middle), _best(results, rates, scale.rate))
 

@@ -42,7 +42,7 @@ class Scale:
     widths: Mapping[Family, tuple[int, int, int]]
     """Sizes, so that the best lies inside: about 5 to 60 tokens for each unique parameter without embedding."""
     rate: float
-    """Peak learning rate that is tried first; twice it, and for Muon half, are tried at the middle width."""
+    """Peak learning rate that is tried first; half and twice it are tried at the middle width."""
 
 
 SCALES = {

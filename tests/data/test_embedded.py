@@ -27,6 +27,7 @@ def test_no_module_is_on_both_sides(tmp_path):
     documents = list(EmbeddedSource().documents())
     deal(
         lambda: documents,
+        None,
         tmp_path / "buckets",
         seed=0,
         validation_share=0.12,

@@ -224,6 +224,6 @@ def test_the_held_out_split_may_be_given(text, tmp_path, write_jsonl, caplog):
         prepare([text], made, **settings)
     with pytest.raises(UserError, match=r"validation_share=0.2 and validation=\['v'\] both say what is held out"):
         prepare([text], tmp_path / "both", validation=["v"], **SETTINGS)
-    with pytest.raises(UserError, match="no document that is not held out, too"):
+    with pytest.raises(UserError, match="validation has every document of the inputs"):
         prepare([text], tmp_path / "all", validation=[text], **settings)
     assert not list(tmp_path.glob("all*"))

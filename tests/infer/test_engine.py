@@ -252,7 +252,7 @@ def test_only_rows_that_leave_make_the_head_draw_or_cut(config, monkeypatch):
 
 def _nothing(logits_EV):
     none_EK = jnp.zeros((len(logits_EV), 0))
-    return Sampled(jnp.int32(none_EK.sum(1)), none_EK.sum(1), Alternatives(jnp.int32(none_EK), none_EK))
+    return Sampled(none_EK.sum(1).astype(jnp.int32), none_EK.sum(1), Alternatives(none_EK.astype(jnp.int32), none_EK))
 
 
 def test_an_engine_without_cuts_refuses_them_and_draws_the_same(config, engine):

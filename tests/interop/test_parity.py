@@ -1,7 +1,7 @@
 """The model against what the official release computed: logits, losses, gradients, hidden states and routing."""
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import golden_files
 import jax
@@ -67,7 +67,7 @@ def test_a_masked_document_is_the_document_alone(name):
     mode = "threshold" if config.routing.kind == "expert" else "topk"
     halves = tokens_BT.reshape(-1, 12)
     alone = jax.jit(lambda params: forward(config, params, halves, mode=mode).logits)(params)
-    given = packed(tokens_BT, (12, 12))
+    given: Any = packed(tokens_BT, (12, 12))
     for positions in get_args(RotaryPositions):
         masked = dataclasses.replace(config, attend_across_documents=False, rotary_positions=positions)
         logits = jax.jit(lambda params, model=masked: forward(model, params, tokens_BT, mode=mode, **given).logits)

@@ -1,6 +1,7 @@
 """What attention sees of packed rows: positions against a literal table, and what follows from each choice."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +31,7 @@ def _with(config: ModelConfig, positions: str) -> ModelConfig:
     return dataclasses.replace(config, rotary_positions=positions)
 
 
-def _logits(config: ModelConfig, **given: np.ndarray) -> np.ndarray:
+def _logits(config: ModelConfig, **given: Any) -> np.ndarray:
     params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
     tokens_BT = PACKED["tokens"][:, :-1]
     return np.asarray(jax.jit(lambda params: forward(config, params, tokens_BT, **given).logits)(params))

@@ -32,6 +32,7 @@ from mor_jax.infer.engine_state import (
 from mor_jax.infer.places import Places
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.request import Request, Token
+from mor_jax.infer.sampling import Alternatives
 from mor_jax.infer.stages import dispatch
 from mor_jax.infer.told import check_extras, prompt_scores, ranked_tokens
 from mor_jax.mesh.mesh import on_mesh
@@ -297,15 +298,13 @@ class Engine:
                 setattr(total, name, getattr(total, name) + number)
             filled = emitted.place >= 0
             fields = (emitted.place, emitted.token, emitted.depth, emitted.log_probability, emitted.finished)
-            ranked = (emitted.alternatives.token[filled], emitted.alternatives.log_probability[filled])
+            ranked = Alternatives(*(ranks[filled] for ranks in emitted.alternatives))
             # plain numbers at once: converting them one by one would take longer than the device's work
             tokens += self._tokens(numbers, now, ranked, *(field[filled].tolist() for field in fields))
         self.statistics.tokens += len(tokens)
         return tokens
 
-    def _tokens(
-        self, numbers: Sequence[int], now: float, ranked: tuple[Any, Any], *fields: list[Any]
-    ) -> Iterator[Token]:
+    def _tokens(self, numbers: Sequence[int], now: float, ranked: Alternatives, *fields: list[Any]) -> Iterator[Token]:
         """Name the requests of emitted tokens; those cancelled after the dispatch had been launched give none."""
         for nth, (index, token, depth, log_probability, finished) in enumerate(zip(*fields, strict=True)):
             place = self._places[index]
@@ -315,7 +314,7 @@ class Engine:
                 self._places.empty(index)
             made = Token(place.number, token, depth, log_probability, finished, now)
             if count := place.request.alternatives:
-                made = made._replace(alternatives=ranked_tokens(ranked[0][nth], ranked[1][nth], count))
+                made = made._replace(alternatives=ranked_tokens(ranked.token[nth], ranked.log_probability[nth], count))
             if place.request.score_prompt and not place.answered:
                 made = made._replace(prompt=prompt_scores(place))
             place.answered = True

@@ -95,7 +95,7 @@ def prefill(
 
 
 def _score(model: DecodeModel, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Score targets, some of a row at a time: logits of a whole chunk would take gigabytes, and rows may have none."""
+    """Score targets, some of one row at a time: logits of a whole chunk take gigabytes, and rows may have none."""
     rows, length, width = x_BTD.shape
     columns = next(n for n in range(min(_SCORED, length), 0, -1) if length % n == 0)
 

@@ -3,6 +3,8 @@
 Letters: K most likely tokens, T tokens of a prompt, F packed fields.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -39,7 +41,7 @@ def check_extras(request: Request, vocabulary: int, cuts: bool) -> None:
     require(not refused, f"{', '.join(refused)} needs an engine with cuts=True")
 
 
-def ranked_tokens(token_K: np.ndarray, log_probability_K: np.ndarray, count: int) -> Ranked:
+def ranked_tokens(token_K: Any, log_probability_K: Any, count: int) -> Ranked:
     """The first ones; ids that no tokenizer knows, of minus infinity, come last and are left out."""
     pairs = zip(token_K[:count].tolist(), log_probability_K[:count].tolist(), strict=True)
     return tuple((token, value) for token, value in pairs if value > -np.inf)

@@ -115,6 +115,8 @@ def export(config: ModelConfig, params: Params) -> tuple[dict[str, Any], dict[st
         _log.warning("the release has no place for the running boundaries of expert-choice: they are left out")
         params, bias_R, _ = split_router_state(params)
         params = params if bias_R is None else {**params, ROUTER_STATE: {"bias": bias_R}}
+    if config.routing.gate_warmup_steps:
+        _log.warning("the release has no warm-up of the gate: routing.gate_warmup_steps is left out")
     flat = {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     _check_leaves(_leaves(config), flat)
     return description, {tensor.name: value for tensor, value in take_apart(params, _all_tensors(config))}

@@ -1,5 +1,6 @@
 """The first weights of a run from another model: uptraining (paper section 4.2, table 12)."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from mor_jax.interop.sources import open_model
 from mor_jax.model.parameters import split_router_state
 from mor_jax.model.sharing import share_layers
 from mor_jax.runs.state import InitialWeights
+
+_log = logging.getLogger(__name__)
 
 
 def initial_weights(config: Config) -> InitialWeights | None:
@@ -71,3 +74,6 @@ def _check_constants(model: ModelConfig, config: Config) -> None:
         if getattr(model.parts, name) != getattr(config.model.parts, name)
     ]
     require(not differing, f"init.from={config.init.source!r} was trained with other constants: {', '.join(differing)}")
+    restarted = model.attend_across_documents and model.rotary_positions == "document"
+    if restarted and config.model.rotary_positions == "row":
+        _log.info("init.from=%r was trained with positions that restart; this run's do not", config.init.source)

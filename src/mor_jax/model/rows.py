@@ -43,11 +43,11 @@ class Rows:
         """All tokens, as attention sees them; the one place that chooses rotary positions."""
         rows_BT = jnp.broadcast_to(jnp.arange(self.tokens_BT.shape[1], dtype=jnp.int32)[None], self.tokens_BT.shape)
         rows_BT = constrain(rows_BT, "batch", None)
-        restarts = config.rotary_positions == "document" and self.positions_BT is not None
+        restarted_BT = self.positions_BT if config.rotary_positions == "document" else None
         mask_BT = self.attention_mask_BT
         return TokenView(
             rows_BC=rows_BT,
-            positions_BC=self.positions_BT if restarts else rows_BT,
+            positions_BC=rows_BT if restarted_BT is None else restarted_BT,
             segments_BC=None if config.attend_across_documents else self.segment_ids_BT,
             valid_BC=None if mask_BT is None else mask_BT.astype(bool),
         )
