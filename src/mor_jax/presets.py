@@ -13,6 +13,7 @@ from typing import Any
 from mor_jax.config import (
     Config,
     DataConfig,
+    GrowthStage,
     ModelConfig,
     OptimizerConfig,
     PerfConfig,
@@ -161,16 +162,16 @@ def _reproduces(name: str, row: _Row) -> str:
 _DEMO_MODEL = ModelConfig(
     vocab_size=2048,
     num_layers=8,
-    d_model=192,
-    num_heads=6,
+    d_model=128,
+    num_heads=4,
     num_kv_heads=2,
     head_dim=32,
-    d_ff=512,
+    d_ff=352,
     context_length=256,
     attend_across_documents=False,
     dtype="float32",
     recursion=RecursionConfig(num_recursions=3, sharing="middle_cycle"),
-    routing=_EXPERT,
+    routing=RoutingConfig(kind="expert", residual="plain", alpha=2.0),
 )
 _DEBUG_MODEL = ModelConfig(
     vocab_size=512,
@@ -191,9 +192,16 @@ _SMALL: Mapping[str, Preset] = {
         Config(
             preset="demo",
             model=_DEMO_MODEL,
-            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
+            optimizer=OptimizerConfig(kind="muon", learning_rate=6e-3, warmup_steps=20, decay_share=0.4),
             train=TrainConfig(
-                steps=500, batch_size=8, log_every=10, eval_every=100, eval_rows=64, save_every=100, keep=2
+                steps=1000,
+                growth=(GrowthStage(share=0.5, num_recursions=1),),
+                batch_size=8,
+                log_every=10,
+                eval_every=200,
+                eval_rows=64,
+                save_every=200,
+                keep=2,
             ),
             perf=PerfConfig(loss_chunk=128),
         ),
