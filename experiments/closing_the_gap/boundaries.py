@@ -2,7 +2,7 @@
 
 Each run is stopped halfway and continued, so what is measured at its end has gone through a checkpoint.
 
-python experiments/closing_the_gap/boundaries.py --scale debug --steps 400 --results experiments/closing_the_gap/results/boundaries-debug.json
+    python experiments/closing_the_gap/boundaries.py --scale debug --steps 400 --results FILE.json
 """
 
 import argparse
