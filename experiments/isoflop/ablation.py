@@ -129,8 +129,8 @@ class Ablation:
     def repeat(self, results: Mapping[str, Result]) -> list[SweepRun]:
         """Return fresh seeds of the parts that the first ones keep, and of their base."""
         kept = [(part, family) for part, family in self.tested() if pays(self.effect(results, part, family, FIRST))]
-        families = [family for family in FAMILIES if any(family == of for _, of in kept)]
-        pairs: list[tuple[Part, Family]] = [(BASE, family) for family in families] + kept
+        families: list[Family] = [family for family in FAMILIES if any(family == of for _, of in kept)]
+        pairs: list[tuple[Part, Family]] = [*((BASE, family) for family in families), *kept]
         return [self.at_best(results, family, part, seed) for part, family in pairs for seed in FRESH]
 
     def tested(self) -> Iterator[tuple[Part, Family]]:
