@@ -23,6 +23,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_both_optimisers_are_timed_in_turn(script, tmp_path, monkeypatch, capsys):
     target = tmp_path / "x.json"
     sizes = ("--rows", "2", "--steps", "2", "--warmup", "0", "--rounds", "2")

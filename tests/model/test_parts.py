@@ -55,6 +55,7 @@ def test_every_execution_is_the_plain_loop(name):
         assert_computes_the_same(by_model(config, params, execution, packed), plain)
 
 
+@pytest.mark.slow
 def test_gather_is_scan():
     params = random_params(MOR)
     assert_close(*(by_model(MOR, params, execution, True) for execution in ("gather", "scan")))
