@@ -83,7 +83,14 @@ def test_two_interruptions_change_nothing(straight, tmp_path):
     assert batches[0] >= batches[1] and len(batches[0]) <= len(batches[1]) + ahead
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+@pytest.fixture(params=[signal.SIGUSR1, signal.SIGHUP])
+def number(request):
+    """A signal that is not ignored from the start, as SIGHUP is where the tests run under `nohup`."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_what_slurm_and_a_closed_terminal_send_saves(tmp_path, capsys, number):
     """Twice, as a closed terminal does."""
     config = tiny_config(tmp_path, save_every=0, pictures=False)
