@@ -194,7 +194,7 @@ _SMALL: Mapping[str, Preset] = {
             model=_DEMO_MODEL,
             optimizer=OptimizerConfig(kind="muon", learning_rate=6e-3, warmup_steps=20, decay_share=0.4),
             train=TrainConfig(
-                steps=1000,
+                steps=800,
                 growth=(GrowthStage(share=0.5, num_recursions=1),),
                 batch_size=8,
                 log_every=10,
