@@ -43,7 +43,7 @@ def run_config(folder: Path, *, keep: int) -> Config:
     model = dataclasses.replace(config.model, vocab_size=257, context_length=64)
     data = dataclasses.replace(config.data, tokenizer="bytes", cache=str(folder.parent / "data"))
     changes = {"steps": STEPS, "log_every": 1, "eval_every": 30, "eval_rows": 8, "save_every": SAVE_EVERY, "keep": keep}
-    settings = dataclasses.replace(config.train, runs=str(folder), name="run", tensorboard=False, **changes)
+    settings = dataclasses.replace(config.train, runs=str(folder), name="run", trackers=(), **changes)
     return dataclasses.replace(config, model=model, data=data, train=settings)
 
 

@@ -29,12 +29,12 @@ from mor_jax.infer.engine_state import (
     make_state,
     put_bias,
 )
+from mor_jax.infer.logprobs import check_extras, prompt_scores, ranked_tokens
 from mor_jax.infer.places import Places
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.request import Request, Token
 from mor_jax.infer.sampling import Alternatives
 from mor_jax.infer.stages import dispatch
-from mor_jax.infer.told import check_extras, prompt_scores, ranked_tokens
 from mor_jax.mesh.mesh import on_mesh
 
 

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from mor_jax.serve.http_errors import ApiError
 from mor_jax.serve.job import Job, Update
-from mor_jax.serve.request_fields import Wanted
+from mor_jax.serve.request_fields import RequestFields
 from mor_jax.serve.token_forms import TokenForms, show_token
 
 DONE = b"data: [DONE]\n\n"
@@ -31,7 +31,7 @@ class Answer:
     prefix, kind = "cmpl", "text_completion"
 
     def __init__(
-        self, model: str, wanted: Wanted, job: Job, forms: TokenForms, echoed: Sequence[str] | None = None
+        self, model: str, wanted: RequestFields, job: Job, forms: TokenForms, echoed: Sequence[str] | None = None
     ) -> None:
         self._wanted, self._job, self._forms, self._echoed = wanted, job, forms, echoed
         self._length: dict[int, int] = {}

@@ -27,11 +27,11 @@ from mor_jax.serve.http_errors import CLIENT_LEFT, ApiError, from_user_error
 from mor_jax.serve.job import Job
 from mor_jax.serve.middleware import CountRequests, KnownHosts
 from mor_jax.serve.page import Page
-from mor_jax.serve.request_fields import Wanted
+from mor_jax.serve.request_fields import RequestFields
 from mor_jax.serve.service import Service
 from mor_jax.serve.token_forms import TokenForms
 
-_Read = tuple[Wanted, list[engine.Request], list[str] | None]
+_Read = tuple[RequestFields, list[engine.Request], list[str] | None]
 """A request: what is wanted, its sequences, and the texts to repeat."""
 _DISCARDED = 16
 """A body that is too large is read on, up to so many times the limit, since a client that writes does not read."""
@@ -159,7 +159,7 @@ class Endpoints:
             raise from_user_error(error, "messages") from error
         return wanted, self._requests(wanted, [tokens], "messages"), None
 
-    def _requests(self, wanted: Wanted, prompts: list[tuple[int, ...]], field: str) -> list[engine.Request]:
+    def _requests(self, wanted: RequestFields, prompts: list[tuple[int, ...]], field: str) -> list[engine.Request]:
         stops, most = self._tokenizer.special.stop_ids, self._service.shape.max_length
         requests = wanted.engine_requests(prompts, stops, most)
         try:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mor_jax.serve.http_errors import invalid
-from mor_jax.serve.request_fields import ONLY, SERVED, Wanted, common_fields, flag, integer, read_body, show
+from mor_jax.serve.request_fields import ONLY, SERVED, RequestFields, common_fields, flag, integer, read_body, show
 
 ROLES = ("system", "developer", "user", "assistant")
 MOST_MESSAGES = 4096
@@ -37,7 +37,7 @@ _NEUTRAL = ("refusal", "audio", "annotations", "function_call", "tool_calls", "r
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatRequest(Wanted):
+class ChatRequest(RequestFields):
     """What a client wants."""
 
     messages: tuple[dict[str, str], ...]

@@ -4,7 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from mor_jax.serve.http_errors import invalid
-from mor_jax.serve.request_fields import ONLY, SERVED, Wanted, common_fields, flag, integer, read_body, show, text
+from mor_jax.serve.request_fields import (
+    ONLY,
+    SERVED,
+    RequestFields,
+    common_fields,
+    flag,
+    integer,
+    read_body,
+    show,
+    text,
+)
 
 Prompt = str | tuple[int, ...]
 _SERVED = (*SERVED, "prompt", "echo", "best_of")
@@ -12,7 +22,7 @@ _ONLY = {**ONLY, "suffix": (None, "text is only continued")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompletionRequest(Wanted):
+class CompletionRequest(RequestFields):
     """What a client wants."""
 
     prompts: tuple[Prompt, ...]

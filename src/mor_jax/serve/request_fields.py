@@ -46,7 +46,7 @@ _STOPS, _STOP_LENGTH, _SHOWN = 4, 256, 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class RequestFields:
     """What a client wants of every prompt."""
 
     max_tokens: int | None = 16
@@ -123,7 +123,7 @@ def read_body(body: bytes, model: str, served: Sequence[str], only: Mapping[str,
 
 
 def common_fields(values: dict[str, Any], max_completions: int, prompts: int = 1) -> dict[str, Any]:
-    """Read the fields of ``Wanted`` that both forms spell alike, all but ``max_tokens``, ``alternatives``, ``echo``.
+    """Read what both forms spell alike: all of ``RequestFields`` but ``max_tokens``, ``alternatives`` and ``echo``.
 
     Args:
         values: of ``read_body``.
