@@ -9,7 +9,7 @@ from typing import Literal
 
 import grain
 import numpy as np
-from tasks import END, ID, WORDS, Task, make_rows, task_of
+from tasks import END, ID, UNKNOWN, WORDS, Task, make_rows, task_of
 
 from mor_jax.config import DataConfig
 from mor_jax.data.pipeline import Dataset
@@ -31,7 +31,7 @@ def context_of(task: Task) -> int:
 
 
 def tokenizer() -> Tokenizer:
-    """Return the tokenizer of the tasks' vocabulary: words between blanks, and no other words."""
+    """Return the tokenizer of the tasks' vocabulary: words between blanks."""
     definition = {
         "version": "1.0",
         "added_tokens": [
@@ -39,7 +39,7 @@ def tokenizer() -> Tokenizer:
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         ],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": ID, "unk_token": "<unk>"},
+        "model": {"type": "WordLevel", "vocab": ID, "unk_token": UNKNOWN},
     }
     return Tokenizer(json.dumps(definition))
 

@@ -15,12 +15,12 @@ import numpy as np
 Kind = Literal["pointer", "s3", "s5", "addition"]
 KINDS: tuple[Kind, ...] = ("pointer", "s3", "s5", "addition")
 MOST_HOPS = 8
-END, ASK, IS, PLUS = "<|endoftext|>", "?", "=", "+"
+END, UNKNOWN, ASK, IS, PLUS = "<|endoftext|>", "<unk>", "?", "=", "+"
 DIGITS = tuple("0123456789")
 HOPS = tuple(f"h{count}" for count in range(1, MOST_HOPS + 1))
 NODES = tuple(f"n{node}" for node in range(2 * MOST_HOPS))
 ELEMENTS = tuple(f"e{element}" for element in range(120))
-WORDS = (END, ASK, IS, PLUS, *DIGITS, *HOPS, *NODES, *ELEMENTS)
+WORDS = (END, UNKNOWN, ASK, IS, PLUS, *DIGITS, *HOPS, *NODES, *ELEMENTS)
 """The vocabulary; a token's id is its place."""
 ID = {word: token for token, word in enumerate(WORDS)}
 _DIGIT, _HOP, _NODE, _ELEMENT = ID[DIGITS[0]], ID[HOPS[0]] - 1, ID[NODES[0]], ID[ELEMENTS[0]]
