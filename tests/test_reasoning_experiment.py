@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
 
 from mor_jax.config import DataConfig
 from mor_jax.errors import UserError
-from mor_jax.interop.sources import open_run
+from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.flops import count_parameters, run_flops, train_flops_per_token
-from mor_jax.sweep.execute import SweepOptions, run_sweep
-from mor_jax.sweep.recipes import seeded
+from mor_jax.model.parameters import Weights
+from mor_jax.runs.state import init_train_state
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "reasoning"
 
@@ -195,28 +196,20 @@ def test_correlation_is_that_of_scipy_and_its_interval_holds_it():
     assert ANSWERS.rank_correlation(np.ones(600), answers) is None
 
 
-def test_a_debug_run_is_measured(tmp_path):
-    """Trained with drawn passes, stopped by nothing, and measured beyond them; the routed one by its passes."""
+def test_passes_beyond_training_are_the_unrolled_model():
+    """Without a router: two passes of an untrained model are its own answers, and four those of a model made so."""
     scale = FAMILIES.scale_of("debug")
-    run_module = _module("run")
-    runs = [run for family in ("drawn", "expert") for run in
-            seeded(family, FAMILIES.configured(scale, "pointer-2", family, 2))]  # fmt: skip
-    rows = run_sweep(
-        runs,
-        SweepOptions(tmp_path),
-        train=run_module.train_on_questions,
-        measure=lambda folder: ANSWERS.measure(open_run(folder), 16),
-    )
-    drawn, expert = rows
-    assert [row["state"] for row in rows] == ["done", "done"]
-    assert drawn["by_passes"].keys() == {"1", "2", "3", "4"} and expert["by_passes"].keys() == {"1", "2"}
-    assert drawn["by_passes"]["2"] == drawn["accuracy"] and expert["by_passes"]["2"] == expert["accuracy"]
-    assert {d: count for d, (_, count) in expert["passes"].items()} == {
-        d: n for d, (_, n) in expert["accuracy"].items()
-    }
-    assert sum(expert["easy_and_hard"]["rows"].values()) == pytest.approx(1)
-    steps = [json.loads(line) for line in (tmp_path / "drawn-s0" / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["target_tokens"] == 2 * scale.batch_size for line in steps)
+    config = FAMILIES.configured(scale, "pointer-2", "recursive", 2)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    weights = Weights(config.model, init_train_state(config, mesh).params)
+    batches = ANSWERS.held_out_batches(config, "validation", 8)
+    longer = ANSWERS.with_passes(weights, 4)
+    made = FAMILIES.configured(scale, "pointer-2", "recursive", 4).model
+    assert (longer.config.num_layers, longer.config.unrolled_depth) == (made.num_layers, made.unrolled_depth) == (6, 6)
+    same, own = (ANSWERS.answers_of(w, config.perf, batches) for w in (ANSWERS.with_passes(weights, 2), weights))
+    np.testing.assert_array_equal(same.correct_X, own.correct_X)
+    assert own.passes_X is None and len(own.row_X) == 16 and set(own.difficulty_X) == {1, 2}
+    np.testing.assert_array_equal(own.row_X, np.repeat(np.arange(8), 2))
 
 
 @pytest.mark.slow
@@ -232,6 +225,10 @@ def test_the_comparison_runs_and_is_shown(tmp_path):
     finished = [row["name"] for row in values["results"] if row["state"] == "done"]
     assert len(finished) >= 7 and finished[0] == "pointer-2-shallow-s0"
     by_name = {row["name"]: row for row in values["results"]}
+    drawn, expert = by_name["pointer-2-drawn-r2-s0"], by_name["pointer-2-expert-r2-s0"]
+    assert drawn["by_passes"].keys() == {"1", "2", "3", "4"} and expert["by_passes"].keys() == {"1", "2"}
+    assert drawn["by_passes"]["2"] == drawn["accuracy"] and expert["by_passes"]["2"] == expert["accuracy"]
+    assert sum(expert["easy_and_hard"]["rows"].values()) == pytest.approx(1)
     table = TABLES.tables("debug", by_name)
     assert "| harder answers take more passes (expert) | pointer-2 |" in table and "open: " in table
     figure = FIGURES.draw(by_name, "pointer-2", 2)

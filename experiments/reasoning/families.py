@@ -13,6 +13,8 @@ from rows import PREFIX, context_of
 from tasks import task_of
 
 from mor_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PerfConfig, TrainConfig
+from mor_jax.config.model import Dtype
+from mor_jax.config.training import OptimizerKind
 from mor_jax.errors import UserError, suggest
 from mor_jax.sweep.recipes import at_flops_of, quiet
 from mor_jax.sweep.runs import with_overrides
@@ -46,7 +48,8 @@ class Scale:
     head_dim: int
     measured_rows: int
     """Held-out rows of every measurement."""
-    dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
+    optimizer: OptimizerKind = "muon"
 
 
 SCALES = {
@@ -61,15 +64,16 @@ SCALES = {
         measured_rows=2048,
     ),
     "notebook": Scale(
-        {"pointer-4": 64},
+        {"s3-3": 48},
         block=1,
         recursions=(3,),
-        steps=1500,
+        steps=500,
         batch_size=64,
         rate=4e-3,
         head_dim=16,
         measured_rows=512,
         dtype="float32",
+        optimizer="adamw",
     ),
     "debug": Scale(
         {"pointer-2": 16, "s3-4": 16},
@@ -136,13 +140,15 @@ def _vanilla(scale: Scale, task: str, layers: int) -> Config:
         context_length=context_of(task_of(task)),
         init_std=0.02 if width > 64 else 0.04,
         attend_across_documents=False,
-        dtype="float32" if scale.dtype == "float32" else "bfloat16",
+        dtype=scale.dtype,
     )
     return Config(
         preset="reasoning",
         model=model,
         data=DataConfig(source=PREFIX + task),
-        optimizer=OptimizerConfig(kind="muon", learning_rate=scale.rate, warmup_steps=max(1, scale.steps // 25)),
+        optimizer=OptimizerConfig(
+            kind=scale.optimizer, learning_rate=scale.rate, warmup_steps=max(1, scale.steps // 25)
+        ),
         train=quiet(
             TrainConfig(
                 steps=scale.steps,
