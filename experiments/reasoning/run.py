@@ -42,7 +42,7 @@ class Arguments(DriverOptions):
     processes: int = 3
     earlier: Path | None = None
     """Results of another machine: what is done there is taken over."""
-    run_seconds: float = 90.0
+    run_seconds: float = 120.0
     """What a run may take: none is started that could not finish."""
 
 
