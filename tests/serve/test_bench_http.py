@@ -2,9 +2,10 @@
 
 import json
 
-import pytest
 from live_server import MODEL, NAME, running, tiny_model
 
+from mor_jax.bench.http_prompts import draw
+from mor_jax.bench.http_settings import HttpSettings
 from mor_jax.cli import main
 
 
@@ -19,6 +20,10 @@ def test_its_counts_are_the_servers(tmp_path, capsys, monkeypatch):
         assert main(command) == 0
         generated, read = (server.metric(f"mor_{name}_tokens_total") for name in ("generated", "prompt"))
         answered = server.metric("mor_accepted_completions_total")
+        shallow = server.metric('mor_tokens_by_depth_total{depth="1"}')
+        small = ["--requests", "2", "--warmup", "1", "--prompt-length", "2", "--output-length", "4"]
+        assert main(["bench", "http", url, *small, "--extra-body", '{"max_depth": 1}']) == 0
+        assert server.metric('mor_tokens_by_depth_total{depth="1"}') == shallow + 3 * 4
         assert main(["bench", "http", url, "--model", "tinny"]) == 2
         assert main(["bench", "http", url, "--prompt-length", "300"]) == 2
     printed, wrong = capsys.readouterr()
@@ -42,19 +47,6 @@ def test_its_counts_are_the_servers(tmp_path, capsys, monkeypatch):
 
 
 def _warm_up_tokens(record):
-    from mor_jax.bench.http_prompts import draw
-    from mor_jax.bench.http_settings import HttpSettings
-
     names = ("requests", "warmup", "prompt_length", "output_length")
     settings = HttpSettings(**{name: record["settings"][name] for name in names})
     return sum(draft.max_tokens for draft in draw(settings, -1))
-
-
-@pytest.mark.parametrize("fields", ['{"max_depth": 1}'])
-def test_further_fields_reach_the_engine(fields, capsys):
-    with running(tiny_model()) as server:
-        url = f"http://127.0.0.1:{server.port}"
-        small = ["--requests", "2", "--warmup", "1", "--prompt-length", "2", "--output-length", "4"]
-        assert main(["bench", "http", url, *small, "--extra-body", fields]) == 0
-        assert server.metric('mor_tokens_by_depth_total{depth="1"}') == 3 * 4
-    assert "2 of 2 requests" in capsys.readouterr().out
