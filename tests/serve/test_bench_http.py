@@ -40,7 +40,7 @@ def test_its_counts_are_the_servers(tmp_path, capsys, monkeypatch):
         assert 0 < first["p50"] <= first["p90"] <= first["p99"] <= whole["p99"] and first["mean"] <= whole["mean"]
     assert record["model"] == NAME and record["server"]["models"][0]["max_length"] == MODEL.context_length
     assert record["command"].startswith("mor bench http") and "--label 'a tiny model'" in record["command"]
-    assert record["token_counts"] == "usage" and record["versions"].keys() == {"mor_jax", "python"}
+    assert record["token_counts"] == "usage" and record["versions"].keys() == {"mor-jax", "python"}
     assert printed.count("8 of 8 requests") == 3
     refused = [line for line in wrong.splitlines() if line.startswith("mor bench")]
     assert len(refused) == 2 and "did you mean 'tiny'" in refused[0] and "exceed max_length=96" in refused[1]

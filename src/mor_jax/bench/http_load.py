@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 from mor_jax.bench.http_client import NO_ANSWER, HttpClient, Reply
@@ -22,6 +21,7 @@ from mor_jax.bench.http_report import summarize_replies
 from mor_jax.bench.http_settings import HttpSettings
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, reason, require, shown, suggest
+from mor_jax.versions import installed_versions
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def bench_http(
             "server": server,
             "settings": asdict(settings) | {"tokenizer": settings.tokenizer and str(settings.tokenizer)},
             "token_counts": "usage" if tells_usage else "tokenizer",
-            "versions": {"mor_jax": version("mor-jax"), "python": platform.python_version()},
+            "versions": {"python": platform.python_version(), **installed_versions(("mor-jax",))},
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},  # the client's
             "measurements": [],
         }
