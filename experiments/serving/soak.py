@@ -19,12 +19,13 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 from soak_client import CHATS, Client, Limits, send_many
+
+from mor_jax.versions import installed_versions
 
 AT_ONCE, PLACES_BEYOND, REQUEST_BYTES = 32, 32, 32_768
 RUNNING_AT_THE_END = 6
@@ -202,7 +203,7 @@ def main() -> int:
     arguments = parser.parse_args()
     record = {
         "command": sys.argv,
-        "versions": {"mor_jax": version("mor-jax"), "jax": jax.__version__, "python": sys.version.split()[0]},
+        "versions": {**installed_versions(("mor-jax", "jax")), "python": sys.version.split()[0]},
         "device": jax.local_devices()[0].device_kind,
         **measure(arguments.run, arguments.requests, arguments.seed),
     }

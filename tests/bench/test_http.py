@@ -5,9 +5,10 @@ import math
 import time
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
-from openai_server import GAP, NAME, word_server
+from openai_server import GAP, NAME, WordServer, word_server
 
 from mor_jax.bench.http_client import HttpClient, Reply
 from mor_jax.bench.http_load import bench_http, put_load
@@ -206,12 +207,13 @@ def test_bad_input_gets_one_line(arguments, message, capsys):
     assert message in line
 
 
-class _Interrupted(list):
+class _Interrupted(list[float]):
     """Times of which the fourth is never reached: Ctrl-C comes while three requests run."""
 
-    server = None
+    def __init__(self, server: WordServer) -> None:
+        self.server = server
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if index < 3:
             return 0.0
         while self.server.running < 3:
@@ -224,8 +226,7 @@ def test_ctrl_c_waits_for_nobody():
         client = HttpClient(server.url, "", 60)
         body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 2}).encode()
         assert client.complete(body, 2).error == ""
-        due, begin = _Interrupted(), time.monotonic()
-        due.server = server
+        due, begin = _Interrupted(server), time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             put_load(client, [(body, 2)] * 9, due=due, at_once=1, seconds=None)
         assert time.monotonic() - begin < 20  # the server would take 60 s

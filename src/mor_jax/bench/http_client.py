@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -85,7 +85,7 @@ class HttpClient:
         self._open: dict[http.client.HTTPConnection, socket.socket] = {}
         self._closed = False
 
-    def get(self, path: str) -> tuple[int, Mapping[str, str], Any]:
+    def get(self, path: str) -> tuple[int, http.client.HTTPMessage, Any]:
         """GET: status, headers, and the JSON body (None if it is none)."""
         response = self._request("GET", path, None)
         body = response.read()

@@ -50,7 +50,7 @@ def summarize_replies(replies: Sequence[Reply], begin: float) -> dict[str, Any]:
         "mean_in_flight": sum(reply.end - reply.sent for reply in replies) / seconds if replies else 0.0,
         "time_to_first_token_seconds": _spread([r.texts[0] - r.due for r in good if r.texts]),
         "time_per_output_token_seconds": _spread(
-            [(r.end - r.texts[0]) / (r.output_tokens - 1) for r in good if r.texts and (r.output_tokens or 0) > 1]
+            [(r.end - r.texts[0]) / (n - 1) for r in good if r.texts and (n := r.output_tokens or 0) > 1]
         ),
         "time_between_events_seconds": _spread(np.concatenate([np.diff(r.texts) for r in good] or [[]])),
         "end_to_end_seconds": _spread([r.end - r.due for r in good]),

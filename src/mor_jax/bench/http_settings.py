@@ -81,7 +81,7 @@ class HttpSettings:
     def loads(self) -> list[tuple[str, float]]:
         """The measurements: ("concurrency", requests in flight) or ("rate", requests per second)."""
         closed = self.concurrency or (() if self.rates else (8,))
-        return [("concurrency", value) for value in closed] + [("rate", value) for value in self.rates]
+        return [*(("concurrency", value) for value in closed), *(("rate", value) for value in self.rates)]
 
 
 def parse_lengths(text: str, name: str) -> Lengths:
