@@ -80,7 +80,7 @@ def _measure(scale: Scale, folder: Path) -> dict[str, Any]:
 
 
 def _collect(options: Arguments) -> tuple[int, int]:
-    """Write the results of all runs, in their order, if there are new ones."""
+    """Write the results of all runs, in their order, if there are new ones; return how many are done, of the ended."""
     finished, runs = results_in(options.out), ranked_runs(options.scale)
     command = (
         f"python experiments/reasoning/run.py --scale {options.scale} --seconds {options.seconds:g} "
@@ -91,7 +91,7 @@ def _collect(options: Arguments) -> tuple[int, int]:
         return {"scale": options.scale, "results": [row_of(options.out, run, command) for run in runs]}
 
     write_new(options, finished, values)
-    return sum(result["state"] == "done" for result in finished.values()), len(runs)
+    return sum(result["state"] == "done" for result in finished.values()), len(finished)
 
 
 if __name__ == "__main__":
