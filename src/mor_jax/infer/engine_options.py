@@ -36,6 +36,8 @@ class EngineOptions:
     """Pages of the block's caches; None is enough for every sequence at its longest and deepest."""
     edge_pages: int | None = None
     """Pages of the first and last layers' caches; None likewise."""
+    kept: int = 64
+    """Sequences that have ended and whose pages are kept, while nobody needs them, for prompts that begin alike."""
     backend: DecodeBackend = "auto"
     """Decode attention."""
     cuts: bool = True
@@ -48,7 +50,9 @@ class EngineOptions:
         for name in ("max_length", "block_slots", "exit_slots", "exit_at", "block_pages", "edge_pages"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}={value} must be positive, or None")
-        require(self.staged is None or self.staged >= 0, f"staged={self.staged} must not be negative")
+        for name in ("staged", "kept"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name}={value} must not be negative")
 
 
 @dataclass(frozen=True)
