@@ -22,9 +22,9 @@ OPTIONS = EngineOptions(
     page_size=4,
     prefill_rows=2,
     prefill_chunk=5,
-    # too few for all places at once: requests must wait for pages
-    block_pages=60,
-    edge_pages=30,
+    # few more than one sequence may need: requests wait for pages, and lose their places
+    block_pages=24,
+    edge_pages=9,
     kept=3,
 )
 

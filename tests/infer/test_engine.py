@@ -59,10 +59,11 @@ def test_requests_at_random_times_get_what_they_get_alone(config, engine):
     assert compilations() == before
     assert _check_greedy(config, requests, results) == 0
     assert {t.depth for result in results for t in result} == {1, 2, 3}
-    found = [result[0].found for result in results]
-    total = engine.statistics
-    assert sum(found) == total.found_tokens > 40 and sum(n > 0 for n in found) == total.found_prefixes > 8
-    assert total.found_tokens + total.prompt_tokens == sum(len(request.prompt) - 1 for request in requests)
+    found, total = [result[0].found for result in results], engine.statistics
+    assert total.preemptions > 8 and sum(found) > 20
+    # those that lost their place read again
+    assert total.found_tokens >= sum(found) and total.found_prefixes >= sum(n > 0 for n in found) > 3
+    assert total.found_tokens + total.prompt_tokens > sum(len(request.prompt) - 1 for request in requests)
 
 
 def test_nothing_stays_behind(engine):

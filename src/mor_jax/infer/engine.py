@@ -5,10 +5,8 @@ been read wait on the device, so that a place that falls free is taken in the sa
 """
 
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,31 +17,17 @@ from mor_jax.infer.check_request import check_request
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_shape import engine_shape
-from mor_jax.infer.engine_state import COUNTERS, Control, Emitted, bias_rows, empty_control, make_state, put_bias
+from mor_jax.infer.engine_state import Control, bias_rows, empty_control, make_state, put_bias
 from mor_jax.infer.engine_statistics import EngineStatistics
 from mor_jax.infer.exchange import exchange
+from mor_jax.infer.flights import Chunk, Dispatch
 from mor_jax.infer.host_rows import admit, prompt_rows
-from mor_jax.infer.logprobs import prompt_scores, ranked_tokens
 from mor_jax.infer.page_book import PageBook
 from mor_jax.infer.places import Places, Progress
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.request import Request, Token
-from mor_jax.infer.sampling import Alternatives
 from mor_jax.infer.stages import dispatch
 from mor_jax.mesh.mesh import on_mesh
-
-
-class _Flight(NamedTuple):
-    """What has been launched and not been looked at: a dispatch, or (without ``emitted``) a chunk of prompts."""
-
-    who: list[Progress | None]
-    """Of a dispatch in every place, of a chunk in every row."""
-    result: Any
-    """Of a dispatch, its packed tokens and counters; of a chunk, the depths of its tokens."""
-    places: list[int] | None = None
-    """Of a chunk: the place of each row."""
-    counts: list[int] | None = None
-    """Of a chunk: tokens of each row."""
 
 
 class Engine:
@@ -61,11 +45,11 @@ class Engine:
         self._state = make_state(model, self.shape)
         pages, layout = [pool.free_P.shape[0] for pool in self._state.cache.pools], kv_layout(model.config)
         book = PageBook(self.shape.places, self.shape.kept, pages, self.shape.page_size, layout)
-        self._places = Places(self.shape.places, book, layout, options.prefill_chunk)
+        self._places = Places(self.shape.places, book, layout, chunk=options.prefill_chunk, steps=options.steps)
         self._next_number = 0
         self._admissions = 0
         self._cancelled: set[int] = set()
-        self._flight: deque[_Flight] = deque()
+        self._flight: deque[Dispatch | Chunk] = deque()
 
     @property
     def max_running(self) -> int:
@@ -116,7 +100,7 @@ class Engine:
             max_length=self.shape.max_length,
             cuts=self.shape.cuts,
         )
-        needed, pages = self._places.needed(request), self._places.book.pages
+        needed, pages = self._places.needs.at_most(request), self._places.book.pages
         require(
             all(n <= m for n, m in zip(needed, pages, strict=True)),
             f"the request may need {needed} pages, but the pools hold {pages}",
@@ -135,22 +119,39 @@ class Engine:
         """
         self._forget_cancelled()
         self._places.seat()
-        control, decodes = self._control()
         reading = self._places.to_read(self.options.prefill_rows)
+        tokens = self._make_room(reading)
+        control, decodes = self._control()
         self._exchange()
         if decodes:
             self._dispatch(control)
+        reading = [(index, progress) for index, progress in reading if self._places[index] is progress]
         if reading:
             self._read_prompts(reading)
-        tokens = self._collect(dispatches=1, chunks=None if decodes else int(bool(reading)))
+        tokens += self._collect(dispatches=1, chunks=None if decodes else int(bool(reading)))
         if not self.busy:  # nobody may come for long
             self._exchange()
+        return tokens
+
+    def _make_room(self, reading: Sequence[tuple[int, Progress]]) -> list[Token]:
+        """See to it that there are pages for what is launched next, if need be by taking the youngest's."""
+        tokens: list[Token] = []
+        while not self._places.have_room(reading):
+            if self._flight:  # what has been launched may have taken less than it could
+                tokens += self._collect()
+            else:
+                self._places.preempt_youngest()
+                self.statistics.preemptions += 1
         return tokens
 
     def _dispatch(self, control: Control) -> None:
         with on_mesh(self.model.mesh):
             self._state, *result = dispatch(self.model, self._state, control, shape=self.shape)
-        self._flight.append(_Flight([self._places[index] for index in range(self.shape.places)], result))
+        places = (self._places[index] for index in range(self.shape.places))
+        who = [place if place is not None and place.admitted else None for place in places]
+        for progress in filter(None, who):
+            self._places.launched(progress, None)
+        self._flight.append(Dispatch(who, tuple(result)))
         self.statistics.dispatches += 1
 
     def _exchange(self, *, warm_up: bool = False) -> None:
@@ -248,74 +249,29 @@ class Engine:
         with on_mesh(self.model.mesh):
             targets = () if targets_BT is None else (targets_BT,)
             cache, output = prefill(self.model, self._state.cache, *rows, *targets)
-        counts = rows.count_B[: len(reading)].tolist()
-        for row, (_, progress) in enumerate(reading):
+        taken = [(index, progress, int(rows.count_B[row])) for row, (index, progress) in enumerate(reading)]
+        for row, (_, progress, count) in enumerate(taken):
             if progress.request.score_prompt:
                 assert output.scores_BTF is not None
-                progress.scores.append((output.scores_BTF, row, counts[row]))
-            progress.read += counts[row]
-        places, who = [index for index, _ in reading], [progress for _, progress in reading]
-        self._flight.append(_Flight([*who], output.depth_BT, places, counts))
+                progress.scores.append((output.scores_BTF, row, count))
+            progress.read += count
+            self._places.launched(progress, count)
+            self.statistics.prompt_tokens += count
+        self._flight.append(Chunk(taken, output.depth_BT))
         self._state = dataclasses.replace(self._state, cache=cache)
-        self.statistics.prompt_tokens += sum(counts)
         self.statistics.prefills += 1
 
     def _collect(self, dispatches: int = 0, chunks: int | None = 0) -> list[Token]:
-        """Look at what has been launched, in order, until so many dispatches, or so many chunks, are left."""
+        """Look at what has been launched, in order, until so many dispatches and so many chunks are left."""
         tokens: list[Token] = []
         while self._flight:
-            left = sum(flight.places is None for flight in self._flight)
+            left = sum(isinstance(flight, Dispatch) for flight in self._flight)
             if left <= dispatches and (chunks is None or len(self._flight) - left <= chunks):
                 break
             flight = self._flight.popleft()
-            if flight.places is None:
-                tokens += self._emitted(flight)
+            if isinstance(flight, Dispatch):
+                tokens += flight.land(self._places, self.statistics, self._cancelled)
             else:
-                self._learn_prompts(flight)
+                flight.land(self._places)
         self.statistics.tokens += len(tokens)
         return tokens
-
-    def _learn_prompts(self, flight: _Flight) -> None:
-        assert flight.places is not None
-        assert flight.counts is not None
-        depth_BT = jax.device_get(flight.result)
-        for row, (index, progress, count) in enumerate(zip(flight.places, flight.who, flight.counts, strict=True)):
-            if self._places[index] is progress:
-                self._places.book.learn(index, depth_BT[row, :count].tolist())
-
-    def _emitted(self, flight: _Flight) -> list[Token]:
-        packed, counters = jax.device_get(flight.result)
-        emitted = Emitted.unpack(packed)
-        now, total = time.perf_counter(), self.statistics
-        for name, number in zip(COUNTERS, counters.tolist(), strict=True):
-            setattr(total, name, getattr(total, name) + number)
-        filled = emitted.place >= 0
-        fields = (emitted.place, emitted.token, emitted.depth, emitted.log_probability, emitted.finished)
-        ranked = Alternatives(*(ranks[filled] for ranks in emitted.alternatives))
-        # plain numbers at once: converting them one by one would take longer than the device's work
-        return list(self._tokens(flight.who, now, ranked, *(field[filled].tolist() for field in fields)))
-
-    def _tokens(
-        self, who: Sequence[Progress | None], now: float, ranked: Alternatives, *fields: list[Any]
-    ) -> Iterator[Token]:
-        """Name the requests of emitted tokens; those cancelled after the dispatch had been launched give none."""
-        depths: dict[int, list[int]] = {}
-        for nth, (index, token, depth, log_probability, finished) in enumerate(zip(*fields, strict=True)):
-            progress = self._places[index]
-            if progress is None or progress is not who[index] or progress.number in self._cancelled:
-                continue
-            progress.text.append(token)
-            depths.setdefault(index, []).append(depth)
-            if finished:
-                self._places.book.learn(index, depths.pop(index))
-                self._places.empty(index)
-            made = Token(progress.number, token, depth, log_probability, finished, now)
-            if count := progress.request.alternatives:
-                made = made._replace(alternatives=ranked_tokens(ranked.token[nth], ranked.log_probability[nth], count))
-            if not progress.answered:
-                scores = prompt_scores(progress) if progress.request.score_prompt else None
-                made = made._replace(prompt=scores, found=progress.found)
-            progress.answered = True
-            yield made
-        for index, more in depths.items():
-            self._places.book.learn(index, more)

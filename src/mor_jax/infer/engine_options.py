@@ -37,7 +37,8 @@ class EngineOptions:
     edge_pages: int | None = None
     """Pages of the first and last layers' caches; None likewise."""
     kept: int = 64
-    """Sequences that have ended and whose pages are kept, while nobody needs them, for prompts that begin alike."""
+    """Sequences that have ended and whose pages are kept, while nobody needs them, for prompts that begin alike; with 0
+    running sequences share nothing either."""
     backend: DecodeBackend = "auto"
     """Decode attention."""
     cuts: bool = True

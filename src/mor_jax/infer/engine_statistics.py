@@ -18,6 +18,8 @@ class EngineStatistics:
     """Taken over from other sequences instead."""
     found_prefixes: int = 0
     """Requests that took over some."""
+    preemptions: int = 0
+    """Times that a sequence lost its place, to be read again."""
     block_steps: int = 0
     block_used: int = 0
     block_entries: int = 0

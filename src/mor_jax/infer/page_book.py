@@ -79,6 +79,11 @@ class PageBook:
         self._sources: dict[int, tuple[int, list[list[int]]]] = {}
 
     @property
+    def keeps(self) -> bool:
+        """Whether there are rows for sequences that have ended."""
+        return self._count > self._places
+
+    @property
     def used(self) -> list[int]:
         """Pages that some row holds, per pool, as far as depths are known."""
         return [len(pages) for pages in self._all]
@@ -95,6 +100,10 @@ class PageBook:
     def lengths(self, row: int) -> list[list[int]]:
         """Entries of a row, per pool and group."""
         return self._rows[row].lengths
+
+    def full(self, row: int) -> list[int]:
+        """Groups of a row whose next entry takes another page, per pool."""
+        return [sum(entries % self.size == 0 for entries in groups) for groups in self._rows[row].lengths]
 
     def find(self, keys: Sequence[bytes]) -> int:
         """Return how many of the first blocks are known."""
@@ -141,7 +150,7 @@ class PageBook:
     def close(self, place: int, *, keep: bool = True) -> None:
         """Empty a place; what it alone knows is kept, if wanted, in the row that was used longest ago."""
         row = self._rows[place]
-        if keep and self._count > self._places and row.keys and len(self._holders[row.keys[-1]]) == 1:
+        if keep and self.keeps and row.keys and len(self._holders[row.keys[-1]]) == 1:
             if not self._unused:
                 self.evict()
             index = self._unused.pop()

@@ -31,6 +31,8 @@ class EngineReading:
     """Prompts that began as another sequence did."""
     found_tokens: int = 0
     """Their tokens that need not be read."""
+    preemptions: int = 0
+    """Times that a sequence lost its place."""
     block_used: int = 0
     """Block slots that held a token."""
     block_slots: int = 0
@@ -47,6 +49,7 @@ class EngineReading:
             kept=tuple(engine.pages_kept()),
             found_prefixes=total.found_prefixes,
             found_tokens=total.found_tokens,
+            preemptions=total.preemptions,
             block_used=total.block_used,
             block_slots=total.block_steps * engine.shape.block_slots,
         )
@@ -65,6 +68,7 @@ class EngineReading:
         yield from (used, there, kept)
         yield CounterMetricFamily("mor_prefix_hits", "Prompts that began as one already read.", self.found_prefixes)
         yield CounterMetricFamily("mor_cached_prompt_tokens", "Tokens that they did not read.", self.found_tokens)
+        yield CounterMetricFamily("mor_preemptions", "Sequences read again for want of pages.", self.preemptions)
         yield CounterMetricFamily("mor_block_slots_used", "Block slots that held a token.", self.block_used)
         yield CounterMetricFamily("mor_block_slots", "Block slots of all passes over the block.", self.block_slots)
         yield CounterMetricFamily("mor_compilations", "Programs compiled by this process.", compilations())
