@@ -92,6 +92,7 @@ def make_engine(model: DecodeModel, settings: Settings, length: int) -> Engine:
         prefill_rows=1,
         prefill_chunk=settings.prefill_chunk,
         cuts=False,
+        kept=0,  # the same prompt comes several times
     )
     engine = Engine(model, options)
     engine.warm_up()

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from decode_examples import tokens
 
+from mor_jax.infer.cache import kv_usage
+from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.request import Request, Token
 
@@ -20,19 +22,45 @@ OPTIONS = EngineOptions(
     page_size=4,
     prefill_rows=2,
     prefill_chunk=5,
-    # too few for all places at once: requests must wait for pages
-    block_pages=60,
-    edge_pages=30,
+    # few more than one sequence may need: requests wait for pages, and lose their places
+    block_pages=24,
+    edge_pages=9,
+    kept=3,
 )
 
 
 def make_requests(count: int, seed: int = 0, **fields: Any) -> list[Request]:
-    """Prompts and completions of all lengths that ``LENGTH`` allows."""
-    rng = np.random.default_rng(seed)
-    return [
-        Request(tuple(tokens(1, int(length), seed=i)[0].tolist()), int(rng.integers(1, LENGTH - length + 1)), **fields)
-        for i, length in enumerate(rng.integers(1, LENGTH, count))
-    ]
+    """Prompts and completions of all lengths that ``LENGTH`` allows; many begin as others do."""
+    rng, common = np.random.default_rng(seed), tokens(2, LENGTH, seed=99)
+    requests = []
+    for i, length in enumerate(rng.integers(1, LENGTH, count)):
+        prompt = tokens(1, int(length), seed=i)[0]
+        shared = int(rng.integers(0, length + 1))
+        prompt[:shared] = common[i % 2, :shared]
+        requests.append(Request(tuple(prompt.tolist()), int(rng.integers(1, LENGTH - length + 1)), **fields))
+    return requests
+
+
+def check_empty(engine: Engine) -> None:
+    """Nothing is held once the kept prefixes are forgotten, and the host's count of pages is the device's."""
+    assert not engine.busy and not engine.drain()
+    engine.step()  # gives the pages of the last sequences back
+    check_books(engine)
+    engine.forget_prefixes()
+    usage, book = kv_usage(engine._state.cache), engine._places.book
+    assert usage.used == usage.allocated == 0 and not any(book.used) and not book._holders
+    for pool in engine._state.cache.pools:
+        np.testing.assert_array_equal(np.sort(pool.free_P), np.arange(pool.free_P.shape[0]))
+        assert not pool.extra_P.any()
+
+
+def check_books(engine: Engine) -> None:
+    """Between steps, when all has been looked at: rows hold what the host thinks, pages are free or held."""
+    book = engine._places.book
+    for nth, pool in enumerate(engine._state.cache.pools):
+        assert int(pool.num_free) == pool.free_P.shape[0] - book.used[nth]
+        for row in book._rows:
+            assert pool.length_SG[row].tolist() == book.lengths(row)[nth]
 
 
 def serve(engine: Any, requests: Sequence[Request], seed: int = 0) -> list[list[Token]]:

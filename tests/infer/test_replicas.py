@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from decode_examples import decode_model, make_params, model_config
-from engine_examples import OPTIONS, make_requests, serve
+from engine_examples import OPTIONS, check_empty, make_requests, serve
 
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError
@@ -49,9 +49,7 @@ def _check_empty(replicas):
     assert replicas.waiting == replicas.running == 0
     assert replicas._home == {} and replicas._numbers == [{}, {}]
     for engine in replicas.engines:
-        engine.step()  # gives the pages of the last sequences back
-        engine.drain()
-        assert not any(engine._places.promised)
+        check_empty(engine)
     assert all(held == 0 and pages > 0 for held, pages in replicas.pages_held())
     assert replicas.measure().used == 0
 

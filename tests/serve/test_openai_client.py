@@ -38,6 +38,21 @@ def test_completions_and_usage(client, model):
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (4, 12, 16)
 
 
+def test_tokens_that_were_there_already_are_told(client):
+    """Blocks of 8 tokens; the last token of a prompt is always computed, and all of them where the prompt is scored."""
+    ask = lambda prompt, **more: client.completions.create(  # noqa: E731
+        model=NAME, prompt=prompt, max_tokens=6, temperature=0, **more
+    )
+    cached = lambda answer: answer.usage.prompt_tokens_details.cached_tokens  # noqa: E731
+    first, second = (ask("A sentence of 32 bytes, and then") for _ in range(2))
+    assert (cached(first), cached(second)) == (0, 24) and first.choices[0].text == second.choices[0].text
+    assert cached(ask("A sentence of 32 bytes, no more")) == 24 and cached(ask("A sentence of another kind")) == 8
+    assert cached(ask("A sentence of 32 bytes, and then", echo=True, logprobs=1)) == 0
+    assert cached(ask("A sentence of 32 bytes, and then", extra_body={"max_depth": 1})) == 0
+    *_, last = ask("A sentence of 32 bytes, and then", stream=True, stream_options={"include_usage": True})
+    assert cached(last) == 24
+
+
 def test_several_prompts_and_token_ids(client):
     texts = client.completions.create(model=NAME, prompt=["one", "two"], max_tokens=5, temperature=0).choices
     tokens = client.completions.create(model=NAME, prompt=[list(b"one"), list(b"two")], max_tokens=5, temperature=0)

@@ -76,7 +76,8 @@ def test_an_answer_is_what_the_model_generates(client, model):
     assert "".join(token["text"] for token in choice["tokens"]) == expected.text
     assert [token["logprob"] for token in choice["tokens"]] == pytest.approx(expected.log_probabilities, abs=1e-4)
     depth = round(sum(expected.depths) / 12, 4)
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16, "mean_depth": depth}
+    counts = {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16, "mean_depth": depth}
+    assert answer["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
     assert (answer["object"], answer["model"]) == ("text_completion", NAME)
 
     events = client.complete(**fields, stream=True, stream_options={"include_usage": True}).events
@@ -177,6 +178,15 @@ def test_models_health_and_metrics(client):
     assert 1 <= client.metric("mor_mean_depth") <= 3
     _wait(lambda: client.metric("mor_block_slots_used_total") >= 9)  # the engine's own figures may be a little old
     assert client.metric("mor_pages") > 0
+    again = {"prompt": "twice the same words", "max_tokens": 2, "temperature": 0}  # 20 tokens in blocks of 8
+    hits, cached = (client.metric(f"mor_{name}_total") for name in ("prefix_hits", "cached_prompt_tokens"))
+    answers = [client.complete(**again).json for _ in range(2)]
+    assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers] == [0, 16]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    _wait(lambda: client.metric("mor_prefix_hits_total") == hits + 1)
+    assert client.metric("mor_cached_prompt_tokens_total") == cached + 16
+    _wait(lambda: client.metric("mor_pages_used") == 0)
+    assert client.metric("mor_pages_kept") > 0
     assert 'mor_requests_total{path="/v1/completions",status="200"}' in client.get("/metrics").body.decode()
 
 

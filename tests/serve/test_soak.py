@@ -49,7 +49,7 @@ def test_nothing_is_lost_or_held():
         assert compilations() == before
     engine = client.server.service._thread._engine
     assert isinstance(engine, Engine)
-    assert engine._places.promised == [0, 0] and not engine.busy
+    assert engine._places.book.seated == [0, 0] and not engine.busy
 
 
 def test_a_server_that_misbehaves_is_told_from_a_good_one():

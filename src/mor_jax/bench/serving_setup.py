@@ -138,6 +138,7 @@ def options_for(model: DecodeModel, settings: ServeSettings, scenario: Scenario)
         block_pages=math.ceil(running * pages * groups),
         edge_pages=running * pages,
         cuts=False,
+        kept=0,  # no prompt of the queue begins like another
     )
 
 

@@ -2,13 +2,15 @@
 
 Paper section 2.2.2 and table 2. A *group* is one list of pages of a sequence: recursion r's under recursion-wise
 caching (it holds only the tokens that reached r), or the single one that all recursions share. A page holds Z
-consecutive entries of its group in every layer of the block. The free list lies on the device, as a stack.
+consecutive entries of its group in every layer of the block. The free list lies on the device, as a stack. Rows of the
+page tables may hold the same pages (``exchange``).
 
 A page is one row of its pool, X = Z * K * H numbers wide: the heads of its first entry, then those of the second, and
 so on. Devices that share the heads cut this row, and each has its share of all entries. A TPU keeps such a pool as it
 is; were entries and heads axes of their own, it would fill up their tiles, and programs would work on a copy of all.
 
-Letters: S sequences, G groups, M pages per group, P pages of the pool, Z entries per page, B rows, T tokens, K H heads.
+Letters: S sequences (rows of the page tables), G groups, M pages per group, P pages of the pool, Z entries per page,
+B rows, T tokens, K H heads.
 """
 
 import dataclasses
@@ -37,16 +39,18 @@ class KvLayout:
     """Layers that one page of the block covers."""
     edge_layers: int
     """First and last layer (2), or none."""
+    holds_all: bool
+    """Whether the block's one group holds every token: keys and values that the recursions share."""
 
 
 def kv_layout(config: ModelConfig) -> KvLayout:
     """Return the layout of a model's caches."""
     recursion, depth = config.recursion, config.block_depth
     own = recursion.num_recursions if recursion.kv_strategy == "recursion" else 1
-    edges = 2 if recursion.has_middle else 0
+    edges, shared = 2 if recursion.has_middle else 0, recursion.kv_strategy == "shared"
     if recursion.is_sequence:
-        return KvLayout(passes=1, groups=1, block_layers=depth * own, edge_layers=edges)
-    return KvLayout(passes=recursion.num_recursions, groups=own, block_layers=depth, edge_layers=edges)
+        return KvLayout(1, 1, block_layers=depth * own, edge_layers=edges, holds_all=shared)
+    return KvLayout(recursion.num_recursions, own, block_layers=depth, edge_layers=edges, holds_all=shared)
 
 
 POOL_AXES = (None, "kv_heads")
@@ -69,6 +73,8 @@ class PagedCache:
     """int32: stack of free pages."""
     num_free: jax.Array
     """int32 scalar: its height."""
+    extra_P: jax.Array
+    """int32: rows of the table that hold a page, beyond one; 0 for free ones. See ``exchange``."""
     page_size: int = struct.field(pytree_node=False)
     """Z."""
 
@@ -116,6 +122,8 @@ class CacheShape:
     """Pages of the block's pool; None is enough for every sequence at its longest and deepest."""
     edge_pages: int | None = None
     """Pages of the first and last layers' pool; None likewise."""
+    kept: int = 0
+    """Further rows of the page tables: of sequences that have ended, and whose pages may be wanted again."""
 
     def __post_init__(self) -> None:
         for name in ("sequences", "max_length", "page_size"):
@@ -135,6 +143,7 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> Cache:
         shape: its sizes; the pools hold ``block_pages`` and ``edge_pages`` pages.
     """
     layout, most = kv_layout(config), shape.sequences * shape.pages_per_group
+    rows = shape.sequences + shape.kept
 
     def pool(layers: int, groups: int, pages: int | None) -> PagedCache:
         pages = groups * most if pages is None else pages
@@ -143,10 +152,11 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> Cache:
         return PagedCache(
             keys=empty(),
             values=empty(),
-            table_SGM=jnp.zeros((shape.sequences, groups, shape.pages_per_group), jnp.int32),
-            length_SG=jnp.zeros((shape.sequences, groups), jnp.int32),
+            table_SGM=jnp.zeros((rows, groups, shape.pages_per_group), jnp.int32),
+            length_SG=jnp.zeros((rows, groups), jnp.int32),
             free_P=jnp.arange(pages, dtype=jnp.int32),
             num_free=jnp.array(pages, jnp.int32),
+            extra_P=jnp.zeros(pages, jnp.int32),
             page_size=shape.page_size,
         )
 
@@ -186,28 +196,6 @@ def reserve(
     return dataclasses.replace(cache, table_SGM=table_SGM, length_SG=length_SG, num_free=num_free), start_B
 
 
-def release(cache: PagedCache, done_S: jax.Array) -> PagedCache:
-    """Give the pages of whole sequences back to the free list."""
-    pages_SG = (cache.length_SG + cache.page_size - 1) // cache.page_size
-    nth_M = jnp.arange(cache.table_SGM.shape[2])
-    held_SGM = done_S[:, None, None] & (nth_M[None, None, :] < pages_SG[:, :, None])
-    held = held_SGM.reshape(-1)
-    slot = cache.num_free + jnp.cumsum(held) - 1
-    slot = jnp.where(held, slot, cache.free_P.shape[0])
-    return dataclasses.replace(
-        cache,
-        free_P=cache.free_P.at[slot].set(cache.table_SGM.reshape(-1), mode="drop"),
-        num_free=cache.num_free + jnp.sum(held),
-        length_SG=jnp.where(done_S[:, None], 0, cache.length_SG),
-    )
-
-
-def release_all(cache: Cache, done_S: jax.Array) -> Cache:
-    """Give the pages of whole sequences back, in every pool."""
-    edge = None if cache.edge is None else release(cache.edge, done_S)
-    return Cache(block=release(cache.block, done_S), edge=edge)
-
-
 def append(cached: KeyValue, fresh: KeyValue, table_BM: jax.Array, start_B: jax.Array, count_B: jax.Array) -> KeyValue:
     """Write new entries of one layer behind those that rows hold.
 
@@ -241,7 +229,7 @@ class KvUsage:
     """Bytes of keys and values."""
 
     used: int
-    """Of the tokens cached."""
+    """Of the tokens cached, once for every sequence that holds them."""
     allocated: int
     """Of the pages that hold them."""
     reserved: int

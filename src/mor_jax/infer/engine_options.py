@@ -36,6 +36,9 @@ class EngineOptions:
     """Pages of the block's caches; None is enough for every sequence at its longest and deepest."""
     edge_pages: int | None = None
     """Pages of the first and last layers' caches; None likewise."""
+    kept: int = 64
+    """Sequences that have ended and whose pages are kept, while nobody needs them, for prompts that begin alike; with 0
+    running sequences share nothing either."""
     backend: DecodeBackend = "auto"
     """Decode attention."""
     cuts: bool = True
@@ -56,7 +59,9 @@ class EngineOptions:
         ):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}={value} must be positive, or None")
-        require(self.staged is None or self.staged >= 0, f"staged={self.staged} must not be negative")
+        for name in ("staged", "kept"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name}={value} must not be negative")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class EngineShape:
     """Decode attention, resolved."""
     cuts: bool = True
     """Whether requests may cut the vocabulary."""
+    kept: int = 0
+    """See ``CacheShape``."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "block_slots", "exit_slots", "exit_at", "max_length", "steps"):
@@ -51,7 +53,7 @@ class EngineShape:
     @property
     def cache(self) -> CacheShape:
         """Sizes of the cache."""
-        return CacheShape(self.places, self.max_length, self.page_size, self.block_pages, self.edge_pages)
+        return CacheShape(self.places, self.max_length, self.page_size, self.block_pages, self.edge_pages, self.kept)
 
 
 def engine_shape(model: DecodeModel, options: EngineOptions) -> EngineShape:
@@ -73,4 +75,5 @@ def engine_shape(model: DecodeModel, options: EngineOptions) -> EngineShape:
         edge_pages=options.edge_pages,
         backend=decode_backend(model.config, options.backend, model.shards),
         cuts=options.cuts,
+        kept=options.kept,
     )

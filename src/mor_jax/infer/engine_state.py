@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from mor_jax.data.special_tokens import MOST_STOP_IDS
-from mor_jax.infer.cache import Cache, hold_cache, init_cache, release_all
+from mor_jax.infer.cache import Cache, hold_cache, init_cache
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine_shape import EngineShape
 from mor_jax.infer.sampling import MOST_ALTERNATIVES, MOST_BIASES, Alternatives, Bias, SamplingRows
@@ -86,8 +86,6 @@ class EngineState:
 class Control:
     """What the host asks for between two dispatches, all [S]."""
 
-    cancel: AnyArray
-    """bool: empty the place."""
     admit: AnyArray
     """bool: its prompt, but for the last token, has been read; it may start."""
     token: AnyArray
@@ -213,19 +211,16 @@ def empty_control(places: int) -> Control:
     """A control that asks for nothing."""
     no_flags = lambda: np.zeros(places, bool)  # noqa: E731
     zeros = lambda: np.zeros(places, np.int32)  # noqa: E731
-    return Control(no_flags(), no_flags(), zeros(), zeros(), empty_requests(places))
+    return Control(no_flags(), zeros(), zeros(), empty_requests(places))
 
 
 def apply_control(state: EngineState, control: Control) -> EngineState:
-    """Give back what finished or was cancelled, and let new requests wait for their turn."""
-    emptied_S = control.cancel | (state.phase_S == DONE)
-    phase_S = jnp.where(emptied_S, FREE, state.phase_S)
+    """Let new requests wait for their turn."""
     admit = lambda leaf: jnp.asarray(control.admit).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
     take = lambda new, old: jnp.where(admit(old), new, old)  # noqa: E731
     return dataclasses.replace(
         state,
-        cache=release_all(state.cache, jnp.asarray(emptied_S)),
-        phase_S=take(WAITING, phase_S),
+        phase_S=take(WAITING, state.phase_S),
         token_S=take(control.token, state.token_S),
         position_S=take(control.position, state.position_S),
         requests=jax.tree.map(take, control.requests, state.requests),

@@ -1,4 +1,4 @@
-"""The host's side of admission: who waits, who holds a place on the device, and the pages promised to each."""
+"""The host's side of admission: who waits, who holds a place on the device, and whether there are pages for all."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -7,17 +7,34 @@ from dataclasses import dataclass, field
 import jax
 
 from mor_jax.infer.cache import KvLayout
+from mor_jax.infer.page_book import PageBook, chain
+from mor_jax.infer.page_needs import PageNeeds
 from mor_jax.infer.request import Request
+
+MOST_PREEMPTIONS = 3
+"""Times that a sequence may lose its place; the next one it gets when all that it may need is there, and keeps it."""
 
 
 @dataclass
-class Place:
-    """What the host knows of a place on the device."""
+class Progress:
+    """How far a request has come."""
 
     number: int
     request: Request
+    text: list[int]
+    """Tokens of the prompt, and those generated."""
+    keys: list[bytes]
+    """Of the whole blocks of the text that may be taken over from others."""
+    end: int
+    """Tokens to read before it starts; the last one of the text enters like a generated one."""
     read: int = 0
-    """Prompt tokens read."""
+    """Tokens read, or taken over."""
+    found: int = 0
+    """Those of them taken over."""
+    flying: list[int] = field(default_factory=list)
+    """Pages that what has been launched for it may take, per pool."""
+    preempted: int = 0
+    """Times that it lost its place."""
     admitted: bool = False
     answered: bool = False
     """Whether its first token has been handed out."""
@@ -26,31 +43,40 @@ class Place:
 
     @property
     def unread(self) -> int:
-        """Prompt tokens still to read before it starts; the last one enters like a generated token."""
-        return len(self.request.prompt) - 1 - self.read
+        """Tokens still to read before it starts."""
+        return self.end - self.read
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated."""
+        return len(self.text) - len(self.request.prompt)
 
 
 class Places:
-    """A queue before a fixed number of places. A request gets one when the pages that it may need are sure to be there.
+    """A queue before a fixed number of places.
+
+    A request gets one when there are pages for all, if they need what others did. If they need more and pages run out,
+    the youngest goes back to the head of the queue, and is read again: its prompt and what it has generated.
 
     Args:
         count: places.
-        pages: that there are, of the block's pool and the edge's, if any.
-        page_size: entries of a page.
+        book: of all pages.
         layout: of the caches.
+        chunk: tokens of a text that are read at a time.
+        steps: of a dispatch.
     """
 
-    def __init__(self, count: int, pages: Sequence[int], page_size: int, layout: KvLayout) -> None:
-        self.pages, self.promised = list(pages), [0] * len(pages)
-        self.queue: deque[tuple[int, Request]] = deque()
-        self._page_size, self._groups = page_size, layout.groups
-        self._places: list[Place | None] = [None] * count
+    def __init__(self, count: int, book: PageBook, layout: KvLayout, *, chunk: int, steps: int) -> None:
+        self.book, self.queue = book, deque[Progress]()
+        self.needs = PageNeeds(layout, len(book.pages), book.size, steps)
+        self._passes, self._chunk = layout.passes, chunk
+        self._places: list[Progress | None] = [None] * count
 
-    def __getitem__(self, index: int) -> Place | None:
+    def __getitem__(self, index: int) -> Progress | None:
         return self._places[index]
 
     @property
-    def taken(self) -> Iterator[tuple[int, Place]]:
+    def taken(self) -> Iterator[tuple[int, Progress]]:
         """Places that somebody holds, with their index."""
         return ((index, place) for index, place in enumerate(self._places) if place is not None)
 
@@ -59,31 +85,128 @@ class Places:
         """Number of the request in every place; -1 is none."""
         return [-1 if place is None else place.number for place in self._places]
 
-    def needed(self, request: Request) -> list[int]:
-        """Pages that a request takes at most, per pool: the last token generated is never cached."""
-        pages = -(-(len(request.prompt) + max(1, request.max_tokens) - 1) // self._page_size)
-        return [pages * self._groups, pages][: len(self.pages)]
+    def budget(self, request: Request) -> int:
+        """Passes per token."""
+        return min(request.max_depth or self._passes, self._passes)
+
+    def wait(self, number: int, request: Request) -> None:
+        """Put a request at the end of the queue."""
+        self.queue.append(self._from_beginning(Progress(number, request, list(request.prompt), [], 0)))
+
+    def _from_beginning(self, progress: Progress) -> Progress:
+        """Let all of a text be read, or found."""
+        request, text = progress.request, progress.text
+        # the scores of a prompt are those of tokens that are read
+        passes_by = request.score_prompt or not self.book.keeps
+        progress.keys = [] if passes_by else chain(text[:-1], self.budget(request), self.book.size)
+        progress.end, progress.read, progress.found = len(text) - 1, 0, 0
+        progress.flying, progress.admitted, progress.scores = [0] * len(self.book.pages), False, []
+        return progress
 
     def seat(self) -> None:
-        """Give free places to the oldest requests whose pages are sure to be there; nobody overtakes."""
+        """Give free places to the oldest requests while there are pages; nobody overtakes."""
         for index, place in enumerate(self._places):
-            if not self.queue or not self._fits(self.queue[0][1]):
+            if not self.queue:
                 return
             if place is None:
-                number, request = self.queue.popleft()
-                self._promise(request, 1)
-                self._places[index] = Place(number, request)
+                self._places[index] = progress = self.queue[0]
+                self._open(index, progress)
+                if not self._fit([self._expects(*entry) for entry in self.taken]):
+                    self.empty(index, keep=False)
+                    return
+                self.queue.popleft()
 
-    def empty(self, index: int) -> None:
-        """Take a place back."""
-        place = self._places[index]
-        assert place is not None
-        self._promise(place.request, -1)
+    def empty(self, index: int, *, keep: bool = True) -> None:
+        """Take a place back; what it alone knows of prefixes is kept if there is a row for it."""
+        self.book.close(index, keep=keep)
         self._places[index] = None
 
-    def _promise(self, request: Request, sign: int) -> None:
-        self.promised = [p + sign * n for p, n in zip(self.promised, self.needed(request), strict=True)]
+    def finish(self, index: int) -> None:
+        """Take a place back, and learn from what its request took."""
+        progress = self._places[index]
+        assert progress is not None
+        self.needs.note(self.book.lengths(index), len(progress.text) - 1, progress.generated)
+        self.empty(index)
 
-    def _fits(self, request: Request) -> bool:
-        triples = zip(self.promised, self.needed(request), self.pages, strict=True)
-        return all(promised + needed <= pages for promised, needed, pages in triples)
+    def launched(self, progress: Progress, tokens: int | None) -> None:
+        """Something has been launched for a request: reading so many tokens, or (None) a dispatch."""
+        progress.flying = [a + b for a, b in zip(progress.flying, self.needs.of_launch(tokens), strict=True)]
+
+    def landed(self, progress: Progress, tokens: int | None) -> None:
+        """The host has looked at it, and will learn what it took."""
+        progress.flying = [a - b for a, b in zip(progress.flying, self.needs.of_launch(tokens), strict=True)]
+
+    def have_room(self, reading: Sequence[tuple[int, Progress]]) -> bool:
+        """Whether there are pages for a dispatch and for reading some texts; drops kept prefixes if that helps."""
+        reads = {index for index, _ in reading}
+        idle = lambda index, progress: progress.unread and index not in reads  # noqa: E731
+        return self._fit([self._takes(*entry, idle=bool(idle(*entry))) for entry in self.taken])
+
+    def preempt_youngest(self) -> None:
+        """Send the request that came last back to the queue, but not one that was sent too often."""
+        loses = (entry for entry in self.taken if entry[1].preempted < MOST_PREEMPTIONS)
+        index, progress = max(loses, key=lambda entry: entry[1].number)
+        self.empty(index, keep=False)
+        progress.preempted += 1
+        self.queue.appendleft(self._from_beginning(progress))
+
+    def to_read(self, most: int) -> list[tuple[int, Progress]]:
+        """Return the oldest places with something to read, each with the longest prefix that is known by now."""
+        unread = sorted(((i, p) for i, p in self.taken if p.unread), key=lambda entry: entry[1].number)
+        found: list[tuple[int, Progress]] = []
+        for index, progress in unread:
+            if len(found) == most:
+                break
+            if progress.read == progress.found and progress.keys:  # it has read nothing by itself
+                blocks = self.book.find(progress.keys)
+                if self._is_coming(progress, blocks):
+                    continue
+                if blocks * self.book.size > progress.found:
+                    self.book.close(index, keep=False)
+                    self._open(index, progress)
+            if progress.unread:
+                found.append((index, progress))
+        return found
+
+    def _open(self, index: int, progress: Progress) -> None:
+        request = progress.request
+        progress.read = progress.found = self.book.open(
+            index, progress.text, self.budget(request), progress.keys[: progress.end // self.book.size]
+        )
+
+    def _is_coming(self, progress: Progress, blocks: int) -> bool:
+        """Whether an older request is about to read at least a chunk of the same tokens."""
+        last = blocks + max(1, self._chunk // self.book.size) - 1
+        older = (other.keys for _, other in self.taken if other.number < progress.number)
+        return last < len(progress.keys) and any(keys[last : last + 1] == [progress.keys[last]] for keys in older)
+
+    def _takes(self, index: int, progress: Progress, *, idle: bool = False) -> list[int]:
+        """Pages that a place may take before the host looks again; one that keeps its place, ever."""
+        left = [a - b for a, b in zip(self.needs.at_most(progress.request), self.book.held(index), strict=True)]
+        if progress.preempted >= MOST_PREEMPTIONS:
+            return left
+        more = progress.flying
+        if not idle:
+            launch = self.needs.of_launch(min(self._chunk, progress.unread) if progress.unread else None)
+            more = [a + b for a, b in zip(more, launch, strict=True)]
+        if progress.admitted:  # a token that is on its way has entries, but its depth is not known yet
+            more = [a + b for a, b in zip(more, self.book.full(index), strict=True)]
+        return list(map(min, left, more))
+
+    def _expects(self, index: int, progress: Progress) -> list[int]:
+        """Pages that a place takes until its request ends, if that is like others."""
+        expected = self.needs.expected(progress.request, progress.generated)
+        more = [a - b for a, b in zip(expected, self.book.held(index), strict=True)]
+        return list(map(max, self._takes(index, progress), more))
+
+    def _fit(self, more: Sequence[Sequence[int]]) -> bool:
+        """Whether all places find so many pages; drops what is kept for that, but none in vain."""
+        total, pages = [sum(pool) for pool in zip(*more, strict=True)], self.book.pages
+        fits = lambda held: all(a + b <= there for a, b, there in zip(held, total, pages, strict=True))  # noqa: E731
+        if not more:
+            return True
+        if not fits(self.book.seated):
+            return False
+        while not fits(self.book.used):
+            self.book.evict()
+        return True

@@ -15,9 +15,10 @@ from mor_jax.config import MeshConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import KvUsage
 from mor_jax.infer.decode_model import DecodeModel
-from mor_jax.infer.engine import Engine, EngineStatistics
+from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineMesh, EngineOptions
 from mor_jax.infer.engine_shape import EngineShape
+from mor_jax.infer.engine_statistics import EngineStatistics
 from mor_jax.infer.request import Request, Token
 from mor_jax.mesh.devices import Device
 from mor_jax.mesh.mesh import make_mesh
@@ -165,6 +166,15 @@ class Replicas:
         """Pages that sequences hold and pages that there are, of all block pools and all edge pools (waits)."""
         per_pool = zip(*(engine.pages_held() for engine in self.engines), strict=True)
         return [(sum(held for held, _ in pool), sum(pages for _, pages in pool)) for pool in per_pool]
+
+    def pages_kept(self) -> list[int]:
+        """See ``Engine.pages_kept``; of all copies."""
+        return [sum(pool) for pool in zip(*(engine.pages_kept() for engine in self.engines), strict=True)]
+
+    def forget_prefixes(self) -> None:
+        """Give back what is kept of sequences that have ended."""
+        for engine in self.engines:
+            engine.forget_prefixes()
 
 
 def _add(usages: Sequence[KvUsage]) -> KvUsage:

@@ -68,6 +68,8 @@ class Token(NamedTuple):
     """As many as the request asks for."""
     prompt: PromptScores | None = None
     """With the first token, if the request asks for it."""
+    found: int = 0
+    """With the first token: tokens of the prompt whose keys and values were there already."""
 
     @property
     def is_valid(self) -> bool:

@@ -97,13 +97,15 @@ class Answer:
     def _usage(self) -> dict[str, Any]:
         """Tokens, each prompt's once, and as an extension the mean of the generated tokens' passes."""
         sequences = self._job.sequences
-        prompt = sum(len(sequence.request.prompt) for sequence in sequences[:: self._wanted.n])
+        prompts = sequences[:: self._wanted.n]
+        prompt = sum(len(sequence.request.prompt) for sequence in prompts)
         completion = sum(sequence.count for sequence in sequences)
         depth = round(sum(sequence.passes for sequence in sequences) / completion, 4) if completion else None
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(sequence.found for sequence in prompts)},
             "mean_depth": depth,
         }
 

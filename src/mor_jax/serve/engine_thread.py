@@ -120,6 +120,7 @@ class EngineThread:
                 continue  # a stop string ended it before the engine knew
             update = batch.setdefault(sequence, Update())
             update.prompt = update.prompt or token.prompt
+            update.found += token.found
             if token.is_valid and sequence.request.max_tokens:
                 update.pieces.append(_piece(sequence, token))
             update.finish = _finish(sequence, token)

@@ -40,12 +40,15 @@ class Update:
     """Why it ended; empty while it goes on. `error`: its logits are not finite, which ends the whole request."""
     prompt: PromptScores | None = None
     """With the first token, if asked for."""
+    found: int = 0
+    """With the first token: tokens of the prompt that need not be read."""
 
     def join(self, later: "Update") -> None:
         """Take in what came after it."""
         self.pieces.extend(later.pieces)
         self.finish = later.finish
         self.prompt = self.prompt or later.prompt
+        self.found += later.found
 
 
 @dataclass(eq=False)
@@ -65,6 +68,8 @@ class PromptSequence:
     """Tokens generated."""
     passes: int = 0
     """Sum of their depths."""
+    found: int = 0
+    """Tokens of the prompt whose keys and values were there already."""
     ended: bool = False
 
 

@@ -25,6 +25,14 @@ class EngineReading:
     """Sequences with one."""
     pages: tuple[tuple[int, int], ...] = ()
     """Held and there are, of the block's pool and the edge's."""
+    kept: tuple[int, ...] = ()
+    """Pages of sequences that have ended, likewise."""
+    found_prefixes: int = 0
+    """Prompts that began as another sequence did."""
+    found_tokens: int = 0
+    """Their tokens that need not be read."""
+    preemptions: int = 0
+    """Times that a sequence lost its place."""
     block_used: int = 0
     """Block slots that held a token."""
     block_slots: int = 0
@@ -38,6 +46,10 @@ class EngineReading:
             waiting=engine.waiting,
             running=engine.running,
             pages=tuple(engine.pages_held()),
+            kept=tuple(engine.pages_kept()),
+            found_prefixes=total.found_prefixes,
+            found_tokens=total.found_tokens,
+            preemptions=total.preemptions,
             block_used=total.block_used,
             block_slots=total.block_steps * engine.shape.block_slots,
         )
@@ -48,10 +60,15 @@ class EngineReading:
         yield GaugeMetricFamily("mor_running_sequences", "Sequences that have a place.", self.running)
         used = GaugeMetricFamily("mor_pages_used", "Cache pages that sequences hold.", labels=["pool"])
         there = GaugeMetricFamily("mor_pages", "Cache pages that there are.", labels=["pool"])
-        for pool, (held, pages) in zip(("block", "edge"), self.pages, strict=False):
+        kept = GaugeMetricFamily("mor_pages_kept", "Cache pages of sequences that have ended.", labels=["pool"])
+        for pool, (held, pages), left in zip(("block", "edge"), self.pages, self.kept, strict=False):
             used.add_metric([pool], held)
             there.add_metric([pool], pages)
-        yield from (used, there)
+            kept.add_metric([pool], left)
+        yield from (used, there, kept)
+        yield CounterMetricFamily("mor_prefix_hits", "Prompts that began as one already read.", self.found_prefixes)
+        yield CounterMetricFamily("mor_cached_prompt_tokens", "Tokens that they did not read.", self.found_tokens)
+        yield CounterMetricFamily("mor_preemptions", "Sequences read again for want of pages.", self.preemptions)
         yield CounterMetricFamily("mor_block_slots_used", "Block slots that held a token.", self.block_used)
         yield CounterMetricFamily("mor_block_slots", "Block slots of all passes over the block.", self.block_slots)
         yield CounterMetricFamily("mor_compilations", "Programs compiled by this process.", compilations())

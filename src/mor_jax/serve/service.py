@@ -197,6 +197,7 @@ class Service:
             if update.pieces:  # there are none where only the prompt was read
                 sequence.begin = sequence.begin or update.pieces[0].time
             sequence.count += len(update.pieces)
+            sequence.found += update.found
             sequence.passes += sum(piece.depth for piece in update.pieces)
             self.metrics.count(sequence, update)
             if update.finish:
