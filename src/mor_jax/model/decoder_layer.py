@@ -64,7 +64,7 @@ class DecoderLayer(nn.Module):
         return x_BCD, None if shares else kv
 
 
-def remat_layer(perf: ResolvedPerf) -> Any:
+def remat_layer(perf: ResolvedPerf, *, in_loop: bool) -> Any:
     """The layer, rematerialised as `perf` says."""
     policies = jax.checkpoint_policies
     policy = {
@@ -74,6 +74,6 @@ def remat_layer(perf: ResolvedPerf) -> Any:
     }
     if perf.remat == "none":
         return DecoderLayer
-    # The barriers hold in loops too: where XLA peels or unrolls one, it would make the layer again before the gradient
-    # that needs it has come, for all recursions at once (experiments/plan).
-    return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=True)
+    # a loop keeps the recomputation apart from what it repeats; layers outside one, or unrolled, need barriers
+    loops = in_loop and perf.scan_unroll == 1
+    return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=not loops)

@@ -92,7 +92,7 @@ class Transformer(nn.Module):
             x_BTD = jnp.take(table_VD, constrain(rows.tokens_BT, "batch", "sequence"), axis=0, mode="clip")
             x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
         view = rows.view(config)
-        layer, context = remat_layer(self.perf), make_context(config, view)
+        layer, context = remat_layer(self.perf, in_loop=False), make_context(config, view)
         first = last = trace = None
         unshared, embedded_BTD = self._unshared(), x_BTD
         if config.recursion.has_middle:
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         config = self.config
         scan: Any = nn.scan  # its annotation knows one axis for all arguments only
         stack = scan(
-            remat_layer(self.perf),
+            remat_layer(self.perf, in_loop=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),
