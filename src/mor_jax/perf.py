@@ -47,7 +47,9 @@ _MOSAIC_REMAT: tuple[RematPolicy, ...] = ("none", "full")
 """Rematerialisation beside SwiGLU in epilogues: others keep named tensors or XLA's products, which the results
 of those kernels are not, and would run them again as a whole."""
 _CHUNK_TOKENS = 4096
-"""Positions x rows of one loss chunk on an accelerator: products that fill the chip, logits that stay small."""
+"""Positions x rows of one loss chunk on a GPU: products that fill the chip, logits that stay small."""
+_TPU_CHUNK_TOKENS = 1024
+"""On a TPU, by the compiler's clock (experiments/plan/LOG.md)."""
 
 
 def resolve_perf(config: Config, mesh: Mesh) -> ResolvedPerf:
@@ -88,9 +90,9 @@ def _defaults(config: Config, mesh: Mesh) -> ResolvedPerf:
         attention_backend=_attention(config, mesh),
         remat=remat,
         scan_unroll=0 if on_gpu else 1,
-        loss_chunk=max(1, _CHUNK_TOKENS // rows),
+        loss_chunk=max(1, (_TPU_CHUNK_TOKENS if device.platform == "tpu" else _CHUNK_TOKENS) // rows),
         slot_multiple=8 if on_gpu else 1,
-        logits_dtype="bfloat16" if on_gpu and half else "float32",
+        logits_dtype="bfloat16" if half else "float32",
         fusion=_fusion(config, mesh, remat),
         whole_block=whole_block,
         compiler_options=tuple(COMPILER_OPTIONS.get(device.platform, ())),

@@ -79,7 +79,7 @@ class PerfConfig:
     kernels like round lengths; exactly k tokens count in any case. None is 8 on a GPU, 1 elsewhere."""
     logits_dtype: LogitsDtype = "auto"
     """How the loss keeps the logits of a chunk; softmax and sums are float32 in any case. `auto` is bfloat16 for a
-    bfloat16 model on a GPU (as the release rounds them), float32 elsewhere."""
+    bfloat16 model on a GPU or TPU (as the release rounds them), float32 elsewhere."""
     fusion: Fusion = "auto"
     """Norms, SwiGLU, the projections' gradients and the softmax of the loss: as XLA fuses them, or this project's
     kernels (GPUs, rows whole). `mosaic` has SwiGLU in the epilogues of its matmuls, too: on Hopper, with remat none or

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import ModelConfig
+from mor_jax.model.routing.ranks import kth_highest, ordered, reaching, score_of
 
 HORIZON = 8
 """Batches that a running boundary averages over (their mean age): enough to even out what batches differ by, and few
@@ -74,9 +75,7 @@ def listed(config: ModelConfig, running_R: jax.Array | None) -> list[float]:
 def score_cut(scores_RX: jax.Array, chosen_R: jax.Array) -> jax.Array:
     """Return, per recursion, the score halfway between the ``chosen_R`` highest and the rest; -inf without a rest.
 
-    Exact and without a sort: the lowest chosen score is found four bits at a time, by counting how many scores reach
-    each of 15 candidates. Counts are integers, so meshes and micro-batches give the same, and what a mesh exchanges is
-    15 R of them, eight times.
+    Exact and without a sort (see ``ranks``): what a mesh exchanges is 15 R counts, eight times.
 
     Args:
         scores_RX: float32 [R, ...], -inf for tokens that the recursion could not choose.
@@ -86,31 +85,10 @@ def score_cut(scores_RX: jax.Array, chosen_R: jax.Array) -> jax.Array:
 
 
 def _cut(scores_X: jax.Array, chosen: jax.Array) -> jax.Array:
-    keys_X, digits_K = _ordered(scores_X), jnp.arange(1, 16, dtype=jnp.uint32)
-
-    def reaching(key: jax.Array) -> jax.Array:
-        return jnp.sum(keys_X >= key, dtype=jnp.int32)
-
-    def next_digit(nth: jax.Array, found: jax.Array) -> jax.Array:
-        shift = (28 - 4 * nth).astype(jnp.uint32)
-        enough_K = jax.vmap(reaching)(found + (digits_K << shift)) >= chosen
-        return found + (jnp.sum(enough_K, dtype=jnp.uint32) << shift)
-
-    key = jax.lax.fori_loop(0, 8, next_digit, jnp.zeros((), jnp.uint32))
-    lowest, rest = _score(key), jnp.max(jnp.where(keys_X < key, scores_X, -jnp.inf))
-    return (lowest + jnp.where(reaching(key) > chosen, lowest, rest)) / 2
-
-
-def _ordered(scores: jax.Array) -> jax.Array:
-    """uint32 keys in the order of float32 scores."""
-    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _score(keys: jax.Array) -> jax.Array:
-    """Inverse of ``_ordered``."""
-    bits = jnp.where(keys >> 31 == 1, keys ^ jnp.uint32(1 << 31), ~keys)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    keys_X = ordered(scores_X)
+    key = kth_highest(keys_X, chosen)
+    lowest, rest = jnp.squeeze(score_of(key)), jnp.max(jnp.where(keys_X < key, scores_X, -jnp.inf))
+    return (lowest + jnp.where(jnp.squeeze(reaching(keys_X, key)) > chosen, lowest, rest)) / 2
 
 
 def follow(boundaries_R: jax.Array, cut_R: jax.Array, step: jax.Array) -> jax.Array:

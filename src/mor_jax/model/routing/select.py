@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mor_jax.mesh.axes import on_shards
+from mor_jax.model.routing.ranks import kth_highest, ordered
 
 _ROWS: Any = ("batch", None)
 
@@ -34,13 +35,10 @@ def select_mask(mask_BT: jax.Array, capacity: int, slots: int | None = None) -> 
 
     `slots` (default `capacity`) is the length of the result; those beyond `capacity` stay empty.
     """
-    slots = capacity if slots is None else slots
 
     def local(mask_BT: jax.Array) -> Selection:
-        slot_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - 1
-        kept_BT = mask_BT & (slot_BT < capacity)
-        index_BC = jnp.argsort(~kept_BT, axis=1, stable=True)[:, :slots].astype(jnp.int32)
-        return Selection(index_BC=index_BC, mask_BT=kept_BT, slot_BT=jnp.clip(slot_BT, 0, slots - 1))
+        kept_BT = mask_BT & (jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) <= capacity)
+        return _selection(kept_BT, capacity if slots is None else slots)
 
     return _per_row(local)(mask_BT)
 
@@ -50,15 +48,7 @@ def select_top(scores_BT: jax.Array, count: int, slots: int | None = None) -> Se
     """Choose the `count` rows of highest float32 score, ties to the earlier row; `slots` as in `select_mask`."""
 
     def local(scores_BT: jax.Array) -> Selection:
-        scores_BT = jnp.where(scores_BT == 0, 0.0, scores_BT)  # -0.0 and 0.0 tie
-        index_BC = jnp.sort(jax.lax.top_k(scores_BT, count)[1], axis=1)
-        batch_B1 = jnp.arange(scores_BT.shape[0])[:, None]
-        mask_BT = jnp.zeros(scores_BT.shape, bool).at[batch_B1, index_BC].set(True, unique_indices=True)
-        slot_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - 1
-        if slots is not None and slots > count:
-            empty_B1 = jnp.argmin(mask_BT, axis=1, keepdims=True).astype(jnp.int32)
-            index_BC = jnp.concatenate([index_BC, jnp.repeat(empty_B1, slots - count, axis=1)], axis=1)
-        return Selection(index_BC=index_BC, mask_BT=mask_BT, slot_BT=jnp.clip(slot_BT, 0, count - 1))
+        return _selection(_highest(scores_BT, count), count if slots is None else slots)
 
     return _per_row(local)(scores_BT)
 
@@ -66,13 +56,30 @@ def select_top(scores_BT: jax.Array, count: int, slots: int | None = None) -> Se
 @jax.named_scope("routing")
 def top_mask(scores_BT: jax.Array, count: jax.Array) -> jax.Array:
     """bool [B, T]: the rows that `select_top` would choose, for a traced int32 `count`."""
+    return on_shards(_highest, (_ROWS, ()), _ROWS)(scores_BT, count)
 
-    def local(scores_BT: jax.Array, count: jax.Array) -> jax.Array:
-        scores_BT = jnp.where(scores_BT == 0, 0.0, scores_BT)
-        order_BT = jnp.argsort(-scores_BT, axis=1, stable=True)
-        return jnp.argsort(order_BT, axis=1) < count
 
-    return on_shards(local, (_ROWS, ()), _ROWS)(scores_BT, count)
+def _highest(scores_BT: jax.Array, count: int | jax.Array) -> jax.Array:
+    """bool [B, T]: the `count` highest scores of every row, ties to the earlier; without a sort (see ``ranks``)."""
+    keys_BT = ordered(jnp.where(scores_BT == 0, 0.0, scores_BT))  # -0.0 and 0.0 tie
+    lowest_B1 = kth_highest(keys_BT, count, axis=1)
+    above_BT, ties_BT = keys_BT > lowest_B1, keys_BT == lowest_B1
+    missing_B1 = count - jnp.sum(above_BT, axis=1, keepdims=True, dtype=jnp.int32)
+    return above_BT | (ties_BT & (jnp.cumsum(ties_BT, axis=1, dtype=jnp.int32) <= missing_B1))
+
+
+def _selection(mask_BT: jax.Array, slots: int) -> Selection:
+    """The rows of a mask in `slots` slots; those that are left over hold the earliest rows that it leaves out.
+
+    The row of slot k is how many rows come before it, which counting finds without a sort.
+    """
+    seated_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32)
+    left_BT = jnp.arange(1, mask_BT.shape[1] + 1)[None] - seated_BT
+    seated_B11 = seated_BT[:, -1, None, None]
+    slot_1C1 = jnp.arange(slots)[None, :, None]
+    rank_BCT = jnp.where(slot_1C1 < seated_B11, seated_BT[:, None], seated_B11 + left_BT[:, None])
+    index_BC = jnp.sum(rank_BCT <= slot_1C1, axis=2, dtype=jnp.int32)
+    return Selection(index_BC=index_BC, mask_BT=mask_BT, slot_BT=jnp.clip(seated_BT - 1, 0, slots - 1))
 
 
 def _per_row(local: Callable[[jax.Array], Selection]) -> Callable[[jax.Array], Selection]:
