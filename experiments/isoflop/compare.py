@@ -1,6 +1,6 @@
 """Run the comparison within a time, the most telling runs first, and write the results after every run.
 
-    python experiments/isoflop/compare.py --seconds 560 --devices 2 --processes 3 --report data/isoflop-text/report.jsonl
+    python experiments/isoflop/compare.py --seconds 560 --devices 2 --report data/isoflop-text/report.jsonl
 
 The same command goes on where it was stopped, runs that were not finished included; on another machine, with
 ``--earlier RESULTS.json``. `outcome.py` writes what came out.

@@ -33,7 +33,7 @@ DeepSeek LLM (2024), section 3.1."""
 FIRST_RATE = {"full": 8e-3, "debug": 4e-3}
 """Peak rate that is tried first, by scale: at 4e15 FLOPs the ablation found 4e-3 best of 1e-3, 2e-3 and 4e-3."""
 _MOST_RATES = 6
-_MIDDLE, _INNER, _SIZES = 2, (2, 1, 3), 5
+_MIDDLE, _INNER, _ALL = 2, (2, 1, 3), (0, 1, 2, 3, 4)
 SEEDS, FEWER_SEEDS = tuple(range(6)), tuple(range(3))
 STAGES = (
     "rates",
@@ -163,9 +163,7 @@ class Comparison:
         widths = variant.widths(self.scale)[budget]
         return [self.run(variant, widths[index], self.budgets[budget], rate) for index in which]
 
-    def sizes(
-        self, results: Results, family: Name, budget: int, which: Sequence[int] = range(_SIZES)
-    ) -> list[SweepRun]:
+    def sizes(self, results: Results, family: Name, budget: int, which: Sequence[int] = _ALL) -> list[SweepRun]:
         """Return a family's sizes at a budget; none while its variant or its rate is unknown."""
         variant = self.variant(results, family)
         return [] if variant is None else self._sized(results, variant, budget, which)
@@ -183,7 +181,7 @@ class Comparison:
         }
         best = _best(losses)
         if best is not None and best != _MIDDLE:
-            which.append(0 if best == 1 else _SIZES - 1)
+            which.append(0 if best == 1 else _ALL[-1])
         return self.sizes(results, family, budget, which)
 
     def at_best(self, results: Results, family: Name, seeds: Sequence[int] = (0,), budget: int = 2) -> list[SweepRun]:

@@ -4,6 +4,7 @@ Heads are 32 wide, so that widths are multiples of 32 and the smallest budget ha
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -88,10 +89,8 @@ def _grown(mor: Variant) -> tuple[Variant, ...]:
 
 _GROWN = {mor.name: _grown(mor) for mor in _MOR}
 _FIXED: Mapping[Name, tuple[Variant, ...]] = {"vanilla": _VANILLA, "mor": _MOR, "recursive": (_RECURSIVE,)}
-VARIANTS = {
-    each.name: each for each in (*_VANILLA, *_MOR, *(v for grown in _GROWN.values() for v in grown), _RECURSIVE)
-}
-PLAIN_OF_UNIQUE = VARIANTS["vanilla-l4"]
+_TRIED = (*_VANILLA, *_MOR, *itertools.chain(*_GROWN.values()), _RECURSIVE)
+VARIANTS = {variant.name: variant for variant in _TRIED}
 CONFIRMED = tuple(VARIANTS[name] for name in ("vanilla-l8", "mor-r3", "mor-r2", "recursive-r3", "vanilla-l4"))
 """Models of the confirmation."""
 

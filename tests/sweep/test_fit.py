@@ -15,11 +15,15 @@ def _best(budget: float) -> float:
     return 0.3 * budget**0.5  # the path that the fit must find
 
 
+def _lowest(budget: float) -> float:
+    return 3.0 * (budget / 4e15) ** -0.05
+
+
 def _points(noise: float = 0.0, seed: int = 0):
     generator = np.random.default_rng(seed)
     return {
         budget: [
-            (size, 3.0 + 0.05 * (np.log(size) - np.log(_best(budget))) ** 2 + generator.normal(0, noise))
+            (size, _lowest(budget) + 0.05 * (np.log(size) - np.log(_best(budget))) ** 2 + generator.normal(0, noise))
             for size in SIZES
         ]
         for budget in BUDGETS
@@ -37,6 +41,11 @@ def test_the_path_is_found():
     assert fit.path is not None and abs(fit.path.exponent - 0.5) < 0.05
     assert 0.002 < fit.noise < 0.008
     assert all(band.low < fit.parabolas[budget].size < band.high for budget, band in fit.size_bands.items())
+    assert fit.losses is not None and fit.loss_exponent_band is not None
+    assert abs(fit.losses.exponent + 0.05) < 0.002
+    assert fit.loss_exponent_band.low < fit.losses.exponent < fit.loss_exponent_band.high
+    assert all(band.low < _lowest(budget) < band.high for budget, band in fit.loss_bands.items())
+    assert len(fit.loss_samples) == len(fit.samples)
 
 
 def test_bands_of_90_percent_hold_the_truth_about_that_often():
