@@ -1,8 +1,8 @@
 """IsoFLOP analysis: a parabola per budget, the compute-optimal path through their minima, and bootstrap bands.
 
 At one budget C the loss is fitted as a parabola in log N; its minimum gives the best size N*(C) and the best loss
-L*(C). Over budgets log N* = log k + a log C, and L* is a power law of C as well. References: Hoffmann et al., Training Compute-Optimal Large Language Models (2022), approach
-2; Bae et al., Mixture-of-Recursions (2025), section 3.2.
+L*(C). Over budgets log N* = log k + a log C, and L* is a power law of C as well. References: Hoffmann et al., Training
+Compute-Optimal Large Language Models (2022), approach 2; Bae et al., Mixture-of-Recursions (2025), section 3.2.
 """
 
 from collections.abc import Mapping, Sequence
