@@ -17,13 +17,13 @@ from mor_jax.sweep.runs import with_overrides
 Name = Literal["vanilla", "mor", "grown", "recursive"]
 FAMILIES: tuple[Name, ...] = ("vanilla", "mor", "grown", "recursive")
 """The most telling first."""
-BUDGETS = {"full": (1e15, 4e15, 1.6e16), "debug": (1e8, 2e8, 4e8)}
+BUDGETS = {"full": (1e15, 4e15, 1.6e16), "debug": (2e9, 4e9, 8e9)}
 """Exact training FLOPs, by scale."""
-CONFIRMATION = {"full": (256, 2.1e16), "debug": (32, 4e8)}
+CONFIRMATION = {"full": (256, 2.1e16), "debug": (24, 8e9)}
 """Width and budget of the runs at about the paper's tokens for each parameter, by scale."""
 Widths = tuple[tuple[int, ...], ...]
 """Five at every budget, ascending: about 5 to 60 tokens for each unique parameter without embedding."""
-_DEBUG_WIDTHS: Widths = ((16, 24, 32, 40, 48),) * 3
+_DEBUG_WIDTHS: Widths = ((16, 20, 24, 28, 32),) * 3
 GROWTH_SHARES = (0.5, 0.7)
 """Of the steps, with one pass: what was tried of grown models."""
 
