@@ -177,7 +177,7 @@ def test_the_outcome_finds_what_the_losses_were_made_of(unfolded, tmp_path):
     assert len(written) == 2 * (len(measured.fits()) + 2) and all(path.stat().st_size > 1000 for path in written)
     path = tmp_path / "comparison.json"
     path.write_text(json.dumps({"scale": "full", "results": list(measured.results.values())}))
-    screen = OUTCOME.first_screen(path)
+    screen = OUTCOME.first_screen(tmp_path)
     assert f"| training FLOPs, 1.6e+16 each | 1.6e+16 | 1.6e+16 | {lead} (6 seeds) |" in screen
     assert all(f"| {cost} |" in screen for cost in ("parameters", "serving FLOPs per token", "KV bytes per token"))
     assert "Vanilla needs " in screen
@@ -197,7 +197,7 @@ def test_what_was_not_run_says_so(unfolded, tmp_path):
     empty = OUTCOME.Measured(comparison, {})
     assert "Not fitted: the law has 6 constants: 0 runs do not determine them." in TABLES.tables(empty)
     assert OUTCOME.figures(empty, tmp_path) == []
-    assert OUTCOME.first_screen(tmp_path / "none.json").startswith("Not measured yet.")
+    assert OUTCOME.first_screen(tmp_path) == OUTCOME._NOT_MEASURED
 
 
 def test_a_run_starts_only_if_it_can_end_in_time_from_where_it_stands(unfolded, tmp_path):

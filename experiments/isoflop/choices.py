@@ -22,6 +22,7 @@ TRANSFER = -1 / 8
 DeepSeek LLM (2024), section 3.1."""
 FIRST_RATE = {"full": 8e-3, "debug": 4e-3}
 """Peak rate that is tried first, by scale: at 4e15 FLOPs the ablation found 4e-3 best of 1e-3, 2e-3 and 4e-3."""
+CHECKED: tuple[Name, ...] = ("vanilla", "mor")
 _MOST_RATES = 6
 MIDDLE, INNER, _ALL = 2, (2, 1, 3), (0, 1, 2, 3, 4)
 SEEDS, FEWER_SEEDS = tuple(range(6)), tuple(range(3))
@@ -48,7 +49,7 @@ class Choices:
         if key not in self._made:
             changes = {"optimizer.learning_rate": rate, **(what.changes if what else {})}
             config = configured(self.scale, variant, width, budget, changes, self.corpus)
-            name = f"{variant.name}-d{width}-{_short(budget)}-lr{rate:g}" + (f"-{what.name}" if what else "")
+            name = f"{variant.name}-d{width}-{short(budget)}-lr{rate:g}" + (f"-{what.name}" if what else "")
             (self._made[key],) = seeded(name, config, (seed,))
         return self._made[key]
 
@@ -119,11 +120,17 @@ class Choices:
         return None if best is None else tried[best]
 
     def checked(self, results: Results, family: Name) -> tuple[list[SweepRun], float | None]:
-        """Return the runs that check the transferred rate at the middle budget, and the best rate of them."""
+        """Return the runs that check the transferred rate at the middle budget, and the best rate of them.
+
+        Vanilla and MoR are checked; the other families take the factor that MoR's check finds.
+        """
         variant, rate = self.variant(results, family), self.swept(results, family)[1]
         if variant is None or rate is None:
             return [], None
         rate, budget = transferred(rate, *self.budgets[:2]), self.budgets[1]
+        if family not in CHECKED:
+            of_mor, best = self.checked(results, "mor")
+            return [], None if best is None else rate * best / of_mor[0].config.optimizer.learning_rate
         width = variant.widths(self.scale)[1][MIDDLE]
         runs = {factor * rate: self.run(variant, width, budget, factor * rate) for factor in (1.0, 2.0, 0.5)}
         return list(runs.values()), _best({each: _loss(results, run) for each, run in runs.items()})
@@ -220,5 +227,6 @@ def _best(losses: Mapping[Any, float | None]) -> Any:
     return min(known, key=lambda key: known[key]) if known and len(known) == len(losses) else None
 
 
-def _short(budget: float) -> str:
+def short(budget: float) -> str:
+    """Return a budget as names have it."""
     return f"{budget:g}".replace("+", "")

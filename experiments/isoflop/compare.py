@@ -19,7 +19,7 @@ import launch
 import tyro
 from comparison import Comparison
 from driver import STOP_SECONDS, conduct, results_in, row_of, work, write_new
-from estimate import seconds_of
+from estimate import measured_on_val, seconds_of
 
 from mor_jax.runs.metrics import read_metrics
 from mor_jax.sweep.results import write_json
@@ -49,7 +49,8 @@ def main() -> int:
     if options.worker is not None:
         plan = json.loads(options.plan_path.read_text(encoding="utf-8"))
         last_start = functools.partial(_last_start, options.out, plan)
-        work(options, comparison.plan, launch.measurer(options), last_start)
+        measure = launch.measurer(options, lambda text, name: text == "report" or measured_on_val(name))
+        work(options, comparison.plan, measure, last_start)
         return 0
     started = time.monotonic()
     launch.prepare(options)

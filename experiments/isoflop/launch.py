@@ -70,12 +70,15 @@ def described(options: LaunchOptions, script: str) -> str:
     )
 
 
-def measurer(options: LaunchOptions) -> Callable[[Path], dict[str, Any]] | None:
-    """Return what measures a finished run on the texts; None without texts."""
-    return functools.partial(_measure, options.texts) if options.texts else None
+def measurer(
+    options: LaunchOptions, wanted: Callable[[str, str], bool] = lambda text, run: True
+) -> Callable[[Path], dict[str, Any]] | None:
+    """Return what measures a finished run on the texts that are wanted of it (by their names); None without texts."""
+    return functools.partial(_measure, options.texts, wanted) if options.texts else None
 
 
-def _measure(texts: dict[str, Path], folder: Path) -> dict[str, Any]:
+def _measure(texts: dict[str, Path], wanted: Callable[[str, str], bool], folder: Path) -> dict[str, Any]:
     """Causal and look-ahead loss by source of texts that the run did not validate on."""
     run = open_run(folder)
-    return {name: text_losses(run, [path], stride=run.config.model.context_length) for name, path in texts.items()}
+    stride = run.config.model.context_length
+    return {name: text_losses(run, [path], stride=stride) for name, path in texts.items() if wanted(name, folder.name)}

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Annotated
 
 import launch  # noqa: F401  the driver's place
+import models
 import tyro
+from ablation import BASE as PLAIN
+from ablation import FIRST, Ablation
+from choices import paired
 from comparison import Comparison
 from measured import COSTS, Measured
 from outcome_tables import markdown, mean_of, tables, with_seeds
@@ -21,6 +25,12 @@ from mor_jax.sweep.isoflop_plots import plot_frontiers, plot_isoflop, plot_losse
 
 RESULTS = Path(__file__).parent / "results" / "comparison.json"
 IMAGES = Path(__file__).parent.parent.parent / "docs" / "images"
+
+_NOT_MEASURED = """Not measured yet. The runs that answer it, every family at its own best size for a budget, are
+written and have not been run ([isoflop](../experiments/isoflop/README.md)). Until they are, nothing here says that MoR
+beats the best plain Transformer of its budget. The appendix has older comparisons, each with what its baseline cannot
+say.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,15 +51,15 @@ def load(path: Path) -> Measured:
     return Measured(Comparison(values["scale"]), {row["name"]: row for row in values["results"]})
 
 
-def first_screen(path: Path = RESULTS) -> str:
-    """Return where MoR pays and where it does not: one line for each cost, with its figure and interval."""
+def first_screen(folder: Path = RESULTS.parent) -> str:
+    """Return where MoR pays and where it does not: one line for each cost, with its figure and interval.
+
+    Args:
+        folder: of `comparison.json` and `ablation.json`.
+    """
+    path = folder / "comparison.json"
     if not path.exists():
-        return (
-            "Not measured yet. The runs that answer it ([isoflop](../experiments/isoflop/README.md): every family at "
-            "its own best\nsize for a budget, whole works held out, paired seeds) are written and have not been run; "
-            "until they are, nothing here\nsays that MoR beats the best plain Transformer of its budget, or that it "
-            "does not. The tables below are of older\ncomparisons, each with what its baseline cannot say.\n"
-        )
+        return _NOT_MEASURED + _so_far(folder / "ablation.json")
     measured = load(path)
     leader = measured.comparison.leader(measured.results)
     ours = measured.at_best(leader) if leader else []
@@ -73,6 +83,33 @@ def first_screen(path: Path = RESULTS) -> str:
         ratio, band = flops
         text += f"\nVanilla needs {ratio:.2f} [{band.low:.2f}, {band.high:.2f}] times the FLOPs for MoR's loss.\n"
     return text
+
+
+def _so_far(path: Path) -> str:
+    """Say what the ablation's base says of the two families, for as long as the comparison has no figure."""
+    if not path.exists():
+        return ""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    ablation, results = Ablation(values["scale"]), {row["name"]: row for row in values["results"]}
+    runs = {family: [ablation.at_best(results, family, PLAIN, seed) for seed in FIRST] for family in models.FAMILIES}
+    difference = paired(results, runs["mor"], runs["vanilla"], "report")
+    done = {family: [results[run.name] for run in own if run.name in results] for family, own in runs.items()}
+    if difference is None:
+        return ""
+    head = ["4e15 training FLOPs, Muon", "parameters without embedding", "tokens for each", "serving FLOPs/token"]
+    rows = [[*head, "KV bytes/token"]]
+    for family, own in done.items():
+        first = own[0]
+        size, costs = first["non_embedding"], (first["serving_flops_per_token"], first["kv_bytes_per_token"])
+        each = f"{first['tokens'] / size:.1f}"
+        rows.append([f"{family}, width {first['config']['model']['d_model']}", f"{size / 1e6:.2f}M", each])
+        rows[-1] += [f"{costs[0] / 1e6:.1f}M", f"{costs[1]:.0f}"]
+    return (
+        "\nWhat there is meanwhile, from the [ablation](../experiments/isoflop/ABLATION.md): MoR (expert-choice, three "
+        f"recursions,\nnot grown) less vanilla is {difference} nats over {difference.seeds} paired seeds, on held-out "
+        "works that nothing\nwas chosen on; above zero MoR is behind. Each is at the best of three widths and of three "
+        "rates; the highest rate was\nbest for both, so neither is at its best yet.\n\n" + markdown(rows)
+    )
 
 
 def figures(measured: Measured, folder: Path) -> list[Path]:
