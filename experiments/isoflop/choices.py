@@ -150,6 +150,11 @@ class Choices:
             losses[family] = _loss(results, best[0]) if best else None
         return _best(losses)
 
+    def leaders(self, results: Results) -> tuple[Name, ...]:
+        """Return vanilla and the better MoR; nothing while that is unknown."""
+        leader = self.leader(results)
+        return () if leader is None else ("vanilla", leader)
+
     def lead(self, results: Results, half: str = "choose") -> PairedDifference | None:
         """Return the better MoR's causal loss less vanilla's, each at its best size at the largest budget."""
         leader = self.leader(results)

@@ -82,12 +82,10 @@ class Comparison(Choices):
         yield from self.all_sizes(results, 1, FAMILIES)
 
     def _leaders(self, results: Results) -> Iterator[SweepRun]:
-        if (leader := self.leader(results)) is not None:
-            yield from in_turn([self.around_best(results, family, 2) for family in ("vanilla", leader)])
+        yield from in_turn([self.around_best(results, family, 2) for family in self.leaders(results)])
 
     def _leaders_seeds(self, results: Results) -> Iterator[SweepRun]:
-        if (leader := self.leader(results)) is not None:
-            yield from in_turn([self.at_best(results, family, SEEDS) for family in ("vanilla", leader)])
+        yield from in_turn([self.at_best(results, family, SEEDS) for family in self.leaders(results)])
 
     def _others(self, results: Results) -> Iterator[SweepRun]:
         leader = self.leader(results)
@@ -100,14 +98,12 @@ class Comparison(Choices):
             yield from self.all_sizes(results, 2, FAMILIES)
 
     def _tries(self, results: Results) -> Iterator[SweepRun]:
-        leader = self.leader(results)
-        if leader is None:
-            return
-        seeds = [run for family in ("vanilla", leader) for run in self.at_best(results, family, SEEDS)]
+        leaders = self.leaders(results)
+        seeds = [run for family in leaders for run in self.at_best(results, family, SEEDS)]
         if not seeds or any(run.name not in finished(results) for run in seeds) or self.mor_wins(results):
             return
-        yield from in_turn([list(self.tries(results, family).values()) for family in ("vanilla", leader)])
-        yield from in_turn([self.best_try(results, family)[1] for family in ("vanilla", leader)])
+        yield from in_turn([list(self.tries(results, family).values()) for family in leaders])
+        yield from in_turn([self.best_try(results, family)[1] for family in leaders])
 
     def _confirmation(self, results: Results) -> Iterator[SweepRun]:
         width, budget = CONFIRMATION[self.scale]

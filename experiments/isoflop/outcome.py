@@ -123,7 +123,7 @@ def figures(measured: Measured, folder: Path) -> list[Path]:
         }
         written += plot_isoflop(folder / f"isoflop-{family}", points, fit, f"{family}, held-out half `report`")
     if fits:
-        written += plot_losses(folder / "isoflop-losses", fits)
+        written += plot_losses(folder / "isoflop-losses", {str(family): fit for family, fit in fits.items()})
     if measured.all_done():
         written += plot_frontiers(folder / "isoflop-frontiers", measured.frontiers())
     return written

@@ -139,8 +139,9 @@ def _model_row(seeds: Sequence[Result]) -> list[str]:
 
 def _differences(measured: Measured) -> str:
     rows = [["", "`report` [95%]", "`choose` [95%]"]]
-    others: list[tuple[Name, Name]] = [("mor", "vanilla"), ("grown", "vanilla"), ("recursive", "vanilla")]
-    for family, base in (*others, ("mor", "recursive"), ("grown", "mor")):
+    pairs: list[tuple[Name, Name]] = [("mor", "vanilla"), ("grown", "vanilla"), ("recursive", "vanilla")]
+    pairs += [("mor", "recursive"), ("grown", "mor")]
+    for family, base in pairs:
         halves = (measured.comparison.difference(measured.results, family, base, h) for h in ("report", "choose"))
         rows.append([f"{family} less {base}", *map(with_seeds, halves)])
     return f"Each at its best size, {measured.comparison.budgets[-1]:.2g} training FLOPs:\n\n{markdown(rows)}"
@@ -183,12 +184,11 @@ def _sources_of(groups: Any, text: str) -> Iterator[str]:
 
 def _tries(measured: Measured) -> str:
     comparison, results = measured.comparison, measured.results
-    leader = comparison.leader(results)
-    if not leader or not any(_tried(measured, family) for family in ("vanilla", leader)):
-        return f"{'None: MoR beats vanilla' if measured.comparison.mor_wins(measured.results) else _NOT_RUN}.\n"
+    leaders = comparison.leaders(results)
+    if not any(_tried(measured, family) for family in leaders):
+        return f"{'None: MoR beats vanilla' if comparison.mor_wins(results) else _NOT_RUN}.\n"
     rows = [["family", "change", "effect on `choose`, seed 0", "best size, largest budget, `report` [95%]"]]
-    families: tuple[Name, Name] = ("vanilla", leader)
-    for family in families:
+    for family in leaders:
         tried = comparison.tries(results, family)
         what, runs = comparison.best_try(results, family)
         for name, run in list(tried.items())[1:]:
