@@ -10,10 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mor_jax.errors import UserError
 from mor_jax.model.flops import count_parameters, kv_bytes_per_token, run_flops
 from mor_jax.sweep.results import failed_result, serving_flops_per_token
 
@@ -211,6 +214,19 @@ def test_a_run_starts_only_if_it_can_end_in_time_from_where_it_stands(unfolded, 
     (tmp_path / run.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert COMPARE._last_start(tmp_path, plan, run) == pytest.approx(10_000 - seconds / 2, abs=1)
     assert COMPARE._last_start(tmp_path, {**plan, "more_calls": True}, run) == 10_000 - COMPARE._LEAST_SECONDS
+
+
+def test_results_of_another_corpus_are_not_gone_on_from(tmp_path, monkeypatch):
+    earlier = tmp_path / "earlier.json"
+    options = COMPARE.Arguments(out=tmp_path / "runs", earlier=earlier)
+    monkeypatch.setattr(COMPARE.launch, "read_manifest", lambda folder: SimpleNamespace(hash="abc"))
+    for corpus, refused in (({"corpus": "abc"}, False), ({}, False), ({"corpus": "other"}, True)):
+        row = {"name": "a", "state": "done"}
+        earlier.write_text(json.dumps({"scale": "full", "results": [row], **corpus}))
+        with pytest.raises(UserError, match="is of the corpus other") if refused else nullcontext():
+            COMPARE.launch.prepare(options)
+    assert (tmp_path / "runs" / "a" / "result.json").exists()
+    assert COMPARE.launch.corpus_hash(COMPARE.Arguments(scale="debug")) is None
 
 
 @pytest.mark.slow

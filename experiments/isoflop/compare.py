@@ -78,7 +78,8 @@ def _collect(options: Arguments, comparison: Comparison) -> tuple[int, int]:
         stages = {run.name: stage for stage, runs in reversed(comparison.stages(finished).items()) for run in runs}
         rows = [row_of(options.out, run, command) | {"stage": stages[run.name]} for run in comparison.plan(finished)]
         rows += [result for name, result in finished.items() if name not in stages]  # no choice asks for it any more
-        return {"scale": options.scale, "budgets": comparison.budgets, "results": rows}
+        corpus = launch.corpus_hash(options)
+        return {"scale": options.scale, "budgets": comparison.budgets, "corpus": corpus, "results": rows}
 
     write_new(options, finished, values)
     return sum(result["state"] == "done" for result in finished.values()), len(finished)

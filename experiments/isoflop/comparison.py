@@ -100,7 +100,8 @@ class Comparison(Choices):
     def _tries(self, results: Results) -> Iterator[SweepRun]:
         leaders = self.leaders(results)
         seeds = [run for family in leaders for run in self.at_best(results, family, SEEDS)]
-        if not seeds or any(run.name not in finished(results) for run in seeds) or self.mor_wins(results):
+        ended = len(seeds) == 2 * len(SEEDS) and all(run.name in finished(results) for run in seeds)
+        if not ended or self.mor_wins(results):
             return
         yield from in_turn([list(self.tries(results, family).values()) for family in leaders])
         yield from in_turn([self.best_try(results, family)[1] for family in leaders])

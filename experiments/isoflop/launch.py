@@ -11,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # driver.py
 from driver import DriverOptions, take_over
 
+from mor_jax.data.manifest import read_manifest
 from mor_jax.errors import require
 from mor_jax.evaluate.text_loss import text_losses
 from mor_jax.interop.sources import open_run
@@ -50,7 +51,17 @@ def prepare(options: LaunchOptions) -> None:
     if options.earlier is not None:
         values = json.loads(options.earlier.read_text(encoding="utf-8"))
         require(values["scale"] == options.scale, f"{options.earlier} is of scale {values['scale']!r}")
+        mine = corpus_hash(options)
+        theirs = values.get("corpus", mine)  # results of before the hash was noted
+        require(
+            theirs == mine, f"{options.earlier} is of the corpus {theirs}, but {options.corpus} has the hash {mine}"
+        )
         take_over(options.out, values["results"])
+
+
+def corpus_hash(options: LaunchOptions) -> str | None:
+    """Return the content hash of the prepared corpus; None at scale `debug`, which prepares its own."""
+    return None if options.scale == "debug" else read_manifest(Path(options.corpus)).hash
 
 
 def worker_command(options: LaunchOptions, script: str) -> list[str]:

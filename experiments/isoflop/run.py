@@ -69,7 +69,8 @@ def _collect(options: Arguments, ablation: Ablation) -> tuple[int, int]:
                 known.setdefault(run.name, run)
         rows = [row_of(options.out, run, launch.described(options, "run.py")) for run in known.values()]
         rows += [result for name, result in finished.items() if name not in known]  # of choices that later ones changed
-        return {"scale": options.scale, "budget": scale_of(options.scale).budget, "results": rows}
+        head = {"scale": options.scale, "budget": scale_of(options.scale).budget, "corpus": launch.corpus_hash(options)}
+        return {**head, "results": rows}
 
     write_new(options, finished, values)
     return sum(result["state"] == "done" for result in finished.values()), len(finished)
