@@ -22,7 +22,7 @@ from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.config import Config, PerfConfig
 from mor_jax.errors import UserError
 from mor_jax.runs.metrics import read_metrics
-from mor_jax.sweep.execute import Measure, SweepOptions, Train, run_sweep
+from mor_jax.sweep.execute import Measure, Train, check_same, is_claimed, placed, run_first
 from mor_jax.sweep.results import RESULT, failed_result, read_result, write_json
 from mor_jax.sweep.runs import SweepRun
 from mor_jax.train.loop import DivergedError
@@ -30,8 +30,8 @@ from mor_jax.train.loop import train as train_run
 
 _log = logging.getLogger("mor_jax.driver")
 Result = Mapping[str, Any]
-Stage = Callable[[Mapping[str, Result]], list[SweepRun]]
-"""Gives the runs of a stage, from the results of the stages before it by name."""
+Plan = Callable[[Mapping[str, Result]], list[SweepRun]]
+"""Gives the runs that are decided on, the most important first, from the results that there are, by name."""
 PLAIN_KERNELS = PerfConfig(fusion="xla", attention_backend="xla", scan_unroll=1)
 """How a run is executed that failed with this project's kernels."""
 STOP_SECONDS = 15.0
@@ -114,32 +114,54 @@ def _stop(workers: "Sequence[subprocess.Popen[bytes]]") -> None:
             worker.wait()
 
 
+def in_stages(stages: Sequence[Plan]) -> Plan:
+    """Return the plan whose every stage begins when the one before it is finished by all."""
+
+    def known(results: Mapping[str, Result]) -> list[SweepRun]:
+        runs: dict[str, SweepRun] = {}
+        for stage in stages:
+            runs |= {run.name: run for run in stage(results) if run.name not in runs}
+            if not runs.keys() <= results.keys():
+                break
+        return list(runs.values())
+
+    return known
+
+
 def work(
     options: DriverOptions,
-    stages: Sequence[Stage],
+    plan: Plan,
     measure: Measure | None,
-    last_start: float,
+    last_start: Callable[[SweepRun], float],
     *,
     train: Train = train_run,
 ) -> None:
-    """Run in one process what no other one runs, stage by stage, until it is too late to start another.
+    """Run in one process what no other one runs, until nothing is left that it may still start.
 
-    A stage begins when the one before it is finished by all, so a process may wait for the length of a run.
+    After every run the plan is asked again; while others are at runs that it waits for, so does this process.
 
     Args:
         options: folder and number of this worker.
-        stages: give the runs; one that gives none is passed over.
+        plan: gives the runs.
         measure: further measurements of a finished run.
-        last_start: ``time.time()`` after which no run is started.
+        last_start: ``time.time()`` after which a run is not started.
         train: trains a run.
     """
     enable_compilation_cache()
     time.sleep(_APART_SECONDS * ((options.worker or 0) // options.devices))  # first compilations do not meet
-    for stage in stages:
-        runs = stage(results_in(options.out))
-        if runs and last_start > time.time():
-            sweep = SweepOptions(options.out, limit_seconds=last_start - time.time())
-            run_sweep(runs, sweep, train=functools.partial(_train_or_fall_back, train), measure=_survives(measure))
+    while True:
+        results = results_in(options.out)
+        runs = [placed(run, options.out) for run in plan(results)]
+        for run in runs:
+            check_same(run, options.out)
+        pending = [run for run in runs if run.name not in results and time.time() < last_start(run)]
+        outcome = run_first(pending, options.out, functools.partial(_train_or_fall_back, train), _survives(measure))
+        if outcome == "stopped":
+            return
+        if outcome == "nothing":
+            if not any(is_claimed(options.out, run) for run in runs):
+                return
+            time.sleep(_POLL_SECONDS)
 
 
 def results_in(out: Path) -> dict[str, Result]:

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "isoflop"))
+from outcome import first_screen
 from ranked import run_key
 from report_claims import claims_table, not_run
 from report_figures import DOCS, HERE, depth_figure, figures
 from report_tables import Result, depth_table, gap_summary, machines, router_table, runs_table, source_table
 
 SCALES = ("large", "long", "smollm2", "mini", "small")
-"""Of the comparisons, the one that says most first; experiments may have others of their own."""
+"""Of the older comparisons, the one that says most first; experiments may have others of their own."""
 DRAWN = {"long": "", "large": "-large"}
 """Scales that figures are drawn of, with what the names of the figures end in."""
 
@@ -25,21 +27,28 @@ token on held-out text. **Causal** is what generation attains: selection by thre
 as training does and as the paper evaluates; it stands beside it. Effects are differences of loss, negative is better.
 An effect [low, high] has the 95% t-interval of the differences seed by seed: runs of one seed see the same batches.
 Where the interval holds zero, or there is one seed only, nothing is decided. A mean ± is the standard deviation over
-the seeds of its row. The paper's effects are of 360M-parameter models; at equal FLOPs they saw 63 tokens for each
-parameter without embedding of its vanilla model and 254 of MoR with three recursions (32 and 85 in its ablations). Ours
-are six to a thousand times smaller, and at `large`, counted alike, saw 1.5 and 3.9: at most the direction of an effect
-can be compared. None of these scales says which architecture wins after billions of tokens. What speaks for and against
-a figure stands in the folders' outcomes.
+the seeds of its row.
 
-## What all of these runs share
+## Where MoR pays, and where it does not
+"""
+_APPENDIX = """## Appendix: older comparisons, one shape for each family
+
+The paper's effects are of 360M-parameter models; at equal FLOPs they saw 63 tokens for each parameter without embedding
+of its vanilla model and 254 of MoR with three recursions (32 and 85 in its ablations). The models below are six to a
+thousand times smaller, and at `large`, counted alike, saw 1.5 and 3.9: at most the direction of an effect can be
+compared. None of these scales says which architecture wins after billions of tokens, and none has a baseline at its own
+best size. What speaks for and against a figure stands in the folders' outcomes.
+
+### What all of these runs share
 
 - **No baseline stands at its own best size.** Every scale compares models of one unrolled shape at equal training FLOPs
   and few tokens a parameter; there the model that sees the most text wins. At half the FLOPs of `large` (1.48e16, one
   seed, AdamW) a plain Transformer of MoR's four unique layers, each used once, had 3.524 nats, MoR with three
-  recursions 3.658 and the vanilla model of eight layers 3.706: so at 2.9e16, too, MoR as good as the eight layers says
-  nothing about the best plain model, which was not run there. At half the width eight layers beat four (3.457 and
-  3.478, Muon, 7.4e15). A comparison of each family at its own best size:
-  [isoflop](../experiments/isoflop/README.md), not run yet.
+  recursions 3.658 and the vanilla model of eight layers 3.706. At half the width eight layers beat four (3.457 and
+  3.478, Muon, 7.4e15).
+- **AdamW only.** At 4e15 FLOPs Muon gains 0.11 nats for vanilla and 0.15 for MoR (one seed, each at its best rate;
+  [isoflop](../experiments/isoflop/README.md)): what differs between models trained by AdamW may not between models that
+  are trained as well as is known.
 - **Held-out text was drawn by the document**: 46% of its characters are parts of books and textbooks of which other
   parts were trained on. That lowers every loss and favours models that remember more; the loss by source on a text of
   its own stands beside where it was measured. New corpora hold out whole works.
@@ -56,20 +65,36 @@ topk cut the scores of training text (`mor eval --calibrate`), which costs no tr
 """
 _CARE = {
     "large": """8 layers of width 768 on one GPU: seven times the parameters of `long`, 31 times its training FLOPs and
-4.5 times its tokens (1.5 for each parameter without embedding of the vanilla model, 3.9 of MoR). Few runs, all of
-N_r = 3.""",
+4.5 times its tokens. Few runs, all of N_r = 3.
+
+**What its baseline cannot say.** The vanilla model of eight layers saw 1.5 tokens for each parameter without embedding,
+the recursive one 3.0, MoR 3.9: the baseline is too large for its budget. That MoR is as good says nothing about the
+best plain model: one of four layers beat both, by 0.13 and 0.18 nats, at half these FLOPs.""",
     "long": """8 layers of width 256 on one GPU, past the point where MoR's lead at the start of training is gone
-(figure "Loss over training").""",
+(figure "Loss over training").
+
+**What its baseline cannot say.** The vanilla model saw 2.8 tokens for each parameter without embedding, MoR with three
+recursions 7.1, in 1,020 and 1,284 steps: no smaller plain model, which would have seen more text, was run, so neither
+an effect against vanilla nor its absence says what families do at their best sizes. Effects within one family
+(router, gate, capacity, sharing) do not need a vanilla baseline, but are of one seed.""",
     "smollm2": """SmolLM2-135M-Instruct (30 layers of width 576, imported from 4-bit weights) made recursive and trained
 on 13M tokens with one GPU: uptraining of a model that somebody else pretrained. One seed, and what seeds do was not
-measured: a few thousandths between two strategies decide nothing.""",
+measured: a few thousandths between two strategies decide nothing.
+
+**What its baseline cannot say.** The strategies are compared with each other, at equal tokens; the original was not
+trained on these tokens, so nothing says what recursion costs.""",
     "mini": """8 layers of width 64 on one CPU core, 0.3M tokens: fewer than two a parameter, and the loss still falls
 steeply. What it can say: the gap between topk and threshold, which is a difference within one trained model and so free
 of what seeds do to the loss (they move the gap too: its own spread stands beside it); how the boundary decides; dead
-positions; orderings larger than the spread of seeds. What it cannot: whether an effect of a few hundredths of a nat, as
-most of the paper's are, has that sign at a useful size.""",
-    "small": """14 layers of width 256 on one GPU. These runs measure the start of training, where MoR is ahead by ten
-and more times the paper's effects: no evidence for or against the paper.""",
+positions; orderings larger than the spread of seeds.
+
+**What its baseline cannot say.** Whether an effect of a few hundredths of a nat, as most of the paper's are, has that
+sign at a useful size; and nothing about vanilla, which is not among the comparisons here.""",
+    "small": """14 layers of width 256 on one GPU.
+
+**What its baseline cannot say.** Anything for or against the paper: the vanilla model saw 2.5 tokens for each parameter
+without embedding in 800 steps, MoR with three recursions 8.0 in 1,082, and these runs measure the start of training,
+where MoR is ahead by ten and more times the paper's effects.""",
 }
 
 
@@ -154,9 +179,13 @@ def report(folder: Path = HERE) -> str:
     compared = [scale for scale in scales_of(folder) if scale in SCALES]
     names = [path.parent.name for path in sorted(folder.glob("*/sweep.*"))]
     missing = [name for name in names if not scales_of(folder, name)]
-    parts = [_HEAD, "## The paper's claims and ours\n"]
+    parts = [_HEAD, first_screen(folder / "isoflop" / "results"), _APPENDIX]
     for scale in compared:
-        parts += [f"### Scale `{scale}`\n", f"{_CARE[scale]}\n", claims_table(load_results(folder, scale))]
+        parts += [
+            f"### The paper's claims and ours, scale `{scale}`\n",
+            f"{_CARE[scale]}\n",
+            claims_table(load_results(folder, scale)),
+        ]
     parts.append(not_run([load_results(folder, scale) for scale in compared]))
     parts += [f"Experiments not run at any scale: {', '.join(missing)}.\n"] if missing else []
     parts += _gaps(folder, [name for name in names if name not in missing])

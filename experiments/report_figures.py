@@ -10,16 +10,12 @@ from ranked import HERE, run_key
 
 from mor_jax.config import Config
 from mor_jax.config import io as config_io
-from mor_jax.errors import UserError
 from mor_jax.evaluate.analysis_plots import plot_correlates
 from mor_jax.evaluate.correlates import Correlate, Group
-from mor_jax.sweep.fit import fit_isoflop
-from mor_jax.sweep.isoflop_plots import plot_curves, plot_depth_curves, plot_isoflop, plot_pareto
+from mor_jax.sweep.isoflop_plots import plot_curves, plot_depth_curves, plot_pareto
 from mor_jax.sweep.results import reaching_shares, serving_flops_per_token
 
 DOCS = HERE.parent / "docs"
-SEED_NOISE = 0.005
-"""Standard deviation of the loss between seeds that isoFLOP bands assume (see the spread of mor_vs_baselines)."""
 MAIN = "mor_vs_baselines"
 Result = Mapping[str, Any]
 
@@ -28,7 +24,7 @@ _NOT_COMPARED = ("learning_rate", "early_training")
 
 
 def figures(results: Mapping[str, Sequence[Result]], suffix: str = "") -> list[Path]:
-    """Draw what there are runs of one scale for: quality by compute, loss over training, test-time scaling, isoFLOP.
+    """Draw what there are runs of one scale for: quality by compute, loss over training, test-time scaling.
 
     Args:
         results: of one scale, by experiment.
@@ -54,15 +50,6 @@ def figures(results: Mapping[str, Sequence[Result]], suffix: str = "") -> list[P
         written += plot_depth_curves(
             DOCS / "images" / f"test-time-scaling{suffix}", curves, "cap on the passes of a token"
         )
-    for family in ("vanilla", "expert-r3"):
-        points = isoflop_points([r for r in done if r["name"].startswith(f"{family}-d")])
-        if points:
-            try:
-                fit = fit_isoflop(points, noise=SEED_NOISE)
-            except UserError as error:
-                print(f"isoFLOP, {family}: {error}")
-                continue
-            written += plot_isoflop(DOCS / "images" / f"isoflop-{family}{suffix}", points, fit, f"isoFLOP, {family}")
     return written
 
 
@@ -142,13 +129,3 @@ def depth_figure(folder: Path = HERE) -> list[Path]:
         ]
         written += plot_correlates(DOCS / "images" / f"depth-by-{path.name.split('.')[0]}", found, values["mode"])
     return written
-
-
-def isoflop_points(results: Sequence[Result]) -> dict[float, list[tuple[float, float]]]:
-    """Return (parameters without embedding, causal loss) by budget, for budgets with three sizes or more."""
-    points: dict[float, list[tuple[float, float]]] = {}
-    for result in results:
-        if result["group"] == result["name"] and "-d" in result["name"]:  # runs of a plan, not of seeds
-            budget = float(result["name"].rsplit("-", 1)[-1] if "e+" in result["name"] else 0)
-            points.setdefault(budget, []).append((result["non_embedding"], result["nll"]))
-    return {budget: runs for budget, runs in points.items() if budget and len({size for size, _ in runs}) >= 3}

@@ -76,7 +76,7 @@ def main() -> int:
         _calibrate(options, next(run for run in _runs(options, plan) if "expert" in run.run.name))
         return 0
     runs = [run.placed for run in _runs(options, plan)]
-    work(options, [lambda _: runs], _measure(options), plan["last_start"])
+    work(options, lambda _: runs, _measure(options), lambda _: plan["last_start"])
     return 0
 
 

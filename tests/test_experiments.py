@@ -149,14 +149,6 @@ def test_losses_by_a_cap_on_the_passes_stand_in_columns():
     assert TABLES.depth_table([_done("vanilla", 3.0)]) == ""
 
 
-def test_isoflop_points_are_read_by_budget():
-    names = ["vanilla-d128-1e+15", "vanilla-d192-1e+15", "vanilla-d256-1e+15", "vanilla-d128-5e+14"]
-    results = [
-        {"name": name, "group": name, "non_embedding": 10 + i, "nll": 3.0 - i / 10} for i, name in enumerate(names)
-    ]
-    assert FIGURES.isoflop_points(results) == {1e15: [(10, 3.0), (11, 2.9), (12, 2.8)]}
-
-
 def test_losses_by_source_are_causal_with_the_gap_beside():
     def text(topk, threshold):
         return {"text": {"sources": {n: {"topk_nll": topk, "threshold_nll": threshold} for n in ("wiki", "all")}}}

@@ -28,8 +28,10 @@ OVERRIDES: Mapping[Family, Mapping[str, Any]] = {
         "model.routing.alpha": 2.0,
     },
 }
-RECIPE: Mapping[str, Any] = {"optimizer.kind": "muon"}
-"""What the base of every comparison has beside the defaults."""
+BASE: Mapping[str, Any] = {"optimizer.kind": "muon"}
+"""What the ablation's base has beside the defaults."""
+RECIPE: Mapping[Family, Mapping[str, Any]] = {"vanilla": BASE, "mor": BASE}
+"""What the ablation kept, by family: the comparison's models (`families.py`) have it, and the ablation's do not."""
 _WARMUP_SHARE = 0.04
 
 
@@ -70,27 +72,45 @@ def configured(scale: str, family: Family, width: int, changes: Mapping[str, Any
         scale: of SCALES.
         family: of FAMILIES.
         width: d_model.
-        changes: values by dotted path, on top of the family's and of RECIPE.
+        changes: values by dotted path, on top of the family's and of BASE.
         corpus: prepared corpus of scale `full`.
     """
-    base = _debug(width) if scale == "debug" else _full(width, corpus)
-    config = with_overrides(base, {**OVERRIDES[family], **RECIPE, **changes})
-    budget, train = scale_of(scale).budget, config.train
+    config = with_overrides(shaped(scale, width, corpus), {**OVERRIDES[family], **BASE, **changes})
+    return spending(config, scale_of(scale).budget)
+
+
+def spending(config: Config, budget: float) -> Config:
+    """Return a configuration with as many steps as spend the budget, and a warm-up of the usual share of them."""
+    train = config.train
     steps = steps_for(config.model, budget, train.batch_size, "training", train.growth)
     warmup = max(1, round(_WARMUP_SHARE * steps))
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup))
     return with_steps(config, steps)
 
 
-def _full(width: int, corpus: str) -> Config:
-    heads = width // 64
+def shaped(scale: str, width: int, corpus: str, *, layers: int = 8, head_dim: int = 64) -> Config:
+    """Return the plain model of a shape; at scale `debug` heads are 8 wide.
+
+    Args:
+        scale: of SCALES.
+        width: d_model.
+        corpus: prepared corpus of scale `full`.
+        layers: unrolled depth.
+        head_dim: divides the width.
+    """
+    if scale == "debug":
+        config = vanilla_of("debug")
+        model = dataclasses.replace(config.model, num_layers=layers, d_model=width, attend_across_documents=False)
+        optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
+        return dataclasses.replace(config, model=model, optimizer=optimizer)
     model = ModelConfig(
         vocab_size=8192,
-        num_layers=8,
+        num_layers=layers,
         d_model=width,
-        num_heads=heads,
-        num_kv_heads=heads,
-        d_ff=64 * round(width * 8 / 3 / 64),
+        num_heads=width // head_dim,
+        num_kv_heads=width // head_dim,
+        head_dim=head_dim,
+        d_ff=head_dim * round(width * 8 / 3 / head_dim),
         context_length=1024,
         attend_across_documents=False,
     )
@@ -101,10 +121,3 @@ def _full(width: int, corpus: str) -> Config:
         optimizer=OptimizerConfig(warmup_steps=0),
         train=quiet(TrainConfig(batch_size=32, eval_rows=512, log_every=100)),
     )
-
-
-def _debug(width: int) -> Config:
-    config = vanilla_of("debug")
-    model = dataclasses.replace(config.model, d_model=width, attend_across_documents=False)
-    optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
-    return dataclasses.replace(config, model=model, optimizer=optimizer)

@@ -5,7 +5,14 @@ import pytest
 
 from mor_jax.errors import UserError
 from mor_jax.sweep.fit import fit_isoflop, fit_parabola, fit_path
-from mor_jax.sweep.isoflop_plots import pareto_front, plot_depth_curves, plot_isoflop, plot_pareto
+from mor_jax.sweep.isoflop_plots import (
+    pareto_front,
+    plot_depth_curves,
+    plot_frontiers,
+    plot_isoflop,
+    plot_losses,
+    plot_pareto,
+)
 
 BUDGETS = (1e15, 4e15, 1.6e16)
 SIZES = np.geomspace(2e6, 5e8, 7)
@@ -15,11 +22,15 @@ def _best(budget: float) -> float:
     return 0.3 * budget**0.5  # the path that the fit must find
 
 
+def _lowest(budget: float) -> float:
+    return 3.0 * (budget / 4e15) ** -0.05
+
+
 def _points(noise: float = 0.0, seed: int = 0):
     generator = np.random.default_rng(seed)
     return {
         budget: [
-            (size, 3.0 + 0.05 * (np.log(size) - np.log(_best(budget))) ** 2 + generator.normal(0, noise))
+            (size, _lowest(budget) + 0.05 * (np.log(size) - np.log(_best(budget))) ** 2 + generator.normal(0, noise))
             for size in SIZES
         ]
         for budget in BUDGETS
@@ -37,17 +48,22 @@ def test_the_path_is_found():
     assert fit.path is not None and abs(fit.path.exponent - 0.5) < 0.05
     assert 0.002 < fit.noise < 0.008
     assert all(band.low < fit.parabolas[budget].size < band.high for budget, band in fit.size_bands.items())
+    assert fit.losses is not None and fit.loss_exponent_band is not None
+    assert abs(fit.losses.exponent + 0.05) < 0.002
+    assert fit.loss_exponent_band.low < fit.losses.exponent < fit.loss_exponent_band.high
+    assert len(fit.loss_samples) == len(fit.samples)
 
 
 def test_bands_of_90_percent_hold_the_truth_about_that_often():
-    sizes, exponents = [], []
+    sizes, losses, exponents = [], [], []
     for seed in range(60):
         fit = fit_isoflop(_points(noise=0.004, seed=seed), samples=60, level=0.9, seed=seed)
         sizes += [band.low < _best(budget) < band.high for budget, band in fit.size_bands.items()]
+        losses += [band.low < _lowest(budget) < band.high for budget, band in fit.loss_bands.items()]
         assert fit.exponent_band is not None
         exponents.append(fit.exponent_band.low < 0.5 < fit.exponent_band.high)
     assert 0.8 < np.mean(sizes) < 0.97
-    assert 0.75 < np.mean(exponents) < 0.99
+    assert 0.75 < np.mean(losses) < 0.99 and 0.75 < np.mean(exponents) < 0.99
 
 
 def test_more_noise_widens_the_bands():
@@ -68,10 +84,13 @@ def test_what_cannot_be_fitted_is_refused_by_name():
 
 def test_the_figures_are_written_as_png_and_svg(tmp_path):
     points = _points(noise=0.004)
-    written = plot_isoflop(tmp_path / "isoflop", points, fit_isoflop(points, samples=20), "synthetic")
+    fit, alone = (fit_isoflop(p, samples=20) for p in (points, {4e15: points[4e15]}))
+    written = plot_isoflop(tmp_path / "isoflop", points, fit, "synthetic")
+    written += plot_losses(tmp_path / "losses", {"several": fit, "one": alone})
+    written += plot_frontiers(tmp_path / "frontiers", {"FLOPs": {"a": [(1.0, 3.0), (2.0, 2.5)], "b": [(1.0, 3.1)]}})
     written += plot_pareto(tmp_path / "pareto", {"FLOPs": [("a", 1.0, 3.0), ("b", 2.0, 2.5)]}, "loss")
     written += plot_depth_curves(tmp_path / "depth", {"a": [(1, 3.0), (2, 2.5)]}, "passes")
-    assert [path.suffix for path in written] == [".png", ".svg"] * 3
+    assert [path.suffix for path in written] == [".png", ".svg"] * 5
     assert all(path.stat().st_size > 1000 for path in written)
 
 

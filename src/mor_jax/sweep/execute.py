@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -33,6 +33,7 @@ _POLL_SECONDS = 1.0
 
 Train = Callable[..., Path]
 """As ``train.loop.train`` is called: with a configuration, and ``initial_weights`` by name."""
+Outcome = Literal["done", "stopped", "nothing"]
 Measure = Callable[[Path], dict[str, Any]]
 """Further measurements of a finished run folder, added to its result."""
 
@@ -72,7 +73,7 @@ def run_sweep(
     """
     runs = [placed(run, options.folder) for run in runs]
     for run in runs:
-        _check_same(run, options.folder)
+        check_same(run, options.folder)
     options.folder.mkdir(parents=True, exist_ok=True)
     mine = _share_of(runs, options.share)
     started = time.monotonic()
@@ -80,11 +81,11 @@ def run_sweep(
         if options.limit_seconds is not None and time.monotonic() - started > options.limit_seconds:
             _log.info("the limit of %.0f seconds is reached: %d runs left", options.limit_seconds, len(pending))
             break
-        outcome = _run_one(pending, options.folder, train, measure)
+        outcome = run_first(pending, options.folder, train, measure)
         if outcome == "stopped":
             break
         if outcome == "nothing":  # all that is left is another process's, or waits for it
-            if not any(_is_claimed(options.folder, run) for run in runs):
+            if not any(is_claimed(options.folder, run) for run in runs):
                 break
             time.sleep(_POLL_SECONDS)
     return [_result_of(run, options.folder) for run in runs]
@@ -105,7 +106,12 @@ def _share_of(runs: Sequence[SweepRun], share: tuple[int, int]) -> list[SweepRun
     return [run for run in runs if owner[run.name] == index]
 
 
-def _check_same(run: SweepRun, folder: Path) -> None:
+def check_same(run: SweepRun, folder: Path) -> None:
+    """Refuse a run whose result in ``folder`` is of another configuration.
+
+    Raises:
+        UserError: it is.
+    """
     result = read_result(folder / run.name)
     if result is None:
         return
@@ -115,8 +121,18 @@ def _check_same(run: SweepRun, folder: Path) -> None:
     require(not lines, f"{where} is of another configuration: {'; '.join(lines)} (choose another --out)")
 
 
-def _run_one(runs: Sequence[SweepRun], folder: Path, train: Train, measure: Measure | None) -> str:
-    """Execute the first run that can be: `done`, `stopped` by a signal, or `nothing` to do now."""
+def run_first(runs: Sequence[SweepRun], folder: Path, train: Train, measure: Measure | None) -> Outcome:
+    """Execute the first run that can be.
+
+    Args:
+        runs: placed in ``folder``.
+        folder: of the run folders.
+        train: see ``run_sweep``.
+        measure: see ``run_sweep``.
+
+    Returns:
+        `done`, `stopped` by a signal, or `nothing`: what is not finished is at other processes, or waits for them.
+    """
     for run in runs:
         if run.start is not None and not _is_done(folder, run.start.run):
             continue
@@ -184,7 +200,7 @@ def _claim(folder: Path, run: SweepRun) -> Iterator[bool]:
         yield True
 
 
-def _is_claimed(folder: Path, run: SweepRun) -> bool:
+def is_claimed(folder: Path, run: SweepRun) -> bool:
     """Whether another process is at a run."""
     with _claim(folder, run) as owned:
         return not owned

@@ -1,8 +1,8 @@
 """IsoFLOP analysis: a parabola per budget, the compute-optimal path through their minima, and bootstrap bands.
 
-At one budget C the loss is fitted as a parabola in log N; its minimum gives the best size N*(C). Over budgets
-log N* = log k + a log C. References: Hoffmann et al., Training Compute-Optimal Large Language Models (2022), approach
-2; Bae et al., Mixture-of-Recursions (2025), section 3.2.
+At one budget C the loss is fitted as a parabola in log N; its minimum gives the best size N*(C) and the best loss
+L*(C). Over budgets log N* = log k + a log C, and L* is a power law of C as well. References: Hoffmann et al., Training
+Compute-Optimal Large Language Models (2022), approach 2; Bae et al., Mixture-of-Recursions (2025), section 3.2.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,13 +39,13 @@ class Parabola:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N* = factor * C ** exponent."""
+    """Best size, or loss there, = factor * C ** exponent."""
 
     exponent: float
     log_factor: float
 
     def __call__(self, budgets: np.ndarray) -> np.ndarray:
-        """Predict the best size of budgets."""
+        """Predict the value at budgets."""
         return np.exp(self.log_factor + self.exponent * np.log(budgets))
 
 
@@ -72,6 +72,13 @@ class IsoFlopFit:
     exponent_band: Band | None
     samples: tuple[PowerLaw, ...]
     """Paths of the bootstrap."""
+    loss_bands: dict[float, Band]
+    """Interval of L* by budget."""
+    losses: PowerLaw | None
+    """L* over budgets; None for a single one."""
+    loss_exponent_band: Band | None
+    loss_samples: tuple[PowerLaw, ...]
+    """Those of the bootstrap, one for each of ``samples``."""
 
 
 def fit_parabola(points: Sequence[tuple[float, float]]) -> Parabola:
@@ -97,7 +104,7 @@ def fit_path(optima: Mapping[float, float]) -> PowerLaw:
     """Fit log N* = log k + a log C by least squares.
 
     Args:
-        optima: N* by budget, for two budgets or more.
+        optima: N*, or the loss there, by budget, for two budgets or more.
     """
     require(len(optima) >= 2, f"a path needs two budgets, but there are {len(optima)}")
     exponent, log_factor = np.polyfit(np.log(list(optima)), np.log(list(optima.values())), 1)
@@ -122,27 +129,23 @@ def fit_isoflop(
     """
     require(0 < level < 1, f"level={level} is outside (0, 1)")
     parabolas = {budget: _named_fit(budget, runs) for budget, runs in sorted(points.items())}
-    path = fit_path({b: p.size for b, p in parabolas.items()}) if len(parabolas) > 1 else None
     noise = _residual_noise(points, parabolas) if noise is None else noise
     generator = np.random.default_rng(seed)
-    sizes: dict[float, list[float]] = {budget: [] for budget in parabolas}
-    paths = []
-    for _ in range(samples):
-        optima = _resample(points, parabolas, noise, generator)
-        if optima is None:
-            continue
-        for budget, size in optima.items():
-            sizes[budget].append(size)
-        if path is not None:
-            paths.append(fit_path(optima))
-    exponents = [each.exponent for each in paths]
+    drawn = [found for _ in range(samples) if (found := _resample(points, parabolas, noise, generator)) is not None]
+    several = len(parabolas) > 1
+    paths = tuple(fit_path({b: p.size for b, p in found.items()}) for found in drawn if several)
+    losses = tuple(fit_path({b: p.loss for b, p in found.items()}) for found in drawn if several)
     return IsoFlopFit(
         parabolas=parabolas,
-        path=path,
+        path=fit_path({b: p.size for b, p in parabolas.items()}) if several else None,
         noise=noise,
-        size_bands={budget: _band(values, level) for budget, values in sizes.items() if values},
-        exponent_band=_band(exponents, level) if exponents else None,
-        samples=tuple(paths),
+        size_bands={b: _band([found[b].size for found in drawn], level) for b in parabolas if drawn},
+        exponent_band=_band([each.exponent for each in paths], level) if paths else None,
+        samples=paths,
+        loss_bands={b: _band([found[b].loss for found in drawn], level) for b in parabolas if drawn},
+        losses=fit_path({b: p.loss for b, p in parabolas.items()}) if several else None,
+        loss_exponent_band=_band([each.exponent for each in losses], level) if losses else None,
+        loss_samples=losses,
     )
 
 
@@ -166,17 +169,17 @@ def _residual_noise(points: Points, parabolas: Mapping[float, Parabola]) -> floa
 
 def _resample(
     points: Points, parabolas: Mapping[float, Parabola], noise: float, generator: np.random.Generator
-) -> dict[float, float] | None:
-    """Best sizes of one noisy copy of the fitted losses; None where some budget loses its optimum."""
-    optima = {}
+) -> dict[float, Parabola] | None:
+    """Parabolas of one noisy copy of the fitted losses; None where some budget loses its optimum."""
+    found = {}
     for budget, runs in points.items():
         sizes = np.array([size for size, _ in runs])
         losses = parabolas[budget](sizes) + generator.normal(0.0, noise, len(sizes))
         try:
-            optima[budget] = fit_parabola(list(zip(sizes, losses, strict=True))).size
+            found[budget] = fit_parabola(list(zip(sizes, losses, strict=True)))
         except UserError:
             return None
-    return optima
+    return found
 
 
 def _band(values: Sequence[float], level: float) -> Band:

@@ -64,6 +64,58 @@ def _draw_path(axes: Axes, fit: IsoFlopFit) -> None:
     axes.legend()
 
 
+def plot_losses(path: Path, fits: Mapping[str, IsoFlopFit]) -> list[Path]:
+    """Draw the loss at the best size by budget, a line and its bootstrap band per family.
+
+    Args:
+        path: file to write, without a suffix.
+        fits: by family; a fit of one budget is a point.
+
+    Returns:
+        The files written.
+    """
+    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, fit) in enumerate(fits.items()):
+        colour = mpl.colormaps["tab10"](index)
+        budgets = np.array(list(fit.parabolas))
+        axes.plot(budgets, [p.loss for p in fit.parabolas.values()], "*", color=colour, markersize=11)
+        if fit.losses is None:
+            axes.plot([], [], "*", color=colour, label=name)
+            continue
+        grid = np.geomspace(budgets.min(), budgets.max(), _CURVE_POINTS)
+        axes.plot(grid, fit.losses(grid), color=colour, label=f"{name}: L* ~ C^{fit.losses.exponent:.3f}")
+        if fit.loss_samples:
+            low, high = np.quantile([sample(grid) for sample in fit.loss_samples], [0.05, 0.95], axis=0)
+            axes.fill_between(grid, low, high, alpha=0.15, color=colour)
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="causal loss at the best size (nats/token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return write_figure(figure, path)
+
+
+def plot_frontiers(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> list[Path]:
+    """Draw loss against cost, one panel per kind of cost, one colour and Pareto front per family.
+
+    Args:
+        path: file to write, without a suffix.
+        panels: label of the cost: family: (cost, causal loss) of its runs.
+
+    Returns:
+        The files written.
+    """
+    figure = Figure(figsize=(5 * len(panels), 4.4), layout="constrained")
+    for axes, (xlabel, families) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for index, (name, points) in enumerate(families.items()):
+            colour = mpl.colormaps["tab10"](index)
+            axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=3, alpha=0.5)
+            axes.plot(*zip(*pareto_front(points), strict=True), color=colour, label=name)
+        axes.set(xscale="log", xlabel=xlabel, ylabel="causal loss (nats/token)")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    return write_figure(figure, path)
+
+
 def plot_pareto(path: Path, panels: Mapping[str, Sequence[tuple[str, float, float]]], ylabel: str) -> list[Path]:
     """Draw quality against cost, one panel per kind of cost, with the Pareto front as a line.
 

@@ -1,0 +1,147 @@
+"""Write what the comparison came to, its tables and figures, from its results.
+
+    python experiments/isoflop/outcome.py --out experiments/isoflop/OUTCOME.md
+
+Figures (PNG and SVG) go to docs/images. ``first_screen`` is how docs/results.md begins. What was not run, says so.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import launch  # noqa: F401  the driver's place
+import models
+import tyro
+from ablation import BASE as PLAIN
+from ablation import FIRST, Ablation
+from choices import paired
+from comparison import Comparison
+from measured import COSTS, Measured
+from outcome_tables import markdown, mean_of, tables, with_seeds
+
+from mor_jax.sweep.isoflop_plots import plot_frontiers, plot_isoflop, plot_losses
+
+RESULTS = Path(__file__).parent / "results" / "comparison.json"
+IMAGES = Path(__file__).parent.parent.parent / "docs" / "images"
+
+_NOT_MEASURED = """Not measured yet. The runs that answer it, every family at its own best size for a budget, are
+written and have not been run ([isoflop](../experiments/isoflop/README.md)). Until they are, nothing here says that MoR
+beats the best plain Transformer of its budget. The appendix has older comparisons, each with what its baseline cannot
+say.
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of the script."""
+
+    results: Annotated[Path, tyro.conf.Positional] = RESULTS
+    """What `compare.py` wrote."""
+    out: Path | None = None
+    """File to write; None prints."""
+    images: Path = IMAGES
+    """Folder of the figures."""
+
+
+def load(path: Path) -> Measured:
+    """Read what `compare.py` wrote."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Measured(Comparison(values["scale"]), {row["name"]: row for row in values["results"]})
+
+
+def first_screen(folder: Path = RESULTS.parent) -> str:
+    """Return where MoR pays and where it does not: one line for each cost, with its figure and interval.
+
+    Args:
+        folder: of `comparison.json` and `ablation.json`.
+    """
+    path = folder / "comparison.json"
+    if not path.exists():
+        return _NOT_MEASURED + _so_far(folder / "ablation.json")
+    measured = load(path)
+    leader = measured.comparison.leader(measured.results)
+    ours = measured.at_best(leader) if leader else []
+    if leader is None or not ours:
+        return "Not measured yet: the runs at the largest budget are not finished.\n"
+    lead = measured.comparison.lead(measured.results, "report")
+    budget = measured.comparison.budgets[-1]
+    rows = [
+        ["compared at", "the better MoR", "best vanilla that costs no more", "causal loss, MoR less vanilla [95%]"],
+        [f"training FLOPs, {budget:.2g} each", f"{budget:.3g}", f"{budget:.3g}", with_seeds(lead)],
+    ]
+    for label, key in COSTS.items():
+        if label != "training FLOPs" and (found := measured.against_no_costlier(label)) is not None:
+            base, difference = found
+            rows.append([label, f"{mean_of(ours, key):.4g}", f"{base[key]:.4g} ({base['group']})", str(difference)])
+    text = (
+        f"{ours[0]['group']} against vanilla, losses on held-out text that nothing was chosen on:\n\n{markdown(rows)}"
+    )
+    flops = measured.flops_for_the_loss(leader)
+    if flops is not None:
+        ratio, band = flops
+        text += f"\nVanilla needs {ratio:.2f} [{band.low:.2f}, {band.high:.2f}] times the FLOPs for MoR's loss.\n"
+    return text
+
+
+def _so_far(path: Path) -> str:
+    """Say what the ablation's base says of the two families, for as long as the comparison has no figure."""
+    if not path.exists():
+        return ""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    ablation, results = Ablation(values["scale"]), {row["name"]: row for row in values["results"]}
+    runs = {family: [ablation.at_best(results, family, PLAIN, seed) for seed in FIRST] for family in models.FAMILIES}
+    difference = paired(results, runs["mor"], runs["vanilla"], "report")
+    done = {family: [results[run.name] for run in own if run.name in results] for family, own in runs.items()}
+    if difference is None:
+        return ""
+    head = ["4e15 training FLOPs, Muon", "parameters without embedding", "tokens for each", "serving FLOPs/token"]
+    rows = [[*head, "KV bytes/token"]]
+    for family, own in done.items():
+        first = own[0]
+        size, costs = first["non_embedding"], (first["serving_flops_per_token"], first["kv_bytes_per_token"])
+        each = f"{first['tokens'] / size:.1f}"
+        rows.append([f"{family}, width {first['config']['model']['d_model']}", f"{size / 1e6:.2f}M", each])
+        rows[-1] += [f"{costs[0] / 1e6:.1f}M", f"{costs[1]:.0f}"]
+    return (
+        "\nWhat there is meanwhile, from the [ablation](../experiments/isoflop/ABLATION.md): MoR (expert-choice, three "
+        f"recursions,\nnot grown) less vanilla is {difference} nats over {difference.seeds} paired seeds, on held-out "
+        "works that nothing\nwas chosen on; above zero MoR is behind. Each is at the best of three widths and of three "
+        "rates; the highest rate was\nbest for both, so neither is at its best yet.\n\n" + markdown(rows)
+    )
+
+
+def figures(measured: Measured, folder: Path) -> list[Path]:
+    """Draw the parabolas of every family, L*(C), and the frontiers, as far as there are runs for them."""
+    written, fits = [], measured.fits()
+    for family, fit in fits.items():
+        points = {
+            budget: measured.points(family, index)
+            for index, budget in enumerate(measured.comparison.budgets)
+            if budget in fit.parabolas
+        }
+        written += plot_isoflop(folder / f"isoflop-{family}", points, fit, f"{family}, held-out half `report`")
+    if fits:
+        written += plot_losses(folder / "isoflop-losses", {str(family): fit for family, fit in fits.items()})
+    if measured.all_done():
+        written += plot_frontiers(folder / "isoflop-frontiers", measured.frontiers())
+    return written
+
+
+def main() -> int:
+    """Write tables and figures."""
+    options = tyro.cli(Arguments, description=__doc__)
+    measured = load(options.results)
+    for path in figures(measured, options.images):
+        print(path)
+    text = f"# What the comparison came to\n\nWritten by `outcome.py`; do not edit.\n\n{tables(measured)}"
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
