@@ -53,8 +53,8 @@ def main() -> int:
     scale = scale_of(options.scale)
     if options.worker is not None:
         last_start = json.loads((options.out / "plan.json").read_text(encoding="utf-8"))["last_start"]
-        runs = ranked_runs(options.scale)
-        work(options, lambda _: runs, functools.partial(_measure, scale), lambda _: last_start, train=train_on_questions)
+        runs, measure_run = ranked_runs(options.scale), functools.partial(_measure, scale)
+        work(options, lambda _: runs, measure_run, lambda _: last_start, train=train_on_questions)
         return 0
     started = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
