@@ -1,0 +1,212 @@
+"""Attention on TPUs in Pallas (Mosaic): queries, keys and values as their projections leave them, rotary inside.
+
+Letters: B rows, T queries, S keys, N query heads, K key/value heads, H head dim, X heads side by side.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mor_jax.kernels.attention.tpu_kernels import Layout, backward_kernel, forward_kernel
+from mor_jax.kernels.padding import pad_axis
+
+_LANES = 128
+_VMEM = 60 * 2**20
+"""Bytes of vector memory that a kernel may take: a TPU has 64 MiB at least."""
+_ROOM = 44 * 2**20
+
+
+def takes(head_dim: int) -> bool:
+    """Whether the kernels take heads of such a width."""
+    return head_dim % 64 == 0
+
+
+def block_size(length: int) -> int:
+    """Tokens per block, queries and keys alike."""
+    return 512 if length >= 1024 else 256 if length >= 512 else _LANES
+
+
+def _shared(spec: pl.BlockSpec, array: jax.Array) -> pl.BlockSpec:
+    """The same block for every row, where an array has one row."""
+    if array.shape[0] > 1:
+        return spec
+    index: Any = spec.index_map
+    return pl.BlockSpec(spec.block_shape, lambda b, *place: index(0 * b, *place))
+
+
+def _row_bytes(layout: Layout, unit: int, itemsize: int) -> int:
+    """Bytes of vector memory that the backward kernel takes with so many key/value heads, about."""
+    keys, queries, lanes = layout.blocks_k * layout.block_k, layout.block_q, max(layout.head_dim, _LANES)
+    kv_heads, heads = unit * keys * lanes, unit * layout.group * queries * lanes
+    return kv_heads * (4 * 2 * itemsize + 3 * itemsize + 2 * 4) + heads * (4 * 2 * itemsize + 4 * itemsize + 2 * 4)
+
+
+def make_layout(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> Layout:
+    """Cut a call: all heads in a program if they fit, else as many as do, in whole tiles of lanes."""
+    sizes = (queries, keys, heads, kv_heads, head_dim, block_size(queries), block_size(keys))
+    step = max(1, _LANES // head_dim)
+    units = [kv_heads, *range(kv_heads - kv_heads % step, 0, -step), step]
+    layout = Layout(*sizes, unit=kv_heads)
+    fitting = [unit for unit in units if unit <= kv_heads and _row_bytes(layout, unit, itemsize) <= _ROOM]
+    return Layout(*sizes, unit=fitting[0] if fitting else min(step, kv_heads))
+
+
+def visited_blocks(layout: Layout, runs_B2T: jax.Array, *, whole: bool = True) -> jax.Array:
+    """Tabulate the blocks of keys of every block of queries: first, past the last, and those that need no mask.
+
+    At least one block is visited, since the sum of what was visited is divided by.
+
+    Args:
+        layout: sizes.
+        runs_B2T: int32 [B, 2, I block_q], padded by empty runs.
+        whole: whether a block can do without a mask.
+
+    Returns:
+        int32 [B * I * 4]: first, past, and of the blocks without a mask first and past.
+    """
+    start_BIq, end_BIq = (runs_B2T[:, x].reshape(-1, layout.blocks_q, layout.block_q) for x in (0, 1))
+    sees_BIq, size = start_BIq < end_BIq, layout.block_k
+    first_BI = jnp.min(jnp.where(sees_BIq, start_BIq, layout.keys - 1), axis=2) // size
+    past_BI = jnp.maximum(-(-jnp.max(jnp.where(sees_BIq, end_BIq, 0), axis=2) // size), first_BI + 1)
+    full_BI = jnp.clip(-(-jnp.max(start_BIq, axis=2) // size), first_BI, past_BI)
+    full_past_BI = jnp.clip(jnp.min(jnp.where(sees_BIq, end_BIq, 0), axis=2) // size, full_BI, past_BI)
+    full_past_BI = full_past_BI if whole else full_BI
+    return jnp.stack([first_BI, past_BI, full_BI, full_past_BI], axis=2).astype(jnp.int32).reshape(-1)
+
+
+def flash_attention(
+    query_BTNH: jax.Array,
+    keys_BSKH: jax.Array,
+    values_BSKH: jax.Array,
+    runs_B2T: jax.Array,
+    valid_BS: jax.Array | None,
+    rotary: tuple[jax.Array, jax.Array] | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax attention of every query over one run of keys, rotary first; on one device.
+
+    Scores are scaled by H^-0.5 and normalised in float32. A row's keys and values are read once and stay in vector
+    memory while its queries pass; blocks of keys that no query of a block sees are not multiplied.
+
+    Args:
+        query_BTNH: queries before rotation; head n reads key/value head n // (N / K).
+        keys_BSKH: keys before rotation.
+        values_BSKH: values.
+        runs_B2T: int32, the keys ``start <= s < end`` of every query.
+        valid_BS: bool, keys that may be seen at all; None is all.
+        rotary: of queries [B, H, T] and of keys [B, H, S] (``rotary_rows``); None where they are rotated already.
+        interpret: run in Pallas' interpreter, on any device, for tests.
+
+    Returns:
+        [B, T, N, H] in the queries' dtype; an arbitrary finite value for a query without visible keys.
+    """
+    batch, queries, heads, width = query_BTNH.shape
+    _, keys, kv_heads, _ = keys_BSKH.shape
+    layout = make_layout(queries, keys, heads, kv_heads, width, query_BTNH.dtype.itemsize)
+    runs_B2T = pad_axis(runs_B2T, 2, layout.block_q)  # queries that do not exist see nothing
+    masks = {"runs": runs_B2T}
+    if valid_BS is not None:  # no block of keys is seen whole then
+        masks["valid"] = pad_axis(valid_BS.astype(jnp.int32)[:, None], 2, layout.block_k)
+    if rotary is not None:
+        masks |= {"table_q": rotary[0], "table_k": pad_axis(rotary[1], 2, layout.block_k)}
+    blocks = visited_blocks(layout, runs_B2T, whole=valid_BS is None)
+    flat = (x.reshape(batch, x.shape[1], -1) for x in (query_BTNH, keys_BSKH, values_BSKH))
+    attention: Any = _attention
+    return attention(layout, interpret, *flat, blocks, masks).reshape(query_BTNH.shape)
+
+
+def _specs(layout: Layout) -> dict[str, tuple[pl.BlockSpec, tuple[int, ...]]]:
+    """Blocks of the arrays, and their shapes without the rows; the grid is rows, units of heads, blocks of queries."""
+    width, group, unit = layout.head_dim, layout.group, layout.unit
+    padded_q, padded_k = layout.blocks_q * layout.block_q, layout.blocks_k * layout.block_k
+    units = pl.cdiv(layout.kv_heads, unit)
+    by_query = pl.BlockSpec((1, layout.block_q, unit * group * width), lambda b, u, i, *_: (b, i, u))
+    by_key = pl.BlockSpec((1, padded_k, unit * width), lambda b, u, i, *_: (b, 0, u))
+    along = lambda rows: pl.BlockSpec((1, rows, layout.block_q), lambda b, u, i, *_: (b, 0, i))  # noqa: E731
+    whole = lambda rows: pl.BlockSpec((1, rows, padded_k), lambda b, u, i, *_: (b, 0, 0))  # noqa: E731
+    lse = pl.BlockSpec((1, 1, unit * group, layout.block_q), lambda b, u, i, *_: (b, u, 0, i))
+    query, key = (layout.queries, layout.heads * width), (layout.keys, layout.kv_heads * width)
+    return {
+        **dict.fromkeys(("q", "o", "g", "dq"), (by_query, query)),
+        **dict.fromkeys(("k", "v", "dk", "dv"), (by_key, key)),
+        "lse": (lse, (units, unit * group, padded_q)),
+        "runs": (along(2), (2, padded_q)),
+        "table_q": (along(width), (width, layout.queries)),
+        "table_k": (whole(width), (width, padded_k)),
+        "valid": (whole(1), (1, padded_k)),
+    }
+
+
+def _scratch(layout: Layout, dtype: Any, *, backward: bool, validity: bool) -> dict[str, Any]:
+    width, size, heads = layout.head_dim, layout.block_q, layout.unit * layout.group
+    keys = (layout.unit, layout.blocks_k, layout.block_k, width)
+    turned = (layout.unit, layout.blocks_k, width, layout.block_k)
+    rows = {"valid_s": ((layout.blocks_k, layout.block_k, _LANES), jnp.int32)} if validity else {}
+    rows |= {"k_s": (keys, dtype), "qT_s": ((heads, width, size), dtype)}
+    if not backward:
+        rows |= {"vT_s": (turned, dtype), "oT_s": ((heads * width, size), jnp.float32)}
+    else:
+        rows |= {"kT_s": (turned, dtype), "v_s": (keys, dtype), "q_s": ((heads, size, width), dtype)}
+        rows |= {"gT_s": ((heads, width, size), dtype), "g_s": ((heads, size, width), dtype)}
+        rows |= {"delta_s": ((heads, 1, size), jnp.float32), "dqT_s": ((heads * width, size), jnp.float32)}
+        rows |= {"dk_s": (keys, jnp.float32), "dv_s": (keys, jnp.float32)}
+    return {name: pltpu.VMEM(*of) for name, of in rows.items()}
+
+
+def _call(layout: Layout, inputs: dict[str, jax.Array], blocks: jax.Array, outputs: Any, *, interpret: bool) -> Any:
+    """Run the forward or the backward kernel on named arrays."""
+    specs, batch, backward = _specs(layout), inputs["q"].shape[0], "dq" in outputs
+    scratch = _scratch(layout, inputs["q"].dtype, backward=backward, validity="valid" in inputs)
+    names = [*inputs, *outputs, *scratch]
+    kernel = backward_kernel if backward else forward_kernel
+
+    def body(blocks_ref: Any, *refs: Any) -> None:
+        kernel(layout, blocks_ref, dict(zip(names, refs, strict=True)))
+
+    grid = (batch, pl.cdiv(layout.kv_heads, layout.unit), layout.blocks_q)
+    shape = lambda name, dtype: jax.ShapeDtypeStruct((batch, *specs[name][1]), dtype)  # noqa: E731
+    return pl.pallas_call(
+        body,
+        name="mor_attention" + "_gradient" * backward,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[_shared(specs[name][0], array) for name, array in inputs.items()],
+            out_specs=[specs[name][0] for name in outputs],
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=[shape(name, dtype) for name, dtype in outputs.items()],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+        ),
+        interpret=interpret,
+    )(blocks, *inputs.values())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(layout, interpret, query, keys, values, blocks, masks):
+    return _forward(layout, interpret, query, keys, values, blocks, masks)[0]
+
+
+def _forward(layout, interpret, query, keys, values, blocks, masks):
+    inputs = {"q": query, "k": keys, "v": values, **masks}
+    outputs = {"o": query.dtype, "lse": jnp.float32}
+    out, lse = _call(layout, inputs, blocks, outputs, interpret=interpret)
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
+    return out, (query, keys, values, out, lse, blocks, masks)
+
+
+def _backward(layout, interpret, residuals, grad):
+    query, keys, values, out, lse, blocks, masks = residuals
+    inputs = {"q": query, "k": keys, "v": values, "o": out, "g": grad, "lse": lse, **masks}
+    outputs = {"dq": query.dtype, "dk": keys.dtype, "dv": values.dtype}
+    return *_call(layout, inputs, blocks, outputs, interpret=interpret), None, None
+
+
+_attention.defvjp(_forward, _backward)
