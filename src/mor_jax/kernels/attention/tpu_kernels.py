@@ -58,6 +58,13 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _dot_turned(a_XT: jax.Array, b_ST: jax.Array) -> jax.Array:
+    """Product of a matrix and the transpose of another, which the matrix unit transposes as it loads it."""
+    precision = lax.Precision.HIGHEST if a_XT.dtype == jnp.float32 else None
+    contracted = (((1,), (1,)), ((), ()))
+    return lax.dot_general(a_XT, b_ST, contracted, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _rotated(x_HT: jax.Array, table_HT: jax.Array | None, *, back: bool = False) -> jax.Array:
     """Rotate the halves of a head, or turn them back; the table holds cosines above sines."""
     if table_HT is None:
@@ -188,21 +195,20 @@ def backward_kernel(layout: Layout, blocks: Any, refs: dict[str, Any]) -> None:
     b, unit, i = (pl.program_id(axis) for axis in range(3))
     width, block_q, block_k = layout.head_dim, layout.block_q, layout.block_k
     valid, dtype = refs.get("valid_s"), refs["q"].dtype
-    names = ("k_s", "kT_s", "v_s", "qT_s", "q_s", "gT_s", "g_s", "delta_s", "dqT_s", "dk_s", "dv_s")
-    k_s, kT_s, v_s, qT_s, q_s, gT_s, g_s, delta_s, dqT_s, dk_s, dv_s = (refs[name] for name in names)
+    names = ("k_s", "kT_s", "v_s", "qT_s", "gT_s", "delta_s", "dqT_s", "dkT_s", "dvT_s")
+    k_s, kT_s, v_s, qT_s, gT_s, delta_s, dqT_s, dkT_s, dvT_s = (refs[name] for name in names)
 
     @pl.when(i == 0)
     def _row() -> None:
         validity = None if valid is None else (refs["valid"], valid)
         places = {"k": k_s, "kT": kT_s, "v": v_s}
         _prepare_keys(layout, refs.get("table_k"), refs["k"], refs["v"], validity, places)
-        dk_s[...], dv_s[...] = jnp.zeros(dk_s.shape, jnp.float32), jnp.zeros(dv_s.shape, jnp.float32)
+        dkT_s[...], dvT_s[...] = (jnp.zeros(dkT_s.shape, jnp.float32),) * 2
 
     g_XT, o_XT = (_within(_turned(refs[name][0]), i, layout.queries, 1) for name in ("g", "o"))
     for n, q_HT in enumerate(_prepare_queries(layout, refs.get("table_q"), refs["q"], i)):
         own = slice(n * width, (n + 1) * width)
-        qT_s[n], q_s[n] = q_HT.astype(dtype), q_HT.T.astype(dtype)
-        gT_s[n], g_s[n] = g_XT[own].astype(dtype), g_XT[own].T.astype(dtype)
+        qT_s[n], gT_s[n] = q_HT.astype(dtype), g_XT[own].astype(dtype)
         delta_s[n] = jnp.sum(g_XT[own] * o_XT[own], axis=0, keepdims=True)
     runs_2T = refs["runs"][0]
 
@@ -215,16 +221,14 @@ def backward_kernel(layout: Layout, blocks: Any, refs: dict[str, Any]) -> None:
             powers = jnp.exp2(_dot(k_s[group, j], q_HT) - lse_1T)
             if masked:
                 powers = jnp.where(_mask(layout, runs_2T, valid, j), powers, 0)
-            dv_s[group, j] += _dot(powers.astype(dtype), g_s[n])
+            dvT_s[group, j] += _dot_turned(g_HT, powers.astype(dtype))
             grads = (powers * (_dot(v_s[group, j], g_HT) - delta_1T)).astype(dtype)
-            dk_s[group, j] += _dot(grads, q_s[n])
+            dkT_s[group, j] += _dot_turned(q_HT, grads)
             return dq_HT + _dot(kT_s[group, j], grads)
 
         dq_HT = _visit(blocks, b * layout.blocks_q + i, step, jnp.zeros((width, block_q), jnp.float32))
         table_HT = None if refs.get("table_q") is None else refs["table_q"][0]
-        dqT_s[pl.ds(pl.multiple_of(n * width, width), width), :] = _rotated(
-            dq_HT * width**-0.5, table_HT, back=True
-        )
+        dqT_s[pl.ds(pl.multiple_of(n * width, width), width), :] = _rotated(dq_HT * width**-0.5, table_HT, back=True)
         return 0
 
     lax.fori_loop(0, _heads(layout, unit), head, 0)
@@ -235,8 +239,8 @@ def backward_kernel(layout: Layout, blocks: Any, refs: dict[str, Any]) -> None:
         def one(j: Any, _: Any) -> Any:
             rows = pl.ds(pl.multiple_of(j * block_k, block_k), block_k)
             table_HS = _table(refs.get("table_k"), j, block_k)
-            dk = [_rotated(dk_s[head, j].T * (1 / LOG2E), table_HS, back=True) for head in range(layout.unit)]
-            dv = [dv_s[head, j].T for head in range(layout.unit)]
+            dk = [_rotated(dkT_s[head, j] * (1 / LOG2E), table_HS, back=True) for head in range(layout.unit)]
+            dv = [dvT_s[head, j] for head in range(layout.unit)]
             for name, found in (("dk", dk), ("dv", dv)):
                 refs[name][0, rows, :] = jnp.concatenate(found, axis=0).T.astype(refs[name].dtype)
             return 0
