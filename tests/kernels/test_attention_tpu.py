@@ -1,4 +1,4 @@
-"""The TPU kernels in Pallas' interpreter against the plain path, what they skip, where they are refused, compilation."""
+"""The TPU kernels in the interpreter against the plain path, what they skip, where they are refused, and compiled."""
 
 import dataclasses
 import functools
