@@ -63,12 +63,12 @@ class Attention(nn.Module):
             query_BCNH, fresh = project_qkv(x_BCD, query, key_value, context.rotary)
         else:
             query, key_value = map(compute_weight, (query, key_value)) if fused else (query, key_value)
-            query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query)
+            query_BCNH = _project(x_BCD, query, flat=inside)
             query_BCNH = query_BCNH + low_rank(config, lora, "query", x_BCD)
             query_BCNH = rotated(norm_query(query_BCNH))
             fresh = None
             if projects_kv:
-                keys, values = self._key_value(x_BCD, key_value, lora)
+                keys, values = self._key_value(x_BCD, key_value, lora, flat=inside)
                 fresh = rotated(norm_key(keys)), values
         fresh = fresh if fresh is None else mix_values(fresh, context.carried, value_share)
         query_BCNH = constrain(query_BCNH, "batch", "sequence", "heads", "head_dim")
@@ -85,14 +85,29 @@ class Attention(nn.Module):
         with jax.named_scope("attend"):
             out_BCNH = attend(query_BCNH, keys, values, context.mask, backend, context.rotary_rows if inside else None)
         out_BCNH = checkpoint_name(constrain(out_BCNH, "batch", "sequence", "heads", "head_dim"), "attention")
-        out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)
+        if inside:
+            out_BCD = jnp.einsum("BCX,XD->BCD", out_BCNH.reshape(*x_BCD.shape[:2], -1), output.reshape(-1, width))
+        else:
+            out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)
         out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
         return out_BCD, (keys, values) if context.keep_kv else None
 
-    def _key_value(self, x_BCD: jax.Array, key_value: jax.Array, lora: Any) -> KeyValue:
-        fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value)
-        fresh = fresh + low_rank(self.config, lora, "key_value", x_BCD)
+    def _key_value(self, x_BCD: jax.Array, key_value: jax.Array, lora: Any, *, flat: bool) -> KeyValue:
+        update = low_rank(self.config, lora, "key_value", x_BCD)
+        if flat:  # two products: halves of one would be copied out of it
+            both = (_project(x_BCD, key_value[:, index], flat=True) for index in (0, 1))
+            keys, values = (x if isinstance(update, float) else x + update[:, :, index] for index, x in enumerate(both))
+            return keys, values
+        fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value) + update
         return fresh[:, :, 0], fresh[:, :, 1]
+
+
+def _project(x_BCD: jax.Array, weight_DNH: jax.Array, *, flat: bool) -> jax.Array:
+    """Project to heads [B, C, N, H]; ``flat`` has them side by side in memory, as the TPU kernels take them."""
+    if not flat:
+        return jnp.einsum("BCD,DNH->BCNH", x_BCD, weight_DNH)
+    joint_BCX = jnp.einsum("BCD,DX->BCX", x_BCD, weight_DNH.reshape(weight_DNH.shape[0], -1))
+    return joint_BCX.reshape(*x_BCD.shape[:2], *weight_DNH.shape[1:])
 
 
 def _fuses_qkv(config: ModelConfig, fusion: Kernels, lora: Any) -> bool:
