@@ -6,6 +6,7 @@ machine with the results of the first (`take_over`). Results are written after e
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -21,10 +22,11 @@ from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.config import Config, PerfConfig
 from mor_jax.errors import UserError
 from mor_jax.runs.metrics import read_metrics
-from mor_jax.sweep.execute import Measure, SweepOptions, run_sweep
+from mor_jax.sweep.execute import Measure, SweepOptions, Train, run_sweep
 from mor_jax.sweep.results import RESULT, failed_result, read_result, write_json
 from mor_jax.sweep.runs import SweepRun
-from mor_jax.train.loop import DivergedError, train
+from mor_jax.train.loop import DivergedError
+from mor_jax.train.loop import train as train_run
 
 _log = logging.getLogger("mor_jax.driver")
 Result = Mapping[str, Any]
@@ -73,7 +75,10 @@ def conduct(
     workers = [_start_worker(options, command, index) for index in range(options.devices * options.processes)]
     try:
         while any(worker.poll() is None for worker in workers):
-            collect()
+            done, known = collect()
+            if known >= len(workers) and not done:
+                print(f"the first {known} runs failed, so the others would: {options.out}/worker-*.log", flush=True)
+                break
             if time.monotonic() - started > options.seconds - STOP_SECONDS:
                 break
             time.sleep(_POLL_SECONDS)
@@ -109,7 +114,14 @@ def _stop(workers: "Sequence[subprocess.Popen[bytes]]") -> None:
             worker.wait()
 
 
-def work(options: DriverOptions, stages: Sequence[Stage], measure: Measure | None, last_start: float) -> None:
+def work(
+    options: DriverOptions,
+    stages: Sequence[Stage],
+    measure: Measure | None,
+    last_start: float,
+    *,
+    train: Train = train_run,
+) -> None:
     """Run in one process what no other one runs, stage by stage, until it is too late to start another.
 
     A stage begins when the one before it is finished by all, so a process may wait for the length of a run.
@@ -119,6 +131,7 @@ def work(options: DriverOptions, stages: Sequence[Stage], measure: Measure | Non
         stages: give the runs; one that gives none is passed over.
         measure: further measurements of a finished run.
         last_start: ``time.time()`` after which no run is started.
+        train: trains a run.
     """
     enable_compilation_cache()
     time.sleep(_APART_SECONDS * ((options.worker or 0) // options.devices))  # first compilations do not meet
@@ -126,7 +139,7 @@ def work(options: DriverOptions, stages: Sequence[Stage], measure: Measure | Non
         runs = stage(results_in(options.out))
         if runs and last_start > time.time():
             sweep = SweepOptions(options.out, limit_seconds=last_start - time.time())
-            run_sweep(runs, sweep, train=_train_or_fall_back, measure=_survives(measure))
+            run_sweep(runs, sweep, train=functools.partial(_train_or_fall_back, train), measure=_survives(measure))
 
 
 def results_in(out: Path) -> dict[str, Result]:
@@ -169,7 +182,7 @@ def row_of(out: Path, run: SweepRun, command: str) -> dict[str, Any]:
     return result
 
 
-def _train_or_fall_back(config: Config, **arguments: Any) -> Path:
+def _train_or_fall_back(train: Train, config: Config, **arguments: Any) -> Path:
     """Train; a kernel that fails is replaced by XLA's, once, and a run that fails again is reported as failed."""
     try:
         return train(config, **arguments)

@@ -57,11 +57,11 @@ RECIPES: Mapping[str, dict[str, Any]] = {
 def recipe(name: str, scale: str, steps: int | None, folder: Path) -> Config:
     """Return the run of a recipe."""
     fields = dict(RECIPES[name])
-    config = expert(scale, 3)
-    steps = steps or config.train.steps
-    if "capacity_warmup_steps" in fields:
-        fields["capacity_warmup_steps"] = round(fields["capacity_warmup_steps"] * steps)
-    config = with_steps(expert(scale, 3, **fields), steps)
+    warmup_share = fields.pop("capacity_warmup_steps", 0.0)
+    config = expert(scale, 3, **fields)
+    config = with_steps(config, steps or config.train.steps)
+    routing = dataclasses.replace(config.model.routing, capacity_warmup_steps=round(warmup_share * config.train.steps))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, routing=routing))
     rows = max(HELD_OUT_ROWS, config.train.eval_rows)
     train = dataclasses.replace(config.train, eval_rows=rows, runs=str(folder), name=name)
     return dataclasses.replace(config, train=train)

@@ -16,14 +16,16 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-from soak_client import Client, Limits, send_many
+from soak_client import CHATS, Client, Limits, send_many
+
+from mor_jax.versions import installed_versions
 
 AT_ONCE, PLACES_BEYOND, REQUEST_BYTES = 32, 32, 32_768
 RUNNING_AT_THE_END = 6
@@ -78,6 +80,21 @@ class ServerProcess:
                 key = name if "finish=" in name else name.partition("{")[0]
                 found[key] = found.get(key, 0) + float(value)
         return found
+
+    def chats(self) -> bool:
+        """Whether the model has a template."""
+        body = json.dumps({"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 1}).encode()
+        headers = {"Content-Type": "application/json"}
+        try:
+            urllib.request.urlopen(
+                urllib.request.Request(f"http://127.0.0.1:{self.port}{CHATS}", body, headers)
+            ).close()
+        except urllib.error.HTTPError as error:
+            with error:
+                if json.load(error)["error"]["code"] != "no_chat_template":
+                    raise
+            return False
+        return True
 
     def settled(self, seconds: float = 60.0) -> dict[str, float]:
         """Metrics when nothing is held any more, or after a while."""
@@ -139,7 +156,7 @@ def measure(run: Path, requests: int, seed: int) -> dict[str, Any]:
     server = ServerProcess.start(run)
     try:
         length = json.load(urllib.request.urlopen(f"http://127.0.0.1:{server.port}/v1/models"))["data"][0]["max_length"]
-        client = Client(Limits(server.port, length, REQUEST_BYTES), random.Random(seed))
+        client = Client(Limits(server.port, length, REQUEST_BYTES, server.chats()), random.Random(seed))
         asyncio.run(send_many(client, 4 * AT_ONCE, AT_ONCE))  # threads that come with the first requests
         before, first = server.settled(), server.resources()
         begin = time.monotonic()
@@ -186,7 +203,7 @@ def main() -> int:
     arguments = parser.parse_args()
     record = {
         "command": sys.argv,
-        "versions": {"mor_jax": version("mor-jax"), "jax": jax.__version__, "python": sys.version.split()[0]},
+        "versions": {**installed_versions(("mor-jax", "jax")), "python": sys.version.split()[0]},
         "device": jax.local_devices()[0].device_kind,
         **measure(arguments.run, arguments.requests, arguments.seed),
     }

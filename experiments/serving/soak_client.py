@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REFUSALS = {"overlong": (400,), "bad_json": (400,), "bad_field": (400,), "too_large": (413,), "unknown_path": (404,)}
+CHATS = "/v1/chat/completions"
 BUSY = 429
 """Any request may be told that the queue is full."""
 
@@ -28,6 +29,8 @@ class Limits:
     port: int
     max_length: int
     max_request_bytes: int
+    chats: bool = False
+    """Whether the model has a template: then three in ten requests are chats."""
 
 
 @dataclass
@@ -89,6 +92,8 @@ class Client:
             self.never_reads: 2, self.overlong: 6, self.bad_json: 5, self.bad_field: 4, self.too_large: 2,
             self.half_sent: 2, self.unknown_path: 1,
         }  # fmt: skip
+        if self.limits.chats:
+            kinds[self.chat] = 43
         self.sent += 1
         drawn = self.rng.choices(list(kinds), list(kinds.values()))[0]
         kind = list(kinds)[self.sent - 1] if self.sent <= len(kinds) else drawn
@@ -127,6 +132,30 @@ class Client:
             text = json.loads(response.body)["choices"][0]["text"]
             expected = self.greedy.setdefault(prompt, text)
             _demand(text == expected, f"greedy {text!r}, before {expected!r}")
+        return self._judge(response, ())
+
+    async def chat(self) -> str:
+        """A conversation behind one of two common beginnings, whole or as it comes, which some leave."""
+        rng, longest = self.rng, self.limits.max_length
+        words = rng.choice(("Be kind. ", "Say less. ")) * max(1, longest // 64)
+        said = "".join(rng.choice("abcde ") for _ in range(rng.randrange(1, 2 + longest // 16)))
+        fields = {
+            "messages": [{"role": "system", "content": words}, {"role": "user", "content": said}],
+            "max_completion_tokens": rng.randrange(1, longest // 4),
+            "temperature": rng.choice((0, 1.0)),
+            "stream": rng.random() < 0.5,
+            "show_depth": True,
+        }
+        raw = _request(CHATS, json.dumps(fields).encode())
+        if rng.random() < 0.1:
+            return await self._leave(raw)
+        response = await self._exchange(raw, piece=1 << 16, pause=0)
+        if response.status == 200:
+            choices = _joined(response.body) if fields["stream"] else json.loads(response.body)["choices"]
+            _demand(len(choices) == 1, f"{len(choices)} choices in a chat")
+            text = choices[0]["text"] if fields["stream"] else choices[0]["message"]["content"]
+            told = [{**choices[0], "text": text}]
+            _check_choices(told, {"prompt": [said], "echo": False, "max_tokens": fields["max_completion_tokens"]})
         return self._judge(response, ())
 
     async def leaves(self) -> str:
@@ -262,7 +291,7 @@ def _joined(body: bytes) -> list[dict[str, Any]]:
         for new in event["choices"]:
             choice = choices.setdefault(new["index"], {"text": "", "tokens": [], "finish_reason": None})
             _demand(choice["finish_reason"] is None, "tokens after the end")
-            choice["text"] += new["text"]
+            choice["text"] += new["text"] if "text" in new else new["delta"].get("content", "")
             choice["tokens"] += new["tokens"]
             choice["finish_reason"] = new["finish_reason"]
     return [choices[index] for index in sorted(choices)]

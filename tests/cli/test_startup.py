@@ -20,6 +20,7 @@ TEXT = [
     ["serve", "--help"], ["serve", "nowhere", "--port", "-1"],
     ["bench", "--help"], ["bench", "train", "--help"], ["bench", "train", "nope"], ["bench", "train"],
     ["bench", "serve", "--help"], ["bench", "serve"],
+    ["bench", "http", "--help"], ["bench", "http"], ["bench", "http", "http://a", "--requests", "0"],
     ["inspect", "--help"], ["inspect", "nowhere", "--text", "a", "--file", "b"],
 ]  # fmt: skip
 """Commands that only print."""

@@ -1,12 +1,16 @@
 """What a command parses of an engine needs no jax; sizes left open follow from the model."""
 
+import dataclasses
 import subprocess
 import sys
 
+import pytest
 from decode_examples import decode_model, model_config
 
+from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_shape import engine_shape
+from mor_jax.infer.prefill_chunk import with_prefill_chunk
 
 
 def test_options_of_the_commands_are_there_without_jax():
@@ -23,3 +27,20 @@ def test_sizes_left_open_follow_from_the_model():
     assert (shape.block_slots, shape.exit_slots, shape.exit_at, shape.places) == (6, 3, 3, 11)
     shape = engine_shape(vanilla, EngineOptions(max_running=9, max_length=20))
     assert (shape.max_length, shape.block_slots, shape.exit_slots, shape.exit_at) == (20, 9, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "max_length", "context", "chunk"),
+    [
+        ("gpu", None, 4096, 65536, 128), ("gpu", None, 4097, 512, 1024), ("gpu", None, None, 32768, 1024),
+        ("gpu", None, None, 2048, 128), ("gpu", 16, None, 32768, 16), ("cpu", None, None, 32768, 128),
+        ("tpu", None, 32768, 2048, 128), ("tpu", 512, 32768, 2048, 512),
+    ],
+)  # fmt: skip
+def test_the_chunk_follows_from_device_and_length(platform, asked, max_length, context, chunk):
+    options = EngineOptions(prefill_chunk=asked, max_length=max_length)
+    assert with_prefill_chunk(options, platform, context) == dataclasses.replace(options, prefill_chunk=chunk)
+
+
+def test_an_engine_settles_its_chunk():
+    assert Engine(decode_model(model_config()), EngineOptions(max_length=20)).options.prefill_chunk == 128

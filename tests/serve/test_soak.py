@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from live_server import ENGINE, running, tiny_model
+from live_server import ENGINE, TEMPLATE, running, tiny_model
 
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine
@@ -31,15 +31,15 @@ soak = _module("soak")
 
 
 def test_nothing_is_lost_or_held():
-    with running(tiny_model(), max_queue=10, max_request_bytes=REQUEST_BYTES, read_seconds=5.0) as client:
+    with running(tiny_model(TEMPLATE), max_queue=10, max_request_bytes=REQUEST_BYTES, read_seconds=5.0) as client:
         before = compilations()
-        limits = soak_client.Limits(client.port, ENGINE.max_length, REQUEST_BYTES)
+        limits = soak_client.Limits(client.port, ENGINE.max_length, REQUEST_BYTES, chats=True)
         clients = soak_client.Client(limits, random.Random(2))
-        asyncio.run(soak_client.send_many(clients, 120, 16))
+        asyncio.run(soak_client.send_many(clients, 150, 16))
         assert clients.violations == []
         kinds = {outcome.partition(":")[0] for outcome in clients.outcomes}
         outcomes = {outcome.partition(": ")[2] for outcome in clients.outcomes}
-        assert sum(clients.outcomes.values()) == 120 and len(kinds) == 12
+        assert sum(clients.outcomes.values()) == 150 and len(kinds) == 13
         assert outcomes - {"refused 429"} == {"answered", "left", "refused 400", "refused 404", "refused 413"}
         limit = time.monotonic() + 20
         while any(client.metric(name) for name in soak.HELD):

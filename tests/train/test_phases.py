@@ -57,9 +57,9 @@ def straight(tmp_path_factory: pytest.TempPathFactory):
     programs: dict[Any, Any] = {}
     compile_train_step = loop.compile_train_step
 
-    def compiled(config: Config, mesh: Any, stage: Any) -> Any:
+    def compiled(config: Config, mesh: Any, stage: Any, arrays: Any) -> Any:
         key = (stage, config.perf)
-        programs[key] = programs.get(key) or compile_train_step(config, mesh, stage)
+        programs[key] = programs.get(key) or compile_train_step(config, mesh, stage, arrays)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:

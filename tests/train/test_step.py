@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from tiny_runs import make_batch, tiny_config, with_train
 
-from mor_jax.config import Config, PerfConfig, ResolvedPerf, RoutingConfig
+from mor_jax.config import Config, MeshConfig, PerfConfig, ResolvedPerf, RoutingConfig
 from mor_jax.errors import UserError
 from mor_jax.mesh.mesh import make_mesh, shard_batch
 from mor_jax.model.parameters import Weights
 from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk
 from mor_jax.runs.state import TrainState, init_train_state
-from mor_jax.train.objective import count_targets, loss_fn
+from mor_jax.train.objective import count_targets, loss_fn, step_arrays
 from mor_jax.train.step import compile_train_step, train_step
 
 EXPERT, FREE = RoutingConfig(kind="expert"), RoutingConfig(kind="token", balancing="loss_free", score="softmax")
@@ -142,3 +142,23 @@ def test_options_that_the_compiler_refuses_are_named():
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with pytest.raises(UserError, match=r"perf.compiler_options=\('xla_nope=1',\): .*No such compile option"):
         compile_train_step(dataclasses.replace(config, perf=perf), mesh)
+
+
+def test_a_target_mask_leaves_targets_out():
+    """Of the loss, its share per token and its gradient, on two devices and in two micro-batches; without a router."""
+    config = with_train(tiny_config(routing=RoutingConfig()), batch_size=4, accumulation=2)
+    batch = make_batch(config)
+    mask = np.ones_like(batch["tokens"])
+    mask[2:] = 0  # whole rows, so that the loss is that of the others alone
+    kept = {name: jnp.asarray(x[:2]) for name, x in batch.items()}
+    masked = batch | {"target_mask": mask, "difficulty": mask * 5}
+    state = _state(config)
+    expected, _ = jax.jit(lambda s: loss_fn(config, s.params, s.router_bias_R, kept, s.key, None))(state)
+    arrays = step_arrays(masked)
+    assert "difficulty" not in arrays
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    placed = shard_batch(mesh, {name: masked[name] for name in arrays})
+    executable = compile_train_step(dataclasses.replace(config, mesh=MeshConfig(data=2)), mesh, None, arrays)
+    _, metrics = executable(init_train_state(config, mesh), placed)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert metrics["target_tokens"] == count_targets(config, kept)

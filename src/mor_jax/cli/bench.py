@@ -1,11 +1,11 @@
-"""``mor bench train|serve ...``: what can be measured on the present device."""
+"""``mor bench train|serve|http ...``: what can be measured on the present device, or of a server."""
 
 import importlib
 from collections.abc import Sequence
 
 from mor_jax.errors import UserError, suggest
 
-_TARGETS = {"train": "bench_train", "serve": "bench_serve"}
+_TARGETS = {"train": "bench_train", "serve": "bench_serve", "http": "bench_http"}
 """What is measured, and the module with ``run(arguments)``."""
 
 

@@ -28,16 +28,23 @@ class NoHeldOutText(UserError):
 class Dataset:
     """An iterator over batches; batch number ``k`` is a pure function of the configuration and ``k``.
 
-    Made by ``make_dataset``. Each batch is ``{"tokens", "segment_ids", "positions"}``, int32
-    ``[rows, context_length + 1]``: segment ids are 1-based (0 = padding), positions restart with every document.
+    Made by ``make_dataset``, or of a Grain MapDataset of one's own. Each batch is ``{"tokens", "segment_ids",
+    "positions"}``, int32 ``[rows, context_length + 1]``: segment ids are 1-based (0 = padding), positions restart with
+    every document. Rows of one's own may add, in the same shape, ``target_mask`` (0 where a token is no target of
+    training and validation) and ``difficulty``, which only their own evaluation reads.
 
-    Attributes:
+    Args:
+        batches: a Grain MapDataset of batches.
         step: number of the next batch: the whole state. Assigning it moves there.
         steps: batches of a finite pass (validation), or None (train).
+        workers: Grain worker processes.
+        tokenizer: of the rows.
+        content_hash: of what the rows are made from; a run refuses to go on with another.
         rows: rows of the split over all corpora.
-        tokenizer: the corpora's tokenizer.
         bytes_per_token: mean bytes of text per token (in a mixture, of its weighted rows).
-        hash: content hash of the corpora.
+
+    Attributes:
+        hash: ``content_hash``; the others are called like the arguments.
     """
 
     def __init__(
@@ -47,7 +54,8 @@ class Dataset:
         step: int,
         steps: int | None,
         workers: int,
-        corpora: Sequence[Corpus],
+        tokenizer: Tokenizer,
+        content_hash: str,
         rows: int,
         bytes_per_token: float,
     ) -> None:
@@ -57,9 +65,9 @@ class Dataset:
         self._step = step
         self.steps = steps
         self.rows = rows
-        self.tokenizer: Tokenizer = corpora[0].tokenizer
+        self.tokenizer = tokenizer
         self.bytes_per_token = bytes_per_token
-        self.hash = ",".join(corpus.manifest.hash for corpus in corpora)
+        self.hash = content_hash
 
     @property
     def step(self) -> int:
@@ -161,7 +169,8 @@ def make_dataset(
         step=start_step,
         steps=steps,
         workers=config.workers,
-        corpora=corpora,
+        tokenizer=corpora[0].tokenizer,
+        content_hash=",".join(corpus.manifest.hash for corpus in corpora),
         rows=total,
         bytes_per_token=_bytes_per_token(corpora, split, weights),
     )

@@ -17,7 +17,7 @@ from mor_jax.array_types import Params
 from mor_jax.config import PLAIN, Mode, PerfConfig, ResolvedPerf
 from mor_jax.evaluate.text_bytes import target_bytes
 from mor_jax.mesh.mesh import batch_sharding, batch_shards
-from mor_jax.model.loss import target_mask, token_nll
+from mor_jax.model.loss import batch_targets, token_nll
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.trace import RoutingTrace
 from mor_jax.model.rows import Rows
@@ -133,7 +133,7 @@ def batch_totals(
         weights: the model.
         perf: of ``evaluation_perf``.
         mode: selection mode.
-        batch: int32 [B, T+1] arrays ``tokens``, ``segment_ids`` and ``positions``.
+        batch: int32 [B, T+1] arrays ``tokens``, ``segment_ids``, ``positions`` and, if it has one, ``target_mask``.
         lengths_2V: of ``token_lengths``.
         key: of a random router.
         within_documents: see ``target_mask``.
@@ -143,7 +143,7 @@ def batch_totals(
     head_VD = head_matrix(weights.config, weights.params)
     softcap = weights.config.parts.logit_softcap
     nll_BT = token_nll(output.hidden_BTD, head_VD, targets_BT, chunk=perf.loss_chunk, softcap=softcap)
-    mask_BT = target_mask(weights.config, segment_ids, within_documents=within_documents)
+    mask_BT = batch_targets(weights.config, batch, within_documents=within_documents)
     bytes_BT = target_bytes(lengths_2V, batch["tokens"], batch["positions"])
     trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
     return BatchTotals(

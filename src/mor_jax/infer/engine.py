@@ -32,9 +32,11 @@ from mor_jax.infer.engine_state import (
 from mor_jax.infer.logprobs import check_extras, prompt_scores, ranked_tokens
 from mor_jax.infer.places import Places
 from mor_jax.infer.prefill import prefill
+from mor_jax.infer.prefill_chunk import with_prefill_chunk
 from mor_jax.infer.request import Request, Token
 from mor_jax.infer.sampling import Alternatives
 from mor_jax.infer.stages import dispatch
+from mor_jax.mesh.devices import target_platform
 from mor_jax.mesh.mesh import on_mesh
 
 
@@ -65,6 +67,7 @@ class Engine:
     """
 
     def __init__(self, model: DecodeModel, options: EngineOptions) -> None:
+        options = with_prefill_chunk(options, target_platform(), model.config.context_length)
         self.model, self.options = model, options
         self.shape = engine_shape(model, options)
         self.statistics = EngineStatistics()
@@ -260,6 +263,7 @@ class Engine:
     def _read_prompts(self, warm_up: bool = False, scored: bool = False) -> None:
         """Read the next chunk of up to ``prefill_rows`` prompts; if one of them is to be scored, with ``scored``."""
         rows, chunk = self.options.prefill_rows, self.options.prefill_chunk
+        assert chunk is not None
         unread = [(index, place) for index, place in self._places.taken if place.unread]
         unread = sorted(unread, key=lambda entry: entry[1].number)[:rows]
         if not unread and not warm_up:

@@ -30,8 +30,8 @@ class EngineOptions:
     """Cache entries per page."""
     prefill_rows: int = 4
     """Prompts that are read at a time."""
-    prefill_chunk: int = 128
-    """Prompt tokens that are read at a time."""
+    prefill_chunk: int | None = None
+    """Prompt tokens that are read at a time; None is 128, and 1,024 on a GPU where max_length exceeds 4,096."""
     block_pages: int | None = None
     """Pages of the block's caches; None is enough for every sequence at its longest and deepest."""
     edge_pages: int | None = None
@@ -43,9 +43,17 @@ class EngineOptions:
     faster."""
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "steps", "page_size", "prefill_rows", "prefill_chunk"):
+        for name in ("max_running", "steps", "page_size", "prefill_rows"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("max_length", "block_slots", "exit_slots", "exit_at", "block_pages", "edge_pages"):
+        for name in (
+            "max_length",
+            "block_slots",
+            "exit_slots",
+            "exit_at",
+            "prefill_chunk",
+            "block_pages",
+            "edge_pages",
+        ):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}={value} must be positive, or None")
         require(self.staged is None or self.staged >= 0, f"staged={self.staged} must not be negative")

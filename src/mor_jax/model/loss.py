@@ -5,7 +5,7 @@ device walks over chunks of its own tokens (``loss_shards``). Letters: B batch, 
 I chunks, D model, V vocabulary; inside ``local`` they are a device's share of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,6 +57,21 @@ def target_mask(model: ModelConfig, segment_ids: Any, *, within_documents: bool 
     inputs, targets = segment_ids[:, :-1], segment_ids[:, 1:]
     crosses = model.attend_across_documents and not within_documents
     return (targets != 0) if crosses else (targets != 0) & (inputs == targets)
+
+
+def batch_targets(model: ModelConfig, batch: Mapping[str, Any], *, within_documents: bool = False) -> Any:
+    """Which targets of a batch count: those of ``target_mask``, but for what the batch's own mask leaves out.
+
+    Args:
+        model: of ``target_mask``.
+        batch: int [B, T+1] ``segment_ids`` and, if it has one, ``target_mask``: nonzero where a token is a target.
+        within_documents: of ``target_mask``.
+
+    Returns:
+        bool [B, T].
+    """
+    mask_BT = target_mask(model, batch["segment_ids"], within_documents=within_documents)
+    return mask_BT & (batch["target_mask"][:, 1:] != 0) if "target_mask" in batch else mask_BT
 
 
 def _chunked(x_BTX: jax.Array, chunk: int) -> jax.Array:

@@ -33,7 +33,7 @@ from mor_jax.runs.folder import RunLock, check_run_folder, claim_run_folder, wri
 from mor_jax.runs.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_weights
 from mor_jax.runs.trackers import make_writers
 from mor_jax.train.goodput import Ledger, Throughput
-from mor_jax.train.objective import Batch
+from mor_jax.train.objective import Batch, step_arrays
 from mor_jax.train.phases import Phase, phases
 from mor_jax.train.preemption import StopVote
 from mor_jax.train.progress import Reporter, describe_rising_rate, roll_call
@@ -46,6 +46,8 @@ _GUARDED = ("loss", "grad_norm", "param_norm")
 
 MakeDataset = Callable[..., Any]
 """Signature of ``data.pipeline.make_dataset``."""
+CompileStep = Callable[..., Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
+"""Signature of ``train.step.compile_train_step``."""
 
 
 class DivergedError(RuntimeError):
@@ -58,6 +60,7 @@ def train(
     make_dataset: MakeDataset = make_prepared_dataset,
     devices: Sequence[Device] | None = None,
     initial_weights: Callable[[Config], InitialWeights | None] | None = None,
+    compile_step: CompileStep | None = None,
 ) -> Path:
     """Train, or continue, the run that ``config`` describes.
 
@@ -71,6 +74,7 @@ def train(
         make_dataset: opens a split of the data; a team's own may replace the default.
         devices: devices of the mesh; None takes all.
         initial_weights: loads the weights that the run starts from, or gives None; called only where it starts.
+        compile_step: makes the program of a phase; None is ``compile_train_step``, and one's own is built from it.
 
     Returns:
         The run folder: config.json, metrics.jsonl, checkpoints/ and, after the last step, the pictures.
@@ -87,7 +91,7 @@ def train(
             mesh = make_mesh(config.mesh, devices)
             run = _Run(config, folder, ledger, make_dataset, mesh, watchdog, lock, initial_weights)
         try:
-            finished = run.train_steps(StopVote(stop, run.mesh))
+            finished = run.train_steps(StopVote(stop, run.mesh), compile_step or compile_train_step)
             if finished and config.train.pictures:
                 run.write_pictures()
             run.checkpoints.wait()
@@ -189,13 +193,14 @@ class _Run:
             self.dataset.tokenizer.describe(first.special)
         return first
 
-    def train_steps(self, vote: StopVote) -> bool:
+    def train_steps(self, vote: StopVote, compile_step: CompileStep) -> bool:
         """Run the remaining steps; return whether the last one was reached."""
         pending: tuple[int, Metrics] | None = None
         remaining = [phase for phase in phases(self.config) if phase.end > self.start]
         if len(remaining) > 1:
             self.reporter.say(f"one program each: {'; '.join(phase.description for phase in remaining)}")
-        programs = [(phase, self._compile(phase)) for phase in remaining]  # what does not fit is found at once
+        arrays = step_arrays(self.dataset.batch(self.dataset.step))
+        programs = [(phase, self._compile(phase, compile_step, arrays)) for phase in remaining]  # all that fails, now
         batches: Iterator[Mapping[str, np.ndarray]] = iter(self.dataset)
         batch_size = self.config.train.batch_size
         for done in range(self.start + 1, self.config.train.steps + 1):
@@ -203,7 +208,8 @@ class _Run:
             if done > programs[0][0].end:
                 programs.pop(0)
             with self.ledger.measure("data_wait"):
-                batch = shard_batch(self.mesh, next(batches), batch_size)
+                rows = next(batches)
+                batch = shard_batch(self.mesh, {name: rows[name] for name in arrays}, batch_size)
             with self.ledger.measure("step"):
                 self.state, metrics = programs[0][1](self.state, batch)
             if pending is not None:
@@ -221,10 +227,12 @@ class _Run:
                 return False
         return True
 
-    def _compile(self, phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    def _compile(
+        self, phase: Phase, compile_step: CompileStep, arrays: Sequence[str]
+    ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         self.watchdog.reached(f"compiling the program of steps {phase.start + 1} to {phase.end}")
         with self.ledger.measure("compile"):
-            executable = compile_train_step(phase.executed(self.config), self.mesh, phase.stage)
+            executable = compile_step(phase.executed(self.config), self.mesh, phase.stage, arrays)
             barrier("compiled")  # a host that found it in its cache waits here, not in a collective
         return executable
 

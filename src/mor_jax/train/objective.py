@@ -5,6 +5,7 @@ Letters: A micro-batches, B rows of the whole batch, T positions, R recursions.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import struct
 from mor_jax.array_types import Params
 from mor_jax.config import Config, ResolvedPerf
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.loss import fused_cross_entropy, target_mask
+from mor_jax.model.loss import batch_targets, fused_cross_entropy
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.losses import RoutingLosses, RoutingStatistics
 from mor_jax.model.routing.trace import RoutingTrace
@@ -21,7 +22,10 @@ from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk
 
 Batch = Mapping[str, jax.Array]
-"""int32 [B, T+1] arrays `tokens`, `segment_ids` (1-based, 0 = padding) and `positions` (restarting per document)."""
+"""int32 [B, T+1] arrays `tokens`, `segment_ids` (1-based, 0 = padding), `positions` (restarting per document) and, if
+not every token is a target, `target_mask` (0 where a token is none)."""
+ARRAYS = ("tokens", "segment_ids", "positions")
+"""Arrays that every batch has."""
 
 
 @struct.dataclass
@@ -47,9 +51,14 @@ class LossParts:
     """float32: raw scores of the tokens that each recursion could choose, -inf for others; None likewise."""
 
 
+def step_arrays(batch: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which arrays of a batch a training step reads; a dataset may give more."""
+    return (*ARRAYS, "target_mask") if "target_mask" in batch else ARRAYS
+
+
 def count_targets(config: Config, batch: Batch) -> jax.Array:
     """Return how many targets of the batch count, float32 scalar."""
-    return jnp.sum(target_mask(config.model, batch["segment_ids"]), dtype=jnp.float32)
+    return jnp.sum(batch_targets(config.model, batch), dtype=jnp.float32)
 
 
 def loss_fn(
@@ -98,7 +107,7 @@ def loss_fn(
         output.hidden_BTD,
         head_matrix(model, params),
         constrain(batch["tokens"][:, 1:], "batch", None),  # rows are whole: no border to shift targets across
-        constrain(target_mask(model, batch["segment_ids"]).astype(jnp.float32), "batch", None),
+        constrain(batch_targets(model, batch).astype(jnp.float32), "batch", None),
         chunk=perf.loss_chunk,
         z_coefficient=config.train.logit_z_loss,
         logits_dtype=perf.logits_dtype,

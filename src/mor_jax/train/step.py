@@ -4,7 +4,7 @@ Letters: A micro-batches, B rows of the whole batch, T positions, R recursions.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from mor_jax.model.transformer import logical_axes
 from mor_jax.perf import compiler_options, resolve_perf
 from mor_jax.runs.optimizer import make_optimizer, make_schedule
 from mor_jax.runs.state import TrainState, abstract_train_state
-from mor_jax.train.objective import Batch, LossParts, count_targets, loss_fn
+from mor_jax.train.objective import ARRAYS, Batch, LossParts, count_targets, loss_fn
 
 Metrics = dict[str, jax.Array]
 OPTIMIZER_SCOPE = "optimiser"
@@ -164,7 +164,7 @@ def train_step(
 
 
 def compile_train_step(
-    config: Config, mesh: Mesh, stage: Stage | None = None
+    config: Config, mesh: Mesh, stage: Stage | None = None, arrays: Sequence[str] = ARRAYS
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile ``train_step`` ahead of time for a mesh; the state's buffers are donated.
 
@@ -172,6 +172,7 @@ def compile_train_step(
         config: of the run; what its `perf` leaves open is chosen here.
         mesh: from ``make_mesh``.
         stage: of ``config.stages``; None is the last, which trains the model as configured.
+        arrays: of the batches, from ``step_arrays``.
 
     Returns:
         The executable: (state, batch) -> (state, metrics).
@@ -184,7 +185,7 @@ def compile_train_step(
     state = abstract_train_state(config, mesh)
     shape = (config.train.batch_size, config.model.context_length + 1)
     array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), array)
+    batch = dict.fromkeys(arrays, array)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
         lambda state, batch: train_step(config, state, batch, perf, stage=stage),

@@ -1,0 +1,215 @@
+"""Write the tables from the results: python experiments/reasoning/tables.py RESULTS.json [--out TABLES.md]."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from families import FAMILIES, scale_of
+from ranking import CHEAPER, SEEDS, group_name
+
+from mor_jax.sweep.paired import PairedDifference, paired_difference
+
+Result = Mapping[str, Any]
+Results = Mapping[str, Result]
+_BINS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
+_HOLDS = 0.01
+"""Accuracy by which two models must differ for a statement to hold."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of the script."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    """What `run.py` wrote."""
+    out: Path | None = None
+    """File to write; None prints."""
+
+
+def done(results: Results, group: str) -> dict[int, Result]:
+    """Return the measured runs of a group by seed."""
+    found = {seed: results.get(f"{group}-s{seed}") for seed in SEEDS}
+    return {seed: result for seed, result in found.items() if result is not None and "accuracy" in result}
+
+
+def binned(accuracy: Mapping[str, Sequence[float]]) -> list[float | None]:
+    """Return the accuracy of ranges of difficulties, each difficulty of the same weight; None where there is none."""
+    ranges = ([mean for d, (mean, _) in accuracy.items() if low <= int(d) <= high] for low, high in _BINS)
+    return [float(np.mean(means)) if means else None for means in ranges]
+
+
+def accuracy_table(results: Results, task: str, recursions: int) -> list[str]:
+    """Accuracy by difficulty of every family, and at equal FLOPs; means over seeds."""
+    names = [f"{low}" if low == high else f"{low}-{high}" for low, high in _BINS]
+    lines = [
+        f"| {task} | seeds | parameters without embedding | training FLOPs | mean | {' | '.join(names)} |",
+        "|---" * (5 + len(names)) + "|",
+    ]
+    for equal_flops in (False, True):
+        for family in CHEAPER if equal_flops else FAMILIES:
+            runs = list(done(results, group_name(task, family, recursions, equal_flops=equal_flops)).values())
+            if not runs:
+                continue
+            bins = [_mean(values) for values in zip(*(binned(run["accuracy"]) for run in runs), strict=True)]
+            cells = [
+                f"{family}{', equal FLOPs' * equal_flops}",
+                str(len(runs)),
+                f"{runs[0]['non_embedding'] / 1e6:.2f}M",
+                f"{runs[0]['train_flops']:.2e}",
+                _percent(_mean([run["mean_accuracy"] for run in runs])),
+                *map(_percent, bins),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def correlation_table(results: Results, tasks: Sequence[str], recursions: int) -> list[str]:
+    """Rank correlation of passes with difficulty, and who takes more passes in a row of both."""
+    lines = [
+        "| run | router | same passes at random | same passes, difficulty known | hard more / equal / fewer |",
+        "|---" * 5 + "|",
+    ]
+    for task, family, equal_flops in _routed(tasks):
+        for seed, run in done(results, group_name(task, family, recursions, equal_flops=equal_flops)).items():
+            correlation, rows = run["correlation"], run["easy_and_hard"]["rows"]
+            cells = [run["name"], *(_interval(correlation[name]) for name in ("router", "random", "knowing"))]
+            cells.append(" / ".join(_percent(rows[order]) for order in ("more", "equal", "fewer")))
+            assert run["seed"] == seed
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def passes_table(results: Results, tasks: Sequence[str], recursions: int) -> list[str]:
+    """Mean accuracy by the passes that are allowed, or given beyond training."""
+    lines = [f"| model | {' | '.join(map(str, range(1, 2 * recursions + 1)))} |", "|---" * (1 + 2 * recursions) + "|"]
+    for task in tasks:
+        for family in FAMILIES[2:]:
+            runs = list(done(results, group_name(task, family, recursions)).values())
+            if runs:
+                curve = mean_curve(runs)
+                cells = [_percent(curve.get(passes)) for passes in range(1, 2 * recursions + 1)]
+                lines.append(f"| {task}, {family} | {' | '.join(cells)} |")
+    return lines
+
+
+def mean_curve(runs: Sequence[Result]) -> dict[int, float]:
+    """Return the mean accuracy of runs by passes, each difficulty of the same weight."""
+    return {
+        int(passes): float(np.mean([np.mean([mean for mean, _ in run["by_passes"][passes].values()]) for run in runs]))
+        for passes in runs[0]["by_passes"]
+    }
+
+
+def statements(results: Results, tasks: Sequence[str], recursions: int) -> list[str]:
+    """Say of every statement and task whether it holds, does not, or is open."""
+    lines = ["| statement | task | measured | |", "|---|---|---|---|"]
+    for task in tasks:
+        for family in ("expert", "grown", "token"):
+            runs = done(results, group_name(task, family, recursions))
+            found = {seed: run["correlation"]["router"] for seed, run in runs.items()}
+            if found:
+                says = "; ".join(_interval(value) for value in found.values())
+                lines.append(f"| harder answers take more passes ({family}) | {task} | {says} | {_follows(found)} |")
+        mean = {family: _means(results, task, family, recursions) for family in FAMILIES}
+        same = paired_difference(mean["recursive"], mean["deep"])
+        lines += _line(f"{recursions} passes of a block do what {recursions} blocks do", task, same, _not_worse(same))
+        useful = paired_difference(mean["recursive"], mean["shallow"])
+        lines += _line("passes do what parameters do not (recursive - shallow)", task, useful, _better(useful))
+        for family in ("recursive", "drawn"):
+            runs = done(results, group_name(task, family, recursions))
+            beyond = {seed: _gain_beyond(run, recursions) for seed, run in runs.items()}
+            more = paired_difference(beyond, dict.fromkeys(beyond, 0.0))
+            lines += _line(f"twice the trained passes help ({family})", task, more, _better(more))
+    return lines
+
+
+def _routed(tasks: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    for equal_flops in (False, True):
+        for task in tasks:
+            yield from ((task, family, equal_flops) for family in ("expert", "grown", "token"))
+
+
+def _means(results: Results, task: str, family: str, recursions: int) -> dict[int, float]:
+    return {seed: run["mean_accuracy"] for seed, run in done(results, group_name(task, family, recursions)).items()}
+
+
+def _gain_beyond(run: Result, recursions: int) -> float:
+    curve = mean_curve([run])
+    return curve[2 * recursions] - curve[recursions]
+
+
+def _line(says: str, task: str, difference: PairedDifference | None, verdict: str) -> list[str]:
+    return [] if difference is None else [f"| {says} | {task} | {difference} | {verdict} |"]
+
+
+def _follows(found: Mapping[int, Sequence[float] | None]) -> str:
+    signs = {0 if value is None or value[1] <= 0 <= value[2] else np.sign(value[0]) for value in found.values()}
+    if len(found) < len(SEEDS):
+        return f"open: {len(found)} of {len(SEEDS)} seeds"
+    return "holds" if signs == {1} else "does not hold"
+
+
+def _better(difference: PairedDifference | None) -> str:
+    if difference is None or difference.seeds < len(SEEDS):
+        return f"open: {difference.seeds if difference else 0} of {len(SEEDS)} seeds"
+    return "holds" if difference.excludes_zero and difference.mean >= _HOLDS else "does not hold"
+
+
+def _not_worse(difference: PairedDifference | None) -> str:
+    if difference is None or difference.half_width is None or difference.seeds < len(SEEDS):
+        return f"open: {difference.seeds if difference else 0} of {len(SEEDS)} seeds"
+    if difference.mean - difference.half_width >= -_HOLDS:
+        return "holds"
+    return "does not hold" if difference.mean + difference.half_width < -_HOLDS else "open: the interval holds both"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def _interval(value: Sequence[float] | None) -> str:
+    return "constant" if value is None else f"{value[0]:+.2f} [{value[1]:+.2f}, {value[2]:+.2f}]"
+
+
+def tables(scale: str, results: Results) -> str:
+    """Return all tables as Markdown."""
+    tasks, recursions = list(scale_of(scale).widths), scale_of(scale).recursions
+    parts = ["Statements:", *statements(results, tasks, recursions[0])]
+    parts += ["", "Passes and difficulty (Spearman, 95% bootstrap over rows):"]
+    parts += ["", *correlation_table(results, tasks, recursions[0])]
+    for count in recursions:
+        for task in tasks:
+            table = accuracy_table(results, task, count)
+            if len(table) > 2:
+                parts += ["", f"Accuracy by difficulty, N_r = {count}:", "", *table]
+    parts += ["", "Mean accuracy by passes (more than trained without a router):"]
+    parts += ["", *passes_table(results, tasks, recursions[0])]
+    finished = sum(result["state"] == "done" for result in results.values())
+    parts.insert(1, "")
+    return "\n".join([f"{finished} of {len(results)} runs are done.", "", *parts]) + "\n"
+
+
+def main() -> int:
+    """Write the tables."""
+    options = tyro.cli(Arguments, description=__doc__)
+    values = json.loads(options.results.read_text(encoding="utf-8"))
+    text = tables(values["scale"], {row["name"]: row for row in values["results"]})
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The questions of experiments/reasoning against plain counting, its models' sizes, and its measurements."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+
+from mor_jax.config import DataConfig
+from mor_jax.errors import UserError
+from mor_jax.mesh.mesh import make_mesh
+from mor_jax.model.flops import count_parameters, run_flops, train_flops_per_token
+from mor_jax.model.parameters import Weights
+from mor_jax.runs.state import init_train_state
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "reasoning"
+
+
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+TASKS, ROWS, FAMILIES, DRAWN = (_module(name) for name in ("tasks", "rows", "families", "drawn"))
+RANKING, ANSWERS, TABLES, FIGURES = (_module(name) for name in ("ranking", "answers", "tables", "figures"))
+NAMES = ("pointer-8", "s3-32", "s5-32", "addition-20")
+
+
+def _rows(name, seed=0, rows=200, **options):
+    """Rows as lists of words with the difficulty of each."""
+    task = TASKS.task_of(name)
+    options = {"held_out": False, **options}
+    made = TASKS.make_rows(task, np.random.default_rng(seed), rows, task.longest_row, **options)
+    for tokens, difficulties, length in zip(*made, strict=True):
+        assert not tokens[length:].any() and not difficulties[length:].any()
+        yield [TASKS.WORDS[token] for token in tokens[:length]], difficulties[:length].tolist()
+
+
+def _questions(words, difficulties):
+    starts = [place for place, word in enumerate(words) if word == "?"]
+    assert len(starts) == 2
+    for start, end in zip(starts, [starts[1], len(words)], strict=True):
+        asked = words[start + 1 : end]
+        split = asked.index("=")
+        assert not any(difficulties[start : start + split + 2])
+        yield asked[:split], asked[split + 1 :], difficulties[start + split + 2 : end]
+
+
+def test_pointers_are_followed():
+    seen = set()
+    for words, difficulties in _rows("pointer-8"):
+        edges = dict(zip(words[:32:2], words[1:32:2], strict=True))
+        assert len(edges) == 16 and not any(difficulties[:32])
+        for (hops, node), answer, difficulty in _questions(words, difficulties):
+            for _ in range(int(hops[1:])):
+                node = edges[node]
+            assert answer == [node] and difficulty == [int(hops[1:])]
+            seen.add(int(hops[1:]))
+    assert seen == set(range(1, 9))
+
+
+@pytest.mark.parametrize(("name", "degree"), [("s3-32", 3), ("s5-32", 5)])
+def test_words_are_composed(name, degree):
+    elements = sorted(itertools.permutations(range(degree)))
+    lengths = set()
+    for words, difficulties in _rows(name):
+        for word, answer, difficulty in _questions(words, difficulties):
+            places = tuple(range(degree))
+            for element in word:
+                places = tuple(elements[int(element[1:])][place] for place in places)
+            assert answer == [f"e{elements.index(places)}"] and difficulty == [len(word)]
+            lengths.add(len(word))
+    assert lengths == set(range(1, 33))
+
+
+def test_sums_are_right_and_their_digits_need_the_pairs_that_they_are_said_to_need():
+    """A digit stays what it is whatever stands below the pairs that it needs, and not if one pair less were enough."""
+    chains = set()
+    for words, difficulties in _rows("addition-20", rows=60):
+        for asked, answer, read in _questions(words, difficulties):
+            split = asked.index("+")
+            first, second = asked[:split], asked[split + 1 :]
+            assert int("".join(first)) + int("".join(second)) == int("".join(answer)) and len(answer) == len(first) + 1
+            for place, needed in enumerate(read):
+                last = place - 1 + needed if place else needed  # pairs before this one decide, from its own on
+                for below in ("0", "9"):
+                    numbers = [int("".join(n[:last]) + below * (len(n) - last)) for n in (first, second)]
+                    changed = str(sum(numbers)).zfill(len(answer))
+                    if changed[:place] == "".join(answer[:place]):  # what was answered before is known
+                        assert changed[place] == answer[place]
+            chains |= set(read)
+    assert {1, 2, 3, 5, 8} <= chains and max(chains) > 12
+    assert TASKS.added(np.array([[5, 9, 9, 9, 9]]), np.array([[4, 0, 0, 3, 9]]), np.array([4]))[1].tolist() == [
+        [4, 1, 1, 1, 1, 0]
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_held_out_question_is_trained_on(name):
+    def contents(**options):
+        for words, difficulties in _rows(name, **options):
+            if name.startswith("pointer"):
+                yield tuple(sorted(zip(words[:32:2], words[1:32:2], strict=True)))
+            else:
+                yield from (tuple(asked) for asked, *_ in _questions(words, difficulties) if len(asked) > 1)
+
+    trained = {content for seed in range(3) for content in contents(seed=seed, rows=500)}
+    held_out = set(contents(seed=9, held_out=True))
+    assert not trained & held_out and len(held_out) > 100
+
+
+def test_easy_and_hard_rows_hold_one_of_each_in_both_orders():
+    orders = set()
+    for words, difficulties in _rows("pointer-8", easy_and_hard=True, held_out=True, rows=50):
+        orders.add(tuple(difficulty for *_, (difficulty,) in _questions(words, difficulties)))
+    assert orders == {(1, 8), (8, 1)}
+
+
+def test_batches_are_a_function_of_their_number():
+    options = {"context_length": 48, "vocab_size": 160, "batch_size": 4}
+    dataset = ROWS.make_dataset(DataConfig(source="reasoning:pointer-8", seed=3), **options)
+    first = [next(dataset) for _ in range(3)]
+    dataset.step = 1
+    np.testing.assert_equal(next(dataset), first[1])
+    some = ROWS.make_dataset(DataConfig(source="reasoning:pointer-8", seed=3), **options, rows=[1, 3])
+    np.testing.assert_equal(some.batch(2), {name: array[[1, 3]] for name, array in first[2].items()})
+    assert {array.shape for array in first[0].values()} == {(4, 49)}
+    assert (first[0]["tokens"] != first[1]["tokens"]).any()
+    tokenizer = dataset.tokenizer
+    text = "? h3 n4 = n10"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size == len(TASKS.WORDS)
+    with pytest.raises(UserError, match=r"data.source='reasoning:maze-3': 'maze-3' is not KIND-LARGEST"):
+        ROWS.make_dataset(DataConfig(source="reasoning:maze-3"), **options)
+    with pytest.raises(UserError, match=r"model.context_length=48 is below 127 of 'reasoning:addition-20'"):
+        ROWS.make_dataset(DataConfig(source="reasoning:addition-20"), **options)
+
+
+def test_families_have_equal_parameters_or_equal_flops():
+    scale = FAMILIES.scale_of("full")
+    runs = RANKING.ranked_runs("full")
+    assert len({run.name for run in runs}) == len(runs) and runs[0].name == "pointer-8-shallow-s0"
+    for task in scale.widths:
+        model = {family: FAMILIES.configured(scale, task, family, 4) for family in FAMILIES.FAMILIES}
+        counts = {family: count_parameters(config.model).non_embedding for family, config in model.items()}
+        assert counts["shallow"] == counts["recursive"] == counts["drawn"] < counts["expert"] < 1.01 * counts["shallow"]
+        assert counts["deep"] > 2 * counts["shallow"]
+        cost = {family: train_flops_per_token(config.model) for family, config in model.items()}
+        assert cost["recursive"] == cost["deep"] > cost["expert"] > cost["shallow"]
+        assert len({config.train.steps for config in model.values()}) == 1
+        for family in ("shallow", "expert", "grown"):
+            config = FAMILIES.configured(scale, task, family, 4, equal_flops=True)
+            assert run_flops(config) == pytest.approx(run_flops(model["deep"]), rel=1e-3)
+
+
+def test_drawn_passes_go_on_where_they_were():
+    programs = [lambda state, batch, n=n: (dataclasses.replace(state, step=state.step + 1), n) for n in (1, 2, 3)]
+
+    @dataclasses.dataclass
+    class State:
+        step: int
+
+    def passes(start, count):
+        step, state, found = DRAWN._Drawn(programs, seed=5), State(start), []
+        for _ in range(count):
+            state, metrics = step(state, {})
+            found.append(metrics)
+        return found
+
+    straight = passes(0, 40)
+    assert set(straight) == {1, 2, 3} and passes(25, 15) == straight[25:]
+
+
+def test_correlation_is_that_of_scipy_and_its_interval_holds_it():
+    generator = np.random.default_rng(0)
+    difficulty_X = generator.integers(1, 9, 600)
+    passes_X = np.clip(difficulty_X // 3 + generator.integers(0, 3, 600), 1, 4)
+    answers = ANSWERS.Answers(np.repeat(np.arange(300), 2), difficulty_X, np.ones(600, bool), passes_X)
+    found, low, high = ANSWERS.rank_correlation(passes_X, answers)
+    from scipy.stats import spearmanr
+
+    assert found == pytest.approx(spearmanr(passes_X, difficulty_X).statistic) and low < found < high < low + 0.2
+    report = ANSWERS.routing_report(answers)["correlation"]
+    assert report["knowing"][0] > found > report["random"][2] and report["random"][1] < 0 < report["random"][2]
+    assert ANSWERS.rank_correlation(np.ones(600), answers) is None
+
+
+def test_passes_beyond_training_are_the_unrolled_model():
+    """Without a router: two passes of an untrained model are its own answers, and four those of a model made so."""
+    scale = FAMILIES.scale_of("debug")
+    config = FAMILIES.configured(scale, "pointer-2", "recursive", 2)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    weights = Weights(config.model, init_train_state(config, mesh).params)
+    batches = ANSWERS.held_out_batches(config, "validation", 8)
+    longer = ANSWERS.with_passes(weights, 4)
+    made = FAMILIES.configured(scale, "pointer-2", "recursive", 4).model
+    assert (longer.config.num_layers, longer.config.unrolled_depth) == (made.num_layers, made.unrolled_depth) == (6, 6)
+    same, own = (ANSWERS.answers_of(w, config.perf, batches) for w in (ANSWERS.with_passes(weights, 2), weights))
+    np.testing.assert_array_equal(same.correct_X, own.correct_X)
+    assert own.passes_X is None and len(own.row_X) == 16 and set(own.difficulty_X) == {1, 2}
+    np.testing.assert_array_equal(own.row_X, np.repeat(np.arange(8), 2))
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_and_is_shown(tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    results = tmp_path / "reasoning.json"
+    options = ["--scale", "debug", "--seconds", "200", "--processes", "2", "--run-seconds", "20"]
+    command = [sys.executable, str(FOLDER / "run.py"), *options, "--out", str(tmp_path / "runs")]
+    command += ["--results", str(results)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    values = json.loads(results.read_text())
+    finished = [row["name"] for row in values["results"] if row["state"] == "done"]
+    assert len(finished) >= 7 and finished[0] == "pointer-2-shallow-s0"
+    by_name = {row["name"]: row for row in values["results"]}
+    drawn, expert = by_name["pointer-2-drawn-r2-s0"], by_name["pointer-2-expert-r2-s0"]
+    assert drawn["by_passes"].keys() == {"1", "2", "3", "4"} and expert["by_passes"].keys() == {"1", "2"}
+    assert drawn["by_passes"]["2"] == drawn["accuracy"] and expert["by_passes"]["2"] == expert["accuracy"]
+    assert sum(expert["easy_and_hard"]["rows"].values()) == pytest.approx(1)
+    table = TABLES.tables("debug", by_name)
+    assert "| harder answers take more passes (expert) | pointer-2 |" in table and "open: " in table
+    figure = FIGURES.draw(by_name, "pointer-2", 2)
+    assert figure is not None and len(figure.axes) == 3
