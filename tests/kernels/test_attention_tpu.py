@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,8 @@ def test_heads_are_cut_in_whole_tiles_where_they_do_not_fit_together():
 def test_rows_too_long_for_vector_memory_are_left_to_xla():
     assert tpu.takes_keys(8192, 64, "bfloat16") and not tpu.takes_keys(32768, 64, "bfloat16")
     tokens = 32768
-    view = TokenView(*(jax.ShapeDtypeStruct((1, tokens), "int32"),) * 2)
+    rows: Any = jax.ShapeDtypeStruct((1, tokens), "int32")
+    view = TokenView(rows, rows)
     array = jax.ShapeDtypeStruct((1, tokens, 1, 64), "bfloat16")
     text = str(jax.make_jaxpr(lambda x, view: attend(x, x, x, Mask(view), "mosaic_tpu"))(array, view))
     assert "pallas_call" not in text
