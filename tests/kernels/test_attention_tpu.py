@@ -51,13 +51,13 @@ def _selected(view: TokenView, queries: int) -> TokenView:
     return dataclasses.replace(jax.tree.map(take, view), valid_BC=None)
 
 
-def _run(backend: str, mask: Mask, heads: int, kv_heads: int, width: int):
+def _run(backend: Any, mask: Mask, heads: int, kv_heads: int, width: int):
     """(output, gradients of queries, keys and values), float32."""
     seen = mask.queries if mask.keys is None else mask.keys
     length, keys = mask.queries.rows_BC.shape[1], seen.rows_BC.shape[1]
     shapes = [(2, length, heads, width), *[(2, keys, kv_heads, width)] * 2, (2, length, heads, width)]
     arrays = [jax.random.normal(k, s) for k, s in zip(jax.random.split(jax.random.key(0), 4), shapes, strict=True)]
-    tables = tuple(rotary_rows(of.positions_BC, width, 100.0) for of in (mask.queries, seen))
+    tables: Any = tuple(rotary_rows(of.positions_BC, width, 100.0) for of in (mask.queries, seen))
 
     @jax.jit
     def run(*arrays):
@@ -79,6 +79,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_the_plain_path(name, monkeypatch):
     queries, keys, documents, valid, sizes = CASES[name]
+    make_layout: Any = tpu.make_layout
     if "half full" in name:  # vector memory for two of three groups
         monkeypatch.setattr(tpu, "_ROOM", 2 * 2**20)
         assert make_layout(keys, keys, *sizes, "float32").unit == 2
@@ -157,7 +158,7 @@ def test_blocks_that_nothing_is_seen_of_are_skipped():
 
 
 def test_heads_are_cut_in_whole_tiles_where_they_do_not_fit_together():
-    unit = lambda *sizes: make_layout(2048, 2048, *sizes, "bfloat16").unit  # noqa: E731
+    unit = lambda heads, kv_heads, width: make_layout(2048, 2048, heads, kv_heads, width, "bfloat16").unit  # noqa: E731
     assert (unit(15, 5, 64), unit(9, 3, 64), unit(32, 32, 64), unit(16, 16, 128)) == (5, 3, 8, 5)
     assert [block_size(n) for n in (1, 511, 512, 683, 1024, 1365, 2048)] == [128, 128, 256, 256, 512, 512, 512]
 

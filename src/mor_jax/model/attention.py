@@ -93,7 +93,7 @@ class Attention(nn.Module):
         return out_BCD, (keys, values) if context.keep_kv else None
 
     def _key_value(self, x_BCD: jax.Array, key_value: jax.Array, lora: Any, *, flat: bool) -> KeyValue:
-        update = low_rank(self.config, lora, "key_value", x_BCD)
+        update: Any = low_rank(self.config, lora, "key_value", x_BCD)
         if flat:  # two products: halves of one would be copied out of it
             both = (_project(x_BCD, key_value[:, index], flat=True) for index in (0, 1))
             keys, values = (x if isinstance(update, float) else x + update[:, :, index] for index, x in enumerate(both))
