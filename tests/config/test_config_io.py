@@ -55,6 +55,12 @@ def test_configurations_without_rotary_positions_restart_them():
     assert config_io.from_dict(ModelConfig, config_io.to_dict(model)) == model
 
 
+def test_the_attention_of_older_runs_on_tpus_is_todays():
+    old = config_io.to_dict(FULL)
+    old["perf"]["attention_backend"] = "splash"
+    assert config_io.from_dict(Config, old).perf.attention_backend == "mosaic_tpu"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -56,7 +56,7 @@ def test_a_sharded_run_is_restored_on_one_device(run, state):
 
 def test_a_run_of_another_device_is_measured_here(run):
     """Kernels that were asked for by name, and that this device lacks."""
-    perf = dataclasses.replace(CONFIG.perf, attention_backend="splash", fusion="triton")
+    perf = dataclasses.replace(CONFIG.perf, attention_backend="mosaic_tpu", fusion="triton")
     config_io.save(dataclasses.replace(CONFIG, perf=perf), run / "config.json")
     restored = restore_run(run)
     losses = validation_losses(restored.weights, restored.config.perf, HeldOut(batch(0)), 2)

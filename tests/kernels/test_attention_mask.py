@@ -1,4 +1,4 @@
-"""Which keys a query sees, against literal tables: as a dense mask, as runs of keys, as rows and documents."""
+"""Which keys a query sees, against literal tables: as a dense mask, as runs of keys, as their bounds."""
 
 from typing import Any
 
@@ -100,18 +100,9 @@ def test_runs_by_hand():
     assert start_BT is None and end_BT is not None and end_BT.tolist() == [[2, 4, 6]]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_rows_and_documents_are_the_same_keys(name):
-    mask, table, *_ = CASES[name]
-    rows_BT, segments_BT, key_segments_BS = mask.rows_and_segments()
-    seen_TS = np.arange(len(table[0])) <= np.asarray(rows_BT)[0, :, None]
-    if segments_BT is not None:
-        seen_TS &= np.asarray(key_segments_BS)[0] == np.asarray(segments_BT)[0, :, None]
-    assert _table(seen_TS) == table
-
-
-def test_rows_and_documents_by_hand():
-    rows, *segments = CASES["causal"][0].rows_and_segments()
-    assert rows.tolist() == [[0, 1, 2]] and segments == [None, None]
-    found = CASES["not valid"][0].rows_and_segments()
-    assert _lists(found) == [[[0, 1, 2, 3]], [[0, 0, 0, 0]], [[0, -1, 0, 0]]]
+def test_bounds_by_hand():
+    """Runs with nothing left open; tokens that are not valid stay in them."""
+    assert _lists(CASES["causal"][0].bounds()) == [[[0, 0, 0], [1, 2, 3]]]
+    assert _lists(CASES["shared"][0].bounds()) == [[[0, 0, 0], [2, 4, 6]]]
+    assert _lists(CASES["shared documents"][0].bounds()) == [[[0, 3, 3], [2, 4, 5]]]
+    assert _lists(CASES["not valid"][0].bounds()) == [[[0, 0, 0, 0], [1, 2, 3, 4]]]

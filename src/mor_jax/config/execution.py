@@ -4,14 +4,14 @@
 """
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mor_jax.config.checks import require_choice, require_not_negative
 from mor_jax.config.model import Dtype
 from mor_jax.errors import require
 
 Execution = Literal["gather", "scan"]
-AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "mosaic", "splash"]
+AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "mosaic", "mosaic_tpu"]
 RematPolicy = Literal["none", "full", "dots", "names"]
 Remat = Literal["auto", RematPolicy]
 Kernels = Literal["xla", "triton", "mosaic"]
@@ -103,6 +103,12 @@ class PerfConfig:
             require(value is None or value > 0, f"perf.{name}={value} must be positive")
         for option in self.compiler_options or ():
             require("=" in option, f"perf.compiler_options: {option!r} is not of the form name=value")
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """Return JSON values of any age as today's: TPUs had the attention kernel `splash` before `mosaic_tpu`."""
+        old = values.get("attention_backend") == "splash"
+        return {**values, "attention_backend": "mosaic_tpu"} if old else values
 
     def resolved(self, defaults: ResolvedPerf = PLAIN) -> ResolvedPerf:
         """Return this with ``defaults`` where it leaves a field open."""

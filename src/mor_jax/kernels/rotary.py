@@ -22,6 +22,8 @@ from mor_jax.mesh.axes import on_shards
 
 Rotary = tuple[jax.Array, jax.Array]
 """Cosine and sine of the angles, float32 [B or 1, C, 1, H/2] each."""
+RotaryRows = tuple[jax.Array, jax.Array]
+"""The same of queries [B, H, T] and of keys [B, H, S], tokens along the lanes of a TPU, cosines above sines."""
 ROWS = 32
 """Tokens per program."""
 HEADS = 5
@@ -34,6 +36,18 @@ def rotary_tables(positions_BC: jax.Array, head_dim: int, theta: float) -> Rotar
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions_BC.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary_rows(positions_BC: jax.Array, head_dim: int, theta: float) -> jax.Array:
+    """Cosines above sines of the rotary angles, float32 [B, H, C], at integer positions."""
+    cos, sin = (table[:, :, 0].transpose(0, 2, 1) for table in rotary_tables(positions_BC, head_dim, theta))
+    return jnp.concatenate([cos, sin], axis=1)
+
+
+def rotary_of_rows(rows_BHC: jax.Array) -> Rotary:
+    """Turn the form that kernels on TPUs take into the other."""
+    cos, sin = jnp.split(rows_BHC.transpose(0, 2, 1)[:, :, None], 2, axis=-1)
+    return cos, sin
 
 
 def apply_rotary(x_BCNH: jax.Array, rotary: Rotary) -> jax.Array:

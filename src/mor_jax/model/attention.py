@@ -9,9 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mor_jax.array_types import KeyValue
 from mor_jax.config import Kernels, ModelConfig, ResolvedPerf
-from mor_jax.kernels.attention.backend import attend, resolve_backend
+from mor_jax.kernels.attention.backend import TPU_KERNELS, attend, resolve_backend
 from mor_jax.kernels.choice import log_kernel
-from mor_jax.kernels.rotary import Rotary, apply_rotary, rotates_jointly, split_rotate
+from mor_jax.kernels.rotary import Rotary, apply_rotary, rotary_of_rows, rotates_jointly, split_rotate
 from mor_jax.mesh.axes import axis_size, constrain
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import compute_weight, normal_init
@@ -49,6 +49,12 @@ class Attention(nn.Module):
         output = self.param("output", output_init, (heads, head_dim, width))
         norm_query, norm_key = head_norms(config)
 
+        backend = resolve_backend(self.perf.attention_backend, config.dtype, head_dim)
+        inside = backend in TPU_KERNELS  # rotates, so that cached keys are kept as they were projected
+
+        def rotated(x_BCNH: jax.Array) -> jax.Array:
+            return x_BCNH if inside else apply_rotary(x_BCNH, context.rotary)
+
         query, key_value, output = (w.astype(x_BCD.dtype) for w in (query, key_value, output))
         fused = self.perf.fused
         output = compute_weight(output) if fused else output
@@ -57,30 +63,51 @@ class Attention(nn.Module):
             query_BCNH, fresh = project_qkv(x_BCD, query, key_value, context.rotary)
         else:
             query, key_value = map(compute_weight, (query, key_value)) if fused else (query, key_value)
-            query_BCNH = jnp.einsum("BCD,DNH->BCNH", x_BCD, query)
+            query_BCNH = _project(x_BCD, query, flat=inside)
             query_BCNH = query_BCNH + low_rank(config, lora, "query", x_BCD)
-            query_BCNH = apply_rotary(norm_query(query_BCNH), context.rotary)
-            fresh = self._key_value(x_BCD, key_value, context.rotary, lora, norm_key) if projects_kv else None
+            query_BCNH = rotated(norm_query(query_BCNH))
+            fresh = None
+            if projects_kv:
+                keys, values = self._key_value(x_BCD, key_value, lora, flat=inside)
+                fresh = rotated(norm_key(keys)), values
         fresh = fresh if fresh is None else mix_values(fresh, context.carried, value_share)
         query_BCNH = constrain(query_BCNH, "batch", "sequence", "heads", "head_dim")
         keys, values = _mixed(fresh, cached, context)
-        backend = resolve_backend(self.perf.attention_backend, config.dtype, head_dim)
         query_BCNH, keys, values = (
             checkpoint_name(a, n) for a, n in ((query_BCNH, "query"), (keys, "key"), (values, "value"))
         )
         if context.observe is not None:
-            context.observe(query_BCNH, keys)
+            turned = (query_BCNH, keys)
+            if inside:
+                rows = zip(turned, context.rotary_rows, strict=True)
+                turned = tuple(apply_rotary(x, rotary_of_rows(of)) for x, of in rows)
+            context.observe(*turned)
         with jax.named_scope("attend"):
-            out_BCNH = attend(query_BCNH, keys, values, context.mask, backend)
+            out_BCNH = attend(query_BCNH, keys, values, context.mask, backend, context.rotary_rows if inside else None)
         out_BCNH = checkpoint_name(constrain(out_BCNH, "batch", "sequence", "heads", "head_dim"), "attention")
-        out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)
+        if inside:
+            out_BCD = jnp.einsum("BCX,XD->BCD", out_BCNH.reshape(*x_BCD.shape[:2], -1), output.reshape(-1, width))
+        else:
+            out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)
         out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
         return out_BCD, (keys, values) if context.keep_kv else None
 
-    def _key_value(self, x_BCD: jax.Array, key_value: jax.Array, rotary: Rotary, lora: Any, norm_key: Any) -> KeyValue:
-        fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value)
-        fresh = fresh + low_rank(self.config, lora, "key_value", x_BCD)
-        return apply_rotary(norm_key(fresh[:, :, 0]), rotary), fresh[:, :, 1]
+    def _key_value(self, x_BCD: jax.Array, key_value: jax.Array, lora: Any, *, flat: bool) -> KeyValue:
+        update: Any = low_rank(self.config, lora, "key_value", x_BCD)
+        if flat:  # two products: halves of one would be copied out of it
+            both = (_project(x_BCD, key_value[:, index], flat=True) for index in (0, 1))
+            keys, values = (x if isinstance(update, float) else x + update[:, :, index] for index, x in enumerate(both))
+            return keys, values
+        fresh = jnp.einsum("BCD,DXKH->BCXKH", x_BCD, key_value) + update
+        return fresh[:, :, 0], fresh[:, :, 1]
+
+
+def _project(x_BCD: jax.Array, weight_DNH: jax.Array, *, flat: bool) -> jax.Array:
+    """Project to heads [B, C, N, H]; ``flat`` has them side by side in memory, as the TPU kernels take them."""
+    if not flat:
+        return jnp.einsum("BCD,DNH->BCNH", x_BCD, weight_DNH)
+    joint_BCX = jnp.einsum("BCD,DX->BCX", x_BCD, weight_DNH.reshape(weight_DNH.shape[0], -1))
+    return joint_BCX.reshape(*x_BCD.shape[:2], *weight_DNH.shape[1:])
 
 
 def _fuses_qkv(config: ModelConfig, fusion: Kernels, lora: Any) -> bool:

@@ -6,7 +6,7 @@ import jax
 from flax import struct
 
 from mor_jax.kernels.attention.mask import Mask, TokenView
-from mor_jax.kernels.rotary import Rotary
+from mor_jax.kernels.rotary import Rotary, RotaryRows
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.modern_parts import Carried
 from mor_jax.model.routing.select import Selection, take_rows
@@ -20,6 +20,8 @@ class LayerContext:
     """The tokens that the layer computes."""
     rotary: Rotary
     """Tables at the queries' positions."""
+    rotary_rows: RotaryRows
+    """Of queries and of the keys that they attend to, for a kernel that rotates."""
     keys: TokenView | None = None
     """Rows of the cached keys and values; None attends among the queries themselves."""
     update: Selection | None = None

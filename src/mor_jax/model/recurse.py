@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.kernels.attention.mask import TokenView
-from mor_jax.kernels.rotary import rotary_tables
+from mor_jax.kernels.rotary import rotary_rows, rotary_tables
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.modern_parts import Carried
@@ -25,10 +25,17 @@ Block = Callable[[jax.Array, LayerContext, KeyValue | None, Unshared | None], tu
 
 
 def make_context(config: ModelConfig, queries: TokenView, **fields: Any) -> LayerContext:
-    """Context of one pass; the rotary tables are computed here, once for all layers."""
+    """Context of one pass; the rotary tables are computed here, once for all layers, in both forms (one is unused)."""
     rotary = rotary_tables(queries.positions_BC, config.head_dim, config.rope_theta)
     rotary = jax.tree.map(lambda table: constrain(table, "batch", "sequence", None, None), rotary)
-    return LayerContext(queries=queries, rotary=rotary, **fields)
+    rows = constrain(_rows(config, queries), "batch", None, "sequence")
+    keys = rows if fields.get("keys") is None else _rows(config, fields["keys"])
+    both = (rows, constrain(keys, "batch", None, None))
+    return LayerContext(queries=queries, rotary=rotary, rotary_rows=both, **fields)
+
+
+def _rows(config: ModelConfig, view: TokenView) -> jax.Array:
+    return rotary_rows(view.positions_BC, config.head_dim, config.rope_theta)
 
 
 def at(tree: Any, recursion: int) -> Any:

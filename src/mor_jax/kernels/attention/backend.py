@@ -11,15 +11,16 @@ from mor_jax.kernels.attention import cudnn, hopper, tpu, triton
 from mor_jax.kernels.attention.cudnn import cudnn_attention
 from mor_jax.kernels.attention.mask import Mask
 from mor_jax.kernels.attention.reference import plain_attention
-from mor_jax.kernels.attention.tpu import splash_attention
+from mor_jax.kernels.attention.tpu import attention_on_shards
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.pallas_triton import MISSING, is_available, require_triton
+from mor_jax.kernels.rotary import RotaryRows, apply_rotary, rotary_of_rows
 from mor_jax.mesh.axes import axis_size, on_shards
 from mor_jax.mesh.devices import process_platform, target_platform
 
 logger = logging.getLogger(__name__)
-TPU_KERNELS: tuple[AttentionBackend, ...] = ("splash",)
-"""Backends that a TPU has beside `xla`; the custom calls of a compiled program bear these names."""
+TPU_KERNELS: tuple[AttentionBackend, ...] = ("mosaic_tpu",)
+"""Backends that a TPU has beside `xla`, which rotate; the custom calls of a compiled program bear these names."""
 
 
 def resolve_backend(
@@ -43,8 +44,11 @@ def resolve_tpu_backend(backend: AttentionBackend, dtype: str, head_dim: int) ->
     fits = tpu.takes(head_dim)
     asked = f"perf.attention_backend={backend!r}"
     require(backend in ("auto", "xla", *TPU_KERNELS), f"{asked} is a kernel for GPUs, but the device is a TPU")
-    require(backend != "splash" or fits, f"{asked} needs a head_dim that is a multiple of 64, not head_dim={head_dim}")
-    chosen: AttentionBackend = ("splash" if fits else "xla") if backend == "auto" else backend
+    require(
+        backend not in TPU_KERNELS or fits,
+        f"{asked} needs a head_dim that is a multiple of 64, not head_dim={head_dim}",
+    )
+    chosen: AttentionBackend = ("mosaic_tpu" if fits else "xla") if backend == "auto" else backend
     logger.info("attention backend: %s on TPU (asked for %s, dtype %s, head_dim %d)", chosen, backend, dtype, head_dim)
     return chosen
 
@@ -97,7 +101,12 @@ def _resolve_backend(
 
 
 def attend(
-    query_BTNH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, mask: Mask, backend: AttentionBackend
+    query_BTNH: jax.Array,
+    keys_BSKH: jax.Array,
+    values_BSKH: jax.Array,
+    mask: Mask,
+    backend: AttentionBackend,
+    rotary: RotaryRows | None = None,
 ) -> jax.Array:
     """Softmax attention, scores scaled by H^-0.5 and normalised in float32.
 
@@ -106,22 +115,26 @@ def attend(
 
     Args:
         query_BTNH: queries; query head n reads key/value head n // (N / K).
-        keys_BSKH: rotated keys.
+        keys_BSKH: keys.
         values_BSKH: values.
         mask: which keys a query sees.
         backend: a resolved backend.
+        rotary: what queries and keys are rotated by first; None where they are rotated already.
 
     Returns:
         [B, T, N, H] in the queries' dtype. Queries without any visible key return an arbitrary finite value.
     """
+    if backend in TPU_KERNELS:
+        return attention_on_shards(query_BTNH, keys_BSKH, values_BSKH, mask, rotary)
+    if rotary is not None:
+        rotated = (query_BTNH, keys_BSKH)
+        query_BTNH, keys_BSKH = (apply_rotary(x, rotary_of_rows(rows)) for x, rows in zip(rotated, rotary, strict=True))
     tensors, split = (query_BTNH, keys_BSKH, values_BSKH), axis_size("context") > 1
     if backend in ("triton", "mosaic"):
         if mask.is_runs and not split:
             return _by_runs(*tensors, mask, backend)
         backend = "cudnn" if mask.is_runs else "xla"
         log_kernel(f"attention, {mask.kind if not mask.is_runs else 'rows split over `context`'}", backend)
-    if backend == "splash":
-        return splash_attention(*tensors, *mask.rows_and_segments())
     attention = cudnn_attention if backend == "cudnn" else plain_attention
     if not split:
         return attention(*tensors, None if mask.is_causal else mask.dense())

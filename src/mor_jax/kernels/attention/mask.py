@@ -8,8 +8,6 @@ from mor_jax.mesh.axes import constrain
 
 NEVER = 2**30
 """First key of queries that do not exist: 0 would make their block read all keys from the first."""
-_HIDDEN = -1
-"""Document of keys that nothing sees."""
 
 
 @struct.dataclass
@@ -94,18 +92,13 @@ class Mask:
             return start_BS, end_BT
         return jnp.take_along_axis(start_BS, rows_BT, axis=1, mode="clip"), end_BT
 
-    def rows_and_segments(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """The row of each query among the keys 0..S-1, and documents of queries and keys, for splash attention.
+    def bounds(self) -> jax.Array:
+        """``runs`` as one array int32 [B, 2, T], first key above the one past the last.
 
-        Returns:
-            (int32 [B, T]; int32 [B, T] and [B, S], both None where all see all, -1 for keys that nothing sees).
+        Tokens that are not valid stay in the run: a kernel that takes bounds masks them by itself.
         """
-        rows_BT, seen = self.queries.rows_BC, self.queries if self.keys is None else self.keys
-        if self.keys is None:
-            rows_BT = jnp.broadcast_to(jnp.arange(rows_BT.shape[1], dtype=jnp.int32)[None], rows_BT.shape)
-        segments_BT, key_segments_BS = self.queries.segments_BC, seen.segments_BC
-        if seen.valid_BC is not None:
-            if segments_BT is None or key_segments_BS is None:
-                segments_BT, key_segments_BS = jnp.zeros_like(rows_BT), jnp.zeros_like(seen.rows_BC)
-            key_segments_BS = jnp.where(seen.valid_BC, key_segments_BS, _HIDDEN)
-        return rows_BT, segments_BT, key_segments_BS
+        start_BT, end_BT = self.runs()
+        if end_BT is None:
+            slots_T = jnp.arange(1, self.queries.rows_BC.shape[1] + 1, dtype=jnp.int32)
+            end_BT = jnp.broadcast_to(slots_T[None], self.queries.rows_BC.shape)
+        return jnp.stack([jnp.zeros_like(end_BT) if start_BT is None else start_BT, end_BT], axis=1)

@@ -1,215 +1,285 @@
-"""Splash attention on TPU for queries at run-time rows: jax's kernel, driven by tables made from the routing.
+"""Attention on TPUs in Pallas (Mosaic): queries, keys and values as their projections leave them, rotary inside.
 
-One path serves causal attention (queries at rows 0..T-1) and recursive key/value sharing (selected queries over all
-keys up to their own row, paper section 2.2.2). The batch is folded into the sequence axis, so that one kernel call does
-all rows, and tables of the blocks of keys that each block of queries can see are computed on the fly: blocks of the
-future, of other batch entries and of other documents are neither read nor multiplied.
+The arrays are [B, T, N H], so nothing is transposed, copied or rotated outside. A program takes a block of queries with
+all heads, or with as many as vector memory holds; blocks of heads are whole tiles of 128 lanes, and where the last one
+sticks out (15 heads over 5 of width 64 are seven tiles and a half) nothing fills it: tokens are turned to the lanes
+first, so that heads are rows, and rows of heads that do not exist are not walked over.
 
-Letters: B batch, T queries, S keys, N query heads, K key/value heads, H head dim, I blocks of queries, J of keys.
-
-References:
-    The kernel is `jax.experimental.pallas.ops.tpu.splash_attention`; its stock masks are static, these are not.
+Letters: B rows, T queries, S keys, N query heads, K key/value heads, H head dim, X heads side by side, I blocks of
+queries.
 """
 
+import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
+from mor_jax.kernels.attention.mask import Mask
+from mor_jax.kernels.attention.tpu_kernels import Layout, backward_kernel, forward_kernel
 from mor_jax.kernels.padding import pad_axis
+from mor_jax.kernels.rotary import RotaryRows
 from mor_jax.mesh.axes import axis_size, on_shards
 
 _LANES = 128
-"""Width of the vector registers: every block of the kernel is a multiple of it."""
-_HIDDEN = -1
-"""Segment of keys that nothing sees; row of queries that see nothing."""
+_VMEM = 60 * 2**20
+"""Bytes of vector memory that a kernel may take: a TPU has 64 MiB at least."""
+_ROOM = 48 * 2**20
+"""Of these, what blocks and scratch may take; the compiler spills into the rest."""
 
 
 def takes(head_dim: int) -> bool:
-    """Whether the kernel takes heads of such a width."""
+    """Whether the kernels take heads of such a width."""
     return head_dim % 64 == 0
 
 
-def block_size(length: int) -> int:
-    """Block that a length is padded to and cut by: large blocks, since every step of the kernel's grid has a cost.
+def key_part(keys: int, head_dim: int, dtype: Any) -> int:
+    """Keys of a row that are attended to at a time: all, or equal parts of whole blocks that fit vector memory."""
+    step, size = max(1, _LANES // head_dim), block_size(keys)
+    for parts in range(1, pl.cdiv(keys, size) + 1):
+        part = pl.cdiv(pl.cdiv(keys, parts), size) * size if parts > 1 else keys
+        if _program_bytes(make_layout(_LANES, part, step, step, head_dim, dtype), step, dtype) <= _ROOM:
+            break
+    return part
 
-    At most a third of a padded length is padding; 1365 selected tokens become 3 x 512, 682 become 3 x 256.
-    """
+
+def block_size(length: int) -> int:
+    """Tokens per block, queries and keys alike: large ones fill the pipelines, small ones waste less of a length."""
     return 512 if length >= 1024 else 256 if length >= 512 else _LANES
 
 
-def splash_attention(
+def attention_on_shards(
     query_BTNH: jax.Array,
     keys_BSKH: jax.Array,
     values_BSKH: jax.Array,
-    rows_BT: jax.Array,
-    segments_BT: jax.Array | None,
-    key_segments_BS: jax.Array | None,
+    mask: Mask,
+    rotary: RotaryRows | None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Softmax attention of every query over the keys up to its row and of its segment, each device on its own share.
+    """``flash_attention`` of a mask, each device on its own rows, heads and (over `context`) queries."""
+    length, shards = query_BTNH.shape[1], axis_size("context")
+    runs_B2T = pad_axis(mask.bounds(), 2, shards)  # queries that fill up see nothing
+    query_BTNH = pad_axis(query_BTNH, 1, shards)
+    if rotary is not None:
+        rotary = (pad_axis(rotary[0], 2, shards), rotary[1])
+    valid_BS = (mask.queries if mask.keys is None else mask.keys).valid_BC
+    query, key_value = ("batch", "sequence", "heads", "head_dim"), ("batch", None, "kv_heads", "head_dim")
+    in_axes = (query, key_value, key_value, ("batch", None, "sequence"))
+    valid_axes = None if valid_BS is None else ("batch", None)
+    rotary_axes = None if rotary is None else (("batch", None, "sequence"), ("batch", None, None))
+    local = functools.partial(flash_attention, interpret=interpret)
+    attention = on_shards(local, (*in_axes, valid_axes, rotary_axes), query)
+    return attention(query_BTNH, keys_BSKH, values_BSKH, runs_B2T, valid_BS, rotary)[:, :length]
 
-    Scores are scaled by H^-0.5 and computed in float32. Lengths are padded to whole blocks here.
+
+def _program_bytes(layout: Layout, unit: int, dtype: Any) -> int:
+    """Bytes of vector memory that the backward kernel takes with so many key/value heads, about."""
+    size, width, padded = jnp.dtype(dtype).itemsize, layout.head_dim, max(layout.head_dim, _LANES)
+    per_key = 4 * 2 * size * width + 2 * size * padded + (size + 2 * 4) * width  # blocks twice, for the copies
+    per_query = (4 * 2 * size + 2 * size + 4) * width
+    keys, tables = layout.blocks_k * layout.block_k, 2 * 4 * width
+    return keys * (unit * per_key + tables) + unit * layout.group * layout.block_q * per_query
+
+
+def make_layout(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, dtype: Any) -> Layout:
+    """Cut a call: all heads in a program if they fit, else as many as do in whole tiles of lanes, one at least."""
+    sizes = (queries, keys, heads, kv_heads, head_dim, block_size(queries), block_size(keys))
+    step, layout = max(1, _LANES // head_dim), Layout(*sizes, unit=kv_heads)
+    units = [kv_heads, *(unit for unit in range(kv_heads, step, -1) if unit % step == 0)]
+    least = min(step, kv_heads)
+    return Layout(*sizes, unit=next((u for u in units if _program_bytes(layout, u, dtype) <= _ROOM), least))
+
+
+def visited_blocks(layout: Layout, runs_B2T: jax.Array, *, whole: bool = True) -> jax.Array:
+    """Tabulate the blocks of keys of every block of queries: first, past the last, and those that need no mask.
+
+    At least one block is visited, since the sum of what was visited is divided by.
 
     Args:
-        query_BTNH: queries; head n reads key/value head n // (N / K).
-        keys_BSKH: keys, whole rows on every device that holds a part of the queries.
+        layout: sizes.
+        runs_B2T: int32 [B, 2, I block_q], padded by empty runs.
+        whole: whether a block can do without a mask.
+
+    Returns:
+        int32 [B * I * 4]: first, past, and of the blocks without a mask first and past.
+    """
+    start_BIq, end_BIq = (runs_B2T[:, x].reshape(-1, layout.blocks_q, layout.block_q) for x in (0, 1))
+    sees_BIq, size = start_BIq < end_BIq, layout.block_k
+    first_BI = jnp.min(jnp.where(sees_BIq, start_BIq, layout.keys - 1), axis=2) // size
+    past_BI = jnp.maximum(-(-jnp.max(jnp.where(sees_BIq, end_BIq, 0), axis=2) // size), first_BI + 1)
+    full_BI = jnp.clip(-(-jnp.max(start_BIq, axis=2) // size), first_BI, past_BI)
+    full_past_BI = jnp.clip(jnp.min(jnp.where(sees_BIq, end_BIq, 0), axis=2) // size, full_BI, past_BI)
+    full_past_BI = full_past_BI if whole else full_BI
+    return jnp.stack([first_BI, past_BI, full_BI, full_past_BI], axis=2).astype(jnp.int32).reshape(-1)
+
+
+def flash_attention(
+    query_BTNH: jax.Array,
+    keys_BSKH: jax.Array,
+    values_BSKH: jax.Array,
+    runs_B2T: jax.Array,
+    valid_BS: jax.Array | None,
+    rotary: RotaryRows | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax attention of every query over one run of keys, rotary first; on one device.
+
+    Scores are scaled by H^-0.5 and normalised in float32. A row's keys and values are read once and stay in vector
+    memory while its queries pass; blocks of keys that no query of a block sees are not multiplied. Where they do not
+    fit, the parts of ``key_part`` are attended to one after another, and merged by the sums of their powers.
+
+    Args:
+        query_BTNH: queries before rotation; head n reads key/value head n // (N / K).
+        keys_BSKH: keys before rotation.
         values_BSKH: values.
-        rows_BT: int32 row of each query among the keys 0..S-1. Skipping works best when they ascend; nothing else needs
-            it.
-        segments_BT: int32 document of each query, not negative; None attends across.
-        key_segments_BS: int32 document of each key, negative for keys that nothing may see; None like
-            ``segments_BT``.
+        runs_B2T: int32, the keys ``start <= s < end`` of every query.
+        valid_BS: bool, keys that may be seen at all; None is all.
+        rotary: of queries [B, H, T] and of keys [B, H, S] (``rotary_rows``); None where they are rotated already.
         interpret: run in Pallas' interpreter, on any device, for tests.
 
     Returns:
         [B, T, N, H] in the queries' dtype; an arbitrary finite value for a query without visible keys.
     """
-    length = query_BTNH.shape[1]
-    shards = axis_size("context")
-    block_q, block_k = block_size(-(-length // shards)), block_size(keys_BSKH.shape[1])
-    query_BTNH = pad_axis(query_BTNH, 1, block_q * shards)
-    rows_BT = pad_axis(rows_BT, 1, block_q * shards, _HIDDEN)
-    keys_BSKH, values_BSKH = pad_axis(keys_BSKH, 1, block_k), pad_axis(values_BSKH, 1, block_k)
-    segments = None
-    if segments_BT is not None and key_segments_BS is not None:
-        segments = (pad_axis(segments_BT, 1, block_q * shards), pad_axis(key_segments_BS, 1, block_k, _HIDDEN))
-    tokens = ("batch", "sequence")
-    key_value = ("batch", None, "kv_heads", "head_dim")
-    in_axes = ((*tokens, "heads", "head_dim"), key_value, key_value, tokens)
-    in_axes = (*in_axes, None if segments is None else (tokens, ("batch", None)))
-    local = functools.partial(_on_one_device, blocks=(block_q, block_k), interpret=interpret)
-    attention = on_shards(local, in_axes, (*tokens, "heads", "head_dim"))
-    return attention(query_BTNH, keys_BSKH, values_BSKH, rows_BT, segments)[:, :length]
+    batch, queries, heads, width = query_BTNH.shape
+    _, keys, kv_heads, _ = keys_BSKH.shape
+    part = key_part(keys, width, query_BTNH.dtype)
+    layout = make_layout(queries, part, heads, kv_heads, width, query_BTNH.dtype)
+    runs_B2T = pad_axis(runs_B2T, 2, layout.block_q)  # queries that do not exist see nothing
+    parts = []
+    for start in range(0, keys, part):
+        own, stop = dataclasses.replace(layout, keys=min(part, keys - start)), min(start + part, keys)
+        masks = {"runs": jnp.clip(runs_B2T - start, 0, own.keys)}
+        if valid_BS is not None:  # no block of keys is seen whole then
+            masks["valid"] = pad_axis(valid_BS[:, start:stop].astype(jnp.int32)[:, None], 2, layout.block_k)
+        if rotary is not None:
+            masks |= {"table_q": rotary[0], "table_k": pad_axis(rotary[1][:, :, start:stop], 2, layout.block_k)}
+        parts.append((visited_blocks(own, masks["runs"], whole=valid_BS is None), masks))
+    flat = (x.reshape(batch, x.shape[1], -1) for x in (query_BTNH, keys_BSKH, values_BSKH))
+    attention: Any = _attention
+    return attention(layout, keys, interpret, *flat, parts).reshape(query_BTNH.shape)
 
 
-def _on_one_device(
-    query_BTNH: jax.Array,
-    keys_BSKH: jax.Array,
-    values_BSKH: jax.Array,
-    rows_BT: jax.Array,
-    segments: tuple[jax.Array, jax.Array] | None,
-    *,
-    blocks: tuple[int, int],
-    interpret: bool,
-) -> jax.Array:
-    batch, length, heads, width = query_BTNH.shape
-    visible_BIJ = visible_blocks(rows_BT, segments, keys_BSKH.shape[1], blocks)
-    by_query, by_key = _tables(visible_BIJ)
-    # batch entry b owns the folded keys b * S ..; blocks of other entries are never visited, so this row is mask enough
-    offset_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None] * keys_BSKH.shape[1]
-    folded_rows = (rows_BT + offset_B1).reshape(-1)
-    kernel = _kernel(_mask_info(by_query, folded_rows), _mask_info(by_key, folded_rows), blocks, interpret)
-    scaled_BTNH = query_BTNH * jnp.asarray(width**-0.5, query_BTNH.dtype)
-    ids = None if segments is None else splash.SegmentIds(*(x.reshape(-1) for x in segments))
-    out = kernel(_fold(scaled_BTNH), _fold(keys_BSKH), _fold(values_BSKH), segment_ids=ids)
-    return out.reshape(heads, batch, length, width).transpose(1, 2, 0, 3)
-
-
-def _fold(x_BTNH: jax.Array) -> jax.Array:
-    """[B, T, N, H] -> [N, B * T, H], the kernel's layout."""
-    return x_BTNH.transpose(2, 0, 1, 3).reshape(x_BTNH.shape[2], -1, x_BTNH.shape[3])
-
-
-def visible_blocks(
-    rows_BT: jax.Array, segments: tuple[jax.Array, jax.Array] | None, keys: int, blocks: tuple[int, int]
-) -> jax.Array:
-    """Say which blocks of keys a block of queries may see anything of; may say yes in vain, never no in vain.
-
-    A block of queries without any visible key is given its first block of keys, since the kernel divides by the sum of
-    what it has visited.
-
-    Args:
-        rows_BT: int32 row of each query; negative sees nothing.
-        segments: int32 documents of queries [B, T] and keys [B, S]; None attends across.
-        keys: S.
-        blocks: queries and keys per block.
-
-    Returns:
-        bool [B, I, J].
-    """
-    block_q, block_k = blocks
-    last_BI = jnp.max(_blocked(rows_BT, block_q), axis=2)
-    first_key_J = jnp.arange(keys // block_k) * block_k
-    visible_BIJ = first_key_J[None, None, :] <= last_BI[:, :, None]
-    if segments is not None:  # ranges of documents that do not meet have no document in common
-        queries_BIq, keys_BJk = _blocked(segments[0], block_q), _blocked(segments[1], block_k)
-        visible_BIJ &= jnp.min(queries_BIq, axis=2)[:, :, None] <= jnp.max(keys_BJk, axis=2)[:, None, :]
-        visible_BIJ &= jnp.min(keys_BJk, axis=2)[:, None, :] <= jnp.max(queries_BIq, axis=2)[:, :, None]
-    blind_BI1 = ~jnp.any(visible_BIJ, axis=2, keepdims=True)
-    return visible_BIJ | (blind_BI1 & (first_key_J == 0)[None, None, :])
-
-
-def _blocked(x_BT: jax.Array, block: int) -> jax.Array:
-    return x_BT.reshape(x_BT.shape[0], -1, block)
-
-
-def _tables(visible_BIJ: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """(blocks to fetch, whether to compute) of the folded arrays, for the grid by queries and for the grid by keys.
-
-    Where nothing is computed the nearest visible block is named again, so that nothing new is fetched.
-    """
-    batch, blocks_q, blocks_k = visible_BIJ.shape
-    base_B11 = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    key_BIJ = _nearest(visible_BIJ, 2) + base_B11 * blocks_k
-    query_BIJ = _nearest(visible_BIJ, 1) + base_B11 * blocks_q
-    run_BIJ = visible_BIJ.astype(jnp.int32)
-    by_query = tuple(x.reshape(1, batch * blocks_q, blocks_k) for x in (key_BIJ, run_BIJ))
-    by_key = tuple(x.transpose(1, 0, 2).reshape(1, blocks_q, batch * blocks_k) for x in (query_BIJ, run_BIJ))
-    return by_query, by_key
-
-
-def _nearest(visible_BIJ: jax.Array, axis: int) -> jax.Array:
-    """Index along an axis, clipped to between its first and its last visible block."""
-    size = visible_BIJ.shape[axis]
-    index = jax.lax.broadcasted_iota(jnp.int32, visible_BIJ.shape, axis)
-    first = jnp.min(jnp.where(visible_BIJ, index, size - 1), axis=axis, keepdims=True)
-    last = jnp.max(jnp.where(visible_BIJ, index, 0), axis=axis, keepdims=True)
-    return jnp.clip(index, first, jnp.maximum(first, last))
-
-
-def _mask_info(tables: tuple[jax.Array, ...], folded_rows: jax.Array) -> MaskInfo:
-    data_next, block_mask = tables
-    fields: dict[str, Any] = {  # annotated as numpy arrays, which is what the stock masks are made of
-        "data_next": data_next,
-        "mask_next": None,
-        "block_mask": block_mask,
-        "partial_mask_blocks": None,
-        "q_sequence": folded_rows,
+def _specs(layout: Layout) -> dict[str, tuple[pl.BlockSpec, tuple[int, ...]]]:
+    """Blocks of the arrays, and their shapes without the rows; the grid is rows, units of heads, blocks of queries."""
+    width, group, unit = layout.head_dim, layout.group, layout.unit
+    padded_q, padded_k = layout.blocks_q * layout.block_q, layout.blocks_k * layout.block_k
+    units = pl.cdiv(layout.kv_heads, unit)
+    by_query = pl.BlockSpec((1, layout.block_q, unit * group * width), lambda b, u, i, *_: (b, i, u))
+    by_key = pl.BlockSpec((1, padded_k, unit * width), lambda b, u, i, *_: (b, 0, u))
+    along = lambda rows: pl.BlockSpec((1, rows, layout.block_q), lambda b, u, i, *_: (b, 0, i))  # noqa: E731
+    whole = lambda rows: pl.BlockSpec((1, rows, padded_k), lambda b, u, i, *_: (b, 0, 0))  # noqa: E731
+    lse = pl.BlockSpec((1, 1, unit * group, layout.block_q), lambda b, u, i, *_: (b, u, 0, i))
+    query, key = (layout.queries, layout.heads * width), (layout.keys, layout.kv_heads * width)
+    return {
+        **dict.fromkeys(("q", "o", "g", "dq"), (by_query, query)),
+        **dict.fromkeys(("k", "v", "dk", "dv"), (by_key, key)),
+        "lse": (lse, (units, unit * group, padded_q)),
+        "runs": (along(2), (2, padded_q)),
+        "table_q": (along(width), (width, layout.queries)),
+        "table_k": (whole(width), (width, padded_k)),
+        "valid": (whole(1), (1, padded_k)),
     }
-    return MaskInfo(**fields)
 
 
-def _causal(rows: jax.Array, keys: jax.Array) -> jax.Array:
-    return rows >= keys
+def _scratch(layout: Layout, dtype: Any, *, backward: bool, validity: bool) -> dict[str, Any]:
+    width, size, heads = layout.head_dim, layout.block_q, layout.unit * layout.group
+    keys = (layout.unit, layout.blocks_k, layout.block_k, width)
+    turned = (layout.unit, layout.blocks_k, width, layout.block_k)
+    rows = {"valid_s": ((layout.blocks_k, layout.block_k, _LANES), jnp.int32)} if validity else {}
+    rows |= {"k_s": (keys, dtype), "qT_s": ((heads, width, size), dtype)}
+    if not backward:
+        rows |= {"vT_s": (turned, dtype), "oT_s": ((heads * width, size), jnp.float32)}
+    else:
+        rows |= {"kT_s": (turned, dtype), "v_s": (keys, dtype), "gT_s": ((heads, width, size), dtype)}
+        rows |= {"delta_s": ((heads, 1, size), jnp.float32), "dqT_s": ((heads * width, size), jnp.float32)}
+        rows |= dict.fromkeys(("dkT_s", "dvT_s"), (turned, jnp.float32))
+    return {name: pltpu.VMEM(*of) for name, of in rows.items()}
 
 
-def _kernel(by_query: MaskInfo, by_key: MaskInfo, blocks: tuple[int, int], interpret: bool) -> Any:
-    block_q, block_k = blocks
-    sizes = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_k,
-        block_kv_compute=block_k,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_k,
-        block_kv_dkv_compute=block_k,
-        block_q_dq=block_q,
-        block_kv_dq=block_k,
-    )
-    return splash.SplashAttentionKernel(
-        by_query,
-        by_query,
-        by_key,
-        block_sizes=sizes,
-        is_mqa=False,
-        save_residuals=False,
-        mask_value=splash.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
-        mask_function=_causal,
+def _call(layout: Layout, inputs: dict[str, jax.Array], blocks: jax.Array, outputs: Any, *, interpret: bool) -> Any:
+    """Run the forward or the backward kernel on named arrays."""
+    specs, batch, backward = _specs(layout), inputs["q"].shape[0], "dq" in outputs
+    scratch = _scratch(layout, inputs["q"].dtype, backward=backward, validity="valid" in inputs)
+    names = [*inputs, *outputs, *scratch]
+    kernel = backward_kernel if backward else forward_kernel
+
+    def body(blocks_ref: Any, *refs: Any) -> None:
+        kernel(layout, blocks_ref, dict(zip(names, refs, strict=True)))
+
+    grid = (batch, pl.cdiv(layout.kv_heads, layout.unit), layout.blocks_q)
+    shape = lambda name, dtype: jax.ShapeDtypeStruct((batch, *specs[name][1]), dtype)  # noqa: E731
+    return pl.pallas_call(
+        body,
+        name="mosaic_tpu_attention" + "_gradient" * backward,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[specs[name][0] for name in inputs],
+            out_specs=[specs[name][0] for name in outputs],
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=[shape(name, dtype) for name, dtype in outputs.items()],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+        ),
         interpret=interpret,
-    )
+    )(blocks, *inputs.values())
+
+
+def _parts(layout: Layout, keys: int, parts: Any) -> Iterator[tuple[Layout, slice, jax.Array, dict[str, jax.Array]]]:
+    for index, (blocks, masks) in enumerate(parts):
+        own = slice(index * layout.keys, min((index + 1) * layout.keys, keys))
+        yield dataclasses.replace(layout, keys=own.stop - own.start), own, blocks, masks
+
+
+def _merged(layout: Layout, outs: list[jax.Array], sums: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Merge what the parts of the keys gave, [B, T, N H] each, by log2 of the sums of their powers."""
+    lse = functools.reduce(jnp.logaddexp2, sums)
+    batch, shape = lse.shape[0], (layout.queries, layout.heads, layout.head_dim)
+
+    def weighted(out: jax.Array, own: jax.Array) -> jax.Array:
+        rows = jnp.exp2(own - lse).reshape(batch, -1, lse.shape[-1])[:, : layout.heads, : layout.queries]
+        return out.reshape(batch, *shape).astype(jnp.float32) * rows.transpose(0, 2, 1)[..., None]
+
+    total = sum(map(weighted, outs, sums), start=jnp.zeros((), jnp.float32))
+    return total.reshape(outs[0].shape).astype(outs[0].dtype), lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(layout, keys, interpret, q, k, v, parts):
+    return _forward(layout, keys, interpret, q, k, v, parts)[0]
+
+
+def _forward(layout, keys, interpret, q, k, v, parts):
+    outs, sums = [], []
+    for own, at, blocks, masks in _parts(layout, keys, parts):
+        inputs = {"q": q, "k": k[:, at], "v": v[:, at], **masks}
+        out, lse = _call(own, inputs, blocks, {"o": q.dtype, "lse": jnp.float32}, interpret=interpret)
+        outs, sums = [*outs, out], [*sums, lse]
+    out, lse = _merged(layout, outs, sums) if len(outs) > 1 else (outs[0], sums[0])
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
+    return out, (q, k, v, out, lse, parts)
+
+
+def _backward(layout, keys, interpret, residuals, grad):
+    q, k, v, out, lse, parts = residuals
+    found = []
+    for own, at, blocks, masks in _parts(layout, keys, parts):
+        inputs = {"q": q, "k": k[:, at], "v": v[:, at], "o": out, "g": grad, "lse": lse, **masks}
+        outputs = {"dq": q.dtype, "dk": k.dtype, "dv": v.dtype}
+        found.append(_call(own, inputs, blocks, outputs, interpret=interpret))
+    if len(found) == 1:
+        return *found[0], None
+    dqs, dks, dvs = zip(*found, strict=True)
+    dq = sum((dq.astype(jnp.float32) for dq in dqs), start=jnp.zeros((), jnp.float32)).astype(q.dtype)
+    return dq, jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1), None
+
+
+_attention.defvjp(_forward, _backward)
