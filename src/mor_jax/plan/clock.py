@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mor_jax.plan.clock_kernels import KernelCost, base_name
 from mor_jax.plan.hlo import Instruction, Module
 
 MATMULS, KERNELS, ATTENTION, NORMS = "block matmuls", "attention kernels", "attention other", "norms"
@@ -74,19 +75,20 @@ class Clock:
         return {kind: sums[kind] for kind in KINDS if sums[kind]}
 
 
-def read_clock(module: Module, kernels: Mapping[str, int]) -> Clock:
+def read_clock(module: Module, kernels: Mapping[str, KernelCost]) -> Clock:
     """Sum the cycles of a compiled program.
 
     Args:
         module: compiled for a TPU.
-        kernels: cycles of one execution of each custom call by instruction name; those that lack one are left out.
+        kernels: from ``kernel_costs``; those without are left out.
     """
     found, left_out = [], Counter()
     fused = _fused(module)
     for computation, instruction, times in module.executed():
         if computation.name in fused:
             continue
-        cycles = kernels.get(instruction.name, _estimate(instruction))
+        kernel = kernels.get(instruction.name)
+        cycles = _estimate(instruction) if kernel is None else kernel.cycles
         if cycles is None:
             if reason := _left_out(instruction):
                 left_out[reason] += times
@@ -125,11 +127,6 @@ def _left_out(instruction: Instruction) -> str | None:
     if opcode.startswith(_COLLECTIVES):
         return f"collective {opcode.removesuffix('-start')}"
     return opcode if sum(shape.elements for shape in instruction.shapes) > _SCALAR else None
-
-
-def base_name(name: str) -> str:
-    """Strip the number that makes an instruction's name unique."""
-    return re.sub(r"(\.\d+|\.clone)+$", "", name)
 
 
 def _classify(module: Module, instruction: Instruction) -> tuple[str, str]:
