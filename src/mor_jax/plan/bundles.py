@@ -79,6 +79,7 @@ def parse(text: str) -> Program:
     }
     marks = lambda found: "".join(f"@{number}@" for number in _REGION.findall(found[0]))  # noqa: E731
     plain = re.sub(r"/\*.*?\*/", marks, text, flags=re.DOTALL)
+    plain = re.sub(r", shape index: \{[^}]*\}", "", plain)  # braces are those of bundles from here on
     bundles, labels, ends = [], {}, [found.start() for found in _BUNDLE.finditer(plain)]
     for found, end in zip(_BUNDLE.finditer(plain), [*ends[1:], len(plain)], strict=True):
         for number in re.findall(r"@(\d+)@", plain[found.start() : end]):

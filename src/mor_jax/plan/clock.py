@@ -8,9 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from mor_jax.plan.clock_kernels import KernelCost, base_name
+from mor_jax.plan.clock_kernels import KernelCost, base_name, kernel_costs
 from mor_jax.plan.hlo import Instruction, Module
+from mor_jax.plan.topology import Generation
 
 MATMULS, KERNELS, ATTENTION, NORMS = "block matmuls", "attention kernels", "attention other", "norms"
 HEAD, ROUTING, OPTIMISER, COPIES, OTHER = "head and loss", "routing", "optimiser", "copies and layout", "other"
@@ -31,7 +33,6 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
 _SCALAR = 1024
 """Elements up to which an operation without an estimate is not worth a line."""
-_SHOWN = 15
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Clock:
     """Dearest first."""
     left_out: Counter[str]
     """What has no cycles here, by opcode or kernel, with how often it runs."""
+    kernels: Mapping[str, KernelCost]
+    """One execution of each kernel, by instruction."""
 
     @property
     def cycles(self) -> int:
@@ -73,6 +76,21 @@ class Clock:
         for operation in self.operations:
             sums[operation.kind] += operation.cycles
         return {kind: sums[kind] for kind in KINDS if sums[kind]}
+
+
+def clock_of(module: Module, dump: Path, generation: Generation, rows: int) -> Clock:
+    """Read the cycles of a program with those of its kernels, and empty the dump for the next one.
+
+    Args:
+        module: compiled for a TPU.
+        dump: folder of ``clock_kernels.dump_into``, in which only this program was dumped.
+        generation: of the device.
+        rows: of one device and micro-batch.
+    """
+    clock = read_clock(module, kernel_costs(module, dump, generation, rows))
+    for path in dump.glob("*.txt"):
+        path.unlink()
+    return clock
 
 
 def read_clock(module: Module, kernels: Mapping[str, KernelCost]) -> Clock:
@@ -96,7 +114,7 @@ def read_clock(module: Module, kernels: Mapping[str, KernelCost]) -> Clock:
             kind, source = _classify(module, instruction)
             row = (cycles * times, times, instruction.name, instruction.opcode, kind, _shape(instruction), source)
             found.append(Operation(*row))
-    return Clock(tuple(sorted(found, key=lambda operation: -operation.cycles)), left_out)
+    return Clock(tuple(sorted(found, key=lambda operation: -operation.cycles)), left_out, kernels)
 
 
 def _fused(module: Module) -> set[str | None]:
@@ -168,13 +186,3 @@ def _scope(op_name: str) -> str:
 def _shape(instruction: Instruction) -> str:
     shapes = [f"{s.dtype}[{','.join(str(size) for size in s.sizes)}]" for s in instruction.shapes]
     return shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
-
-
-def table(clock: Clock) -> str:
-    """Lay out cycles by kind, the dearest operations, and what is left out."""
-    lines = [f"{clock.cycles / 1e6:,.1f} Mcycles"]
-    lines += [f"  {k:20} {n / 1e6:10.2f}  {n / max(1, clock.cycles):6.1%}" for k, n in clock.by_kind.items()]
-    for o in clock.operations[:_SHOWN]:
-        lines.append(f"{o.cycles / 1e6:9.2f} x{o.times:<4} {o.kind:18} {o.name:36} {o.shape[:60]:60} {o.source[-90:]}")
-    lines.append(f"left out: {dict(clock.left_out)}")
-    return "\n".join(lines)

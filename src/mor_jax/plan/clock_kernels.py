@@ -5,6 +5,7 @@ time is taken to be that of one document a row and of selected rows that are eve
 Letters: B rows, T queries, S keys, I blocks of queries, J of keys.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,16 @@ from mor_jax.plan import bundles
 from mor_jax.plan.hlo import Computation, Instruction, Module
 from mor_jax.plan.topology import Generation
 
-DUMP_FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
-"""Of LIBTPU_INIT_ARGS: must be set before libtpu is loaded."""
+_DUMP = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 _FILE = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt")
 _CORES = {"v5p": 2}
 """Cores of a device: one of them runs the program that is counted, and has its part of the memory's speed."""
+
+
+def dump_into(folder: Path) -> None:
+    """Have the TPU compiler dump what it compiles; must come before libtpu is loaded."""
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    os.environ["LIBTPU_INIT_ARGS"] = f"{given} {_DUMP.format(folder=folder)}".strip()
 
 
 @dataclass(frozen=True)

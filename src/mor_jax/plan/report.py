@@ -12,6 +12,8 @@ from rich.text import Text
 from mor_jax.config import io as config_io
 from mor_jax.mesh.devices import GIB
 from mor_jax.model.optimizer_costs import optimizer_costs
+from mor_jax.plan.attainable import attainable_seconds
+from mor_jax.plan.clock_report import clock_report, clock_tables, with_attainable
 from mor_jax.plan.collectives import Collective, bytes_by_kind, collectives
 from mor_jax.plan.compile import CompiledStep
 from mor_jax.plan.hlo_flops import MatrixFlops, matrix_flops
@@ -39,7 +41,7 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
     fused = step.attention != "xla"
     bound = roofline(config, sizes, topology.generation, received, fused_attention=fused)
     compiled = matrix_flops(step.module)
-    return {
+    plan = {
         "command": shlex.join(command),
         "preset": config.preset,
         "topology": {"name": topology.name, "slices": topology.slices, "chips": topology.chips},
@@ -74,6 +76,16 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
         "versions": versions(),
         "config": config_io.to_dict(config),
     }
+    return plan if step.clock is None else {**plan, "clock": _clock(step, sizes)}
+
+
+def _clock(step: CompiledStep, sizes: dict[str, int]) -> dict[str, Any]:
+    """The clock of a step beside what is attainable."""
+    assert step.clock is not None
+    generation, config = step.topology.generation, step.config
+    parts = attainable_seconds(config, sizes, generation)
+    flops = step_flops(config).model / step.mesh.size
+    return with_attainable(clock_report(step.clock, generation), parts, flops, generation.chip.flops)
 
 
 def _optimizer(
@@ -117,6 +129,7 @@ def print_report(plan: dict[str, Any]) -> None:
             _traffic_table(plan),
             _estimate_table(plan),
             *([_run_table(plan["run"])] if "run" in plan else []),
+            *([clock_tables(plan["clock"])] if "clock" in plan else []),
         )
     )
 
