@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ class PlanFlags:
     """With `--decode`: sizes of the engine."""
     clock: bool = False
     """Read the cycles of the compiled program: by kind, the dearest operations, and what would be attainable."""
+    clock_dump: str = ""
+    """With `--clock`: read `step.hlo.txt` and the compiler's dump in this folder instead of compiling, so that another
+    commit's step can be read (experiments/tpu_clock)."""
     search: bool = False
     """Try mesh shapes, micro-batches and rematerialisations, and show the best that fit."""
     search_compilations: int = 3
@@ -50,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
     refuse_products(arguments, "--engine.products")
     config, flags = preset_and_flags(arguments, "plan", _DESCRIPTION, PlanFlags)
     require(flags.decode or flags.engine == EngineOptions(), "--engine.* sizes an engine: it needs --decode")
+    require(flags.clock or not flags.clock_dump, "--clock-dump is what --clock reads: it needs --clock")
+    require(not flags.clock_dump or not (flags.decode or flags.search), "--clock-dump holds a train step")
     require(not (flags.decode and flags.search), "--search tries meshes of a train step; it does not go with --decode")
 
     import jax
@@ -70,6 +76,8 @@ def _plan(config: Config, flags: PlanFlags, command: list[str], dump: Path | Non
     from mor_jax.plan.topology import describe_topology
 
     topology = describe_topology(flags.topology, flags.slices)
+    if flags.clock_dump:
+        return _read(config, topology, flags, command)
     if flags.decode:
         return _decode(config, topology, flags, command, dump)
     if flags.search:
@@ -95,6 +103,38 @@ def _step(config: Config, topology: "Topology", flags: PlanFlags, command: list[
         print(json.dumps(plan, indent=2))
     else:
         print_report(plan)
+    return 0
+
+
+def _read(config: Config, topology: "Topology", flags: PlanFlags, command: list[str]) -> int:
+    from rich.console import Console
+
+    from mor_jax.plan import hlo
+    from mor_jax.plan.clock import read_clock
+    from mor_jax.plan.clock_kernels import kernel_costs
+    from mor_jax.plan.clock_report import clock_tables
+    from mor_jax.plan.compile import plan_mesh
+    from mor_jax.plan.memory import tokens_per_device
+    from mor_jax.plan.report import WIDTH, step_clock
+
+    folder = Path(flags.clock_dump)
+    text = folder / "step.hlo.txt"
+    require(text.is_file(), f"clock_dump={flags.clock_dump!r} has no file step.hlo.txt")
+    planned, mesh = plan_mesh(config, topology)
+    sizes, module = {str(axis): size for axis, size in mesh.shape.items()}, hlo.parse(text.read_text())
+    rows = tokens_per_device(planned, sizes) // planned.model.context_length
+    clock = read_clock(module, kernel_costs(module, folder, topology.generation, rows))
+    plan = {
+        "command": shlex.join(command),
+        "preset": config.preset,
+        "topology": {"name": topology.name, "slices": topology.slices, "chips": topology.chips},
+        "mesh": sizes,
+        "clock": step_clock(clock, planned, sizes, topology),
+    }
+    if flags.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        Console(width=WIDTH).print(clock_tables(plan["clock"]))
     return 0
 
 
