@@ -47,7 +47,7 @@ ENTRY %main (n: s32[16], x: f32[512,128], s: (s32[], bf16[8,8])) -> f32[512,128]
   %s = (s32[], bf16[8,8]) parameter(2)
   %while.1 = (s32[], bf16[8,8]) while(%s), condition=%condition, body=%body
   %all-reduce.1 = f32[512,128] all-reduce(%x), to_apply=%add
-  ROOT %dyn_kernel.2 = f32[512,128] custom-call(%n, %x), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+  ROOT %dyn_kernel.2 = f32[512,128] custom-call(%n, %x), custom_call_target="tpu_custom_call", attributes={{{{
 "xprof_metadata":"{{}}"
 }}}}, metadata={{op_name="jit/block/attention/attend/pallas_call"}}, backend_config={{}}
 }}
