@@ -73,7 +73,10 @@ def conduct(
     workers = [_start_worker(options, command, index) for index in range(options.devices * options.processes)]
     try:
         while any(worker.poll() is None for worker in workers):
-            collect()
+            done, known = collect()
+            if known >= len(workers) and not done:
+                print(f"the first {known} runs failed, so the others would: {options.out}/worker-*.log", flush=True)
+                break
             if time.monotonic() - started > options.seconds - STOP_SECONDS:
                 break
             time.sleep(_POLL_SECONDS)

@@ -11,11 +11,9 @@ from mor_jax.config import (
     GrowthStage,
     ModelConfig,
     OptimizerConfig,
-    PartsConfig,
     RecursionConfig,
     RoutingConfig,
     TrainConfig,
-    fewer_passes,
 )
 from mor_jax.config import io as config_io
 from mor_jax.errors import UserError
@@ -80,13 +78,6 @@ def test_without_growth_there_is_one_stage():
 def test_what_does_not_grow_is_refused(growth: list[str], fields: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         _config(*growth, **fields)
-
-
-def test_a_part_that_counts_all_passes_does_not_grow():
-    model = dataclasses.replace(_config().model, parts=PartsConfig(residual_scale="depth"))
-    assert fewer_passes(model, 3) == model
-    with pytest.raises(UserError, match=r"parts.residual_scale='depth' is of all passes"):
-        fewer_passes(model, 2)
 
 
 def test_growth_is_one_word_a_stage_and_survives_json():

@@ -37,7 +37,7 @@ def test_uniform_attention_has_its_literal_figures():
             np.testing.assert_allclose(found["layers"][0][name], [expected[name]] * 2, rtol=1e-5)
 
 
-PARTS = PartsConfig(qk_norm=True, input_injection=True, value_residual=True)
+PARTS = PartsConfig(qk_norm=True, value_residual=True)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,6 @@ def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, ac
     model = dataclasses.replace(cfg.model, recursion=recursion, rotary_positions=rotary_positions, parts=parts)
     cfg = dataclasses.replace(cfg, model=model)
     tree = dict(params(cfg))
-    injection_RD = jnp.linspace(-1.0, 1.0, 32).reshape(2, 16) * parts.input_injection
-    tree |= {"input_injection": {"scale": injection_RD}} if parts.input_injection else {}
     mode = "threshold" if kind == "expert" else "topk"
     rows = Rows.of_batch(batch(1, padding=2))
     passes = attention_by_pass(dataclasses.replace(weights(cfg), params=tree), cfg.perf, [rows], mode)
@@ -84,7 +82,6 @@ def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, ac
         return apply_rotary(rms_norm(x, ones, cfg.model.norm_epsilon) if parts.qk_norm else x, rotary)
 
     second = np.where(selected[0][..., None], out.hidden.recursions[0], out.hidden.first)
-    second = second + rms_norm(out.hidden.first, injection_RD[1], cfg.model.norm_epsilon)
     own = out.hidden.first if strategy == "shared" else second
     query = rotated(jnp.einsum("BTD,DNH->BTNH", normed(second), layer["attention"]["query"]))
     keys = rotated(jnp.einsum("BTD,DKH->BTKH", normed(own), layer["attention"]["key_value"][:, 0]))

@@ -280,7 +280,7 @@ def test_an_engine_without_cuts_refuses_them_and_draws_the_same(config, engine):
     ],
 )
 def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv):
-    parts = PartsConfig(qk_norm=True, input_injection=True, residual_scale="learned", logit_softcap=2.0)
+    parts = PartsConfig(qk_norm=True, residual_scale="learned", logit_softcap=2.0)
     kv, *with_parts = kv.split("-")
     config = model_config(routing, sharing, kv, **({"parts": parts} if with_parts else {}))
     engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, block_pages=None, edge_pages=None))

@@ -173,8 +173,7 @@ def test_blocks_of_pages_add_up_to_plain_attention():
         assert not np.any(got[~seen])
 
 
-PARTS = PartsConfig(qk_norm=True, input_injection=True, residual_scale="learned", logit_softcap=2.0)
-BY_DEPTH = PartsConfig(qk_norm=True, residual_scale="depth", logit_softcap=2.0)
+PARTS = PartsConfig(qk_norm=True, residual_scale="learned", logit_softcap=2.0)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +183,8 @@ BY_DEPTH = PartsConfig(qk_norm=True, residual_scale="depth", logit_softcap=2.0)
         pytest.param("expert-aux", "cycle", "shared", PARTS, marks=pytest.mark.slow),
         pytest.param("token", "cycle", "shared", PARTS, marks=pytest.mark.slow),
         pytest.param("none", "middle_cycle", "recursion", PARTS, marks=pytest.mark.slow),
-        pytest.param("none", "middle_sequence", "shared", BY_DEPTH, marks=pytest.mark.slow),
-        pytest.param("none", "none", "recursion", BY_DEPTH, marks=pytest.mark.slow),
+        pytest.param("none", "middle_sequence", "shared", PARTS, marks=pytest.mark.slow),
+        pytest.param("none", "none", "recursion", PARTS, marks=pytest.mark.slow),
     ],
 )
 def test_parts_decode_exactly(routing, sharing, kv, parts):

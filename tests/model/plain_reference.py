@@ -87,10 +87,7 @@ def unshare(config: ModelConfig, params: Any) -> tuple[Layer | None, list[list[L
             "up": ffn["gate_up"][:, 1],
             "down": ffn["down"],
             **{name: attention[name]["scale"] for name in ("query_norm", "key_norm") if config.parts.qk_norm},
-            **({"branches": jnp.asarray((count * config.block_depth) ** -0.5)} if by_depth else {}),
         }
-
-    count, by_depth = config.recursion.num_recursions, config.parts.residual_scale == "depth"
 
     def layer(r: int, j: int) -> Layer:
         tree = jax.tree.map(lambda leaf: leaf[j], params["block"])
@@ -164,12 +161,10 @@ def apply_own(sizes: Sizes, w: Layer, x_BTD: jax.Array, rows: Rows) -> jax.Array
 class PlainBlock:
     """One recursion after the other over unshared layers; remembers recursion 1's keys and values."""
 
-    def __init__(
-        self, config: ModelConfig, grid: list[list[Layer]], rows: Rows, injected: Any = None, values: Any = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, grid: list[list[Layer]], rows: Rows, values: Any = None) -> None:
         self.config, self.grid, self.rows = config, grid, rows
         self.first: list[Any] = []
-        self.injected, self.values = injected, values
+        self.values = values
         """What each pass adds to its input; the first layer's keys and values, whose values are mixed in."""
 
     def __call__(self, r: int, x_BTD: jax.Array, taken_BT: jax.Array) -> jax.Array:
@@ -178,7 +173,6 @@ class PlainBlock:
         visible_BTS = rows.visible_BTS
         if strategy == "recursion":
             visible_BTS = visible_BTS & taken_BT[:, None, :]
-        x_BTD = x_BTD if self.injected is None else x_BTD + self.injected[r]
         for j, w in enumerate(self.grid[r]):
             kv = keys_values(sizes, w, x_BTD, rows, self.values)
             if strategy != "recursion" and r == 0:
@@ -225,13 +219,11 @@ def plain_model(config: ModelConfig, params: Any, rows: Rows, *, choose: Any = N
     """
     sizes, (first, grid, last) = Sizes.of(config), unshare(config, params)
     x_BTD = params["embedding"]["embedding"][rows.tokens_BT]
-    injected = values = None
+    values = None
     if config.parts.value_residual:
         values = keys_values(sizes, grid[0][0] if first is None else first, x_BTD, rows)
     x_BTD = x_BTD if first is None else apply_own(sizes, first, x_BTD, rows)
-    if config.parts.input_injection:
-        injected = [_norm(x_BTD, scale_D, config.norm_epsilon) for scale_D in params["input_injection"]["scale"]]
-    depth_BT, losses, block = None, {}, PlainBlock(config, grid, rows, injected, values)
+    depth_BT, losses, block = None, {}, PlainBlock(config, grid, rows, values)
     if route is None:
         x_BTD = _recursive(config, block, x_BTD)
     else:

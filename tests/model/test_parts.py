@@ -27,16 +27,16 @@ from mor_jax.model.sharing import full_config, share_layers
 from mor_jax.model.transformer import init_params, logical_axes
 from mor_jax.runs.optimizer import decay_mask
 
-ALL = PartsConfig(True, True, "learned", zero_init=True, logit_softcap=5.0, value_residual=True, width_init=1000)
-BY_DEPTH = PartsConfig(qk_norm=True, input_injection=True, residual_scale="depth")
+ALL = PartsConfig(True, "learned", logit_softcap=5.0, value_residual=True)
+SHARED = PartsConfig(qk_norm=True, residual_scale="learned")
 MOR = small_model(RecursionConfig(2, "middle_cycle"), EXPERT, parts=ALL)
-VANILLA = small_model(RecursionConfig(), num_layers=3, parts=dataclasses.replace(ALL, input_injection=False))
+VANILLA = small_model(RecursionConfig(), num_layers=3, parts=ALL)
 FIRST_SELECTS = dataclasses.replace(EXPERT, capacities=(0.6, 0.5))
 CASES = {
     "expert": MOR,
-    "shared": small_model(RecursionConfig(2, "cycle", kv_strategy="shared"), FIRST_SELECTS, parts=BY_DEPTH),
+    "shared": small_model(RecursionConfig(2, "cycle", kv_strategy="shared"), FIRST_SELECTS, parts=SHARED),
     "token": small_model(
-        RecursionConfig(2, "cycle", share_norms=False), TOKEN, parts=dataclasses.replace(BY_DEPTH, value_residual=True)
+        RecursionConfig(2, "cycle", share_norms=False), TOKEN, parts=PartsConfig(qk_norm=True, value_residual=True)
     ),
     "recursive": small_model(RecursionConfig(2, "cycle"), parts=ALL),
     "sequence": small_model(RecursionConfig(2, "middle_sequence"), parts=PartsConfig(True, residual_scale="learned")),
@@ -67,23 +67,12 @@ def _init(config: ModelConfig):
 
 def test_what_starts_at_nothing_changes_nothing_at_first():
     recursion = RecursionConfig(2, "cycle")
-    with_parts = small_model(recursion, parts=PartsConfig(input_injection=True, residual_scale="learned"))
+    with_parts = small_model(recursion, parts=PartsConfig(residual_scale="learned"))
     without, params = small_model(recursion), _init(with_parts)
-    plain = {name: value for name, value in params.items() if name not in ("input_injection", "residual_scale")}
+    plain = {name: value for name, value in params.items() if name != "residual_scale"}
     tokens_BT = np.arange(24, dtype=np.int32).reshape(2, 12) % 13
     run = jax.jit(lambda config, params: forward(config, params, tokens_BT).logits, static_argnums=0)
     np.testing.assert_array_equal(run(with_parts, params), run(without, plain))
-
-
-@pytest.mark.parametrize("config", [MOR, VANILLA], ids=["mor", "vanilla"])
-def test_matrices_start_by_their_width_and_output_projections_at_zero(config):
-    params = _init(dataclasses.replace(config, d_model=40, vocab_size=97, tie_embeddings=False))
-    for layer in [params[name] for name in ("first", "block", "last") if name in params]:
-        for leaf in (layer["attention"]["query"], layer["attention"]["key_value"], layer["ffn"]["gate_up"]):
-            np.testing.assert_allclose(np.std(leaf), 0.02 * (1000 / 40) ** 0.5, rtol=0.1)
-        assert not layer["attention"]["output"].any() and not layer["ffn"]["down"].any()
-    for leaf in (params["embedding"]["embedding"], params["head"]["kernel"]):
-        np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.1)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,7 +82,6 @@ def test_parameters_are_counted_sharded_by_name_and_not_decayed_where_they_scale
     assert count_parameters(config).total == sum(leaf.size for leaf in jax.tree.leaves(params))
     axes, decayed = logical_axes(config), decay_mask(params)
     expected = {
-        ("input_injection",): ("recursions", "embed"),
         ("residual_scale",): ("recursions",),
         ("value_residual",): ("recursions", "layers"),
         ("block", "attention", "query_norm"): ("layers", "head_dim"),
@@ -107,7 +95,7 @@ def test_parameters_are_counted_sharded_by_name_and_not_decayed_where_they_scale
                 of_leaf, shrinks = of_leaf[key], shrinks[key]
             assert of_leaf == {"scale": names} and shrinks == {"scale": False}
             found += 1
-    assert found == {"expert": 5, "recursive": 5, "token": 4, "vanilla": 4}.get(name, 3)
+    assert found == {"expert": 4, "recursive": 4, "vanilla": 4}.get(name, 3)
 
 
 def test_the_product_of_the_value_residual_is_counted():
@@ -117,13 +105,10 @@ def test_the_product_of_the_value_residual_is_counted():
 
 
 def test_what_has_no_meaning_is_refused():
-    with pytest.raises(UserError, match=r"parts.residual_scale='deep' is not one of 'none', 'depth', 'learned'"):
+    with pytest.raises(UserError, match=r"parts.residual_scale='deep' is not one of 'none', 'learned'"):
         PartsConfig(residual_scale="deep")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"parts.logit_softcap=0 must be positive"):
         PartsConfig(logit_softcap=0)
-    for sharing in ("none", "sequence"):
-        with pytest.raises(UserError, match=rf"parts.input_injection=True.*sharing='{sharing}'"):
-            small_model(RecursionConfig(1, sharing), num_layers=3, parts=PartsConfig(input_injection=True))
     with pytest.raises(UserError, match=r"parts.value_residual=True.*kv_strategy='shared'"):
         small_model(RecursionConfig(2, "cycle", kv_strategy="shared"), parts=PartsConfig(value_residual=True))
 
@@ -134,9 +119,16 @@ def test_a_configuration_without_parts_has_none():
     assert config_io.from_dict(ModelConfig, values) == dataclasses.replace(VANILLA, parts=PartsConfig())
 
 
+def test_a_configuration_with_deleted_parts_opens_if_they_are_off():
+    off = {"qk_norm": True, "zero_init": False, "width_init": None, "input_injection": False, "residual_scale": "none"}
+    assert config_io.from_dict(PartsConfig, off) == PartsConfig(qk_norm=True)
+    on = {"zero_init": True, "residual_scale": "depth"}
+    with pytest.raises(UserError, match=r"parts.zero_init=True, residual_scale='depth' was deleted"):
+        config_io.from_dict(PartsConfig, on)
+
+
 def test_exports_refuse_by_name_what_changes_the_model():
-    starts = PartsConfig(zero_init=True, width_init=1000)
-    plain = dataclasses.replace(VANILLA, attend_across_documents=True, parts=starts)
+    plain = dataclasses.replace(VANILLA, attend_across_documents=True, parts=PartsConfig())
     check_expressible(plain)
     describe(plain)
     for export in (check_expressible, describe):
@@ -144,15 +136,13 @@ def test_exports_refuse_by_name_what_changes_the_model():
             export(dataclasses.replace(plain, parts=VANILLA.parts))
 
 
-def test_uptraining_keeps_norms_of_heads_and_starts_the_injection_at_nothing():
-    parts = PartsConfig(qk_norm=True, input_injection=True)
-    config = small_model(RecursionConfig(2, "middle_cycle"), parts=parts)
+def test_uptraining_keeps_norms_of_heads():
+    config = small_model(RecursionConfig(2, "middle_cycle"), parts=PartsConfig(qk_norm=True))
     full = full_config(config)
     params = jax.tree.map(np.asarray, random_params(full))
     built = share_layers(full, params, config, "stepwise", key=jax.random.key(0))
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     assert jax.tree.map(np.shape, built) == jax.tree.map(lambda leaf: leaf.shape, shapes)
-    assert not np.any(built["input_injection"]["scale"])
     norms_LH = params["block"]["attention"]["query_norm"]["scale"]
     np.testing.assert_array_equal(built["first"]["attention"]["query_norm"]["scale"], norms_LH[0])
     plain = dataclasses.replace(full, parts=PartsConfig())

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,7 +49,7 @@ def test_positions_and_documents_of_packed_rows(positions, table, across):
 
 @pytest.mark.parametrize("positions", ["row", "document"])
 def test_positions_count_along_the_row_where_no_documents_are_told(positions):
-    assert Rows(PACKED["tokens"][:, :-1]).view(_with(ROW, positions)).positions_BC.tolist() == OF_ROW
+    assert Rows(jnp.asarray(PACKED["tokens"][:, :-1])).view(_with(ROW, positions)).positions_BC.tolist() == OF_ROW
 
 
 def test_the_choice_matters_only_where_attention_crosses_borders():

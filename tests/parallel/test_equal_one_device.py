@@ -54,7 +54,7 @@ def test_every_mesh_equals_one_device(case, mesh):
     assert_equal(one_device(case), loss_and_gradients(config_of(*case, recursions=3), MESHES[mesh]))
 
 
-PARTS = PartsConfig(True, True, "learned", logit_softcap=4.0, value_residual=True)
+PARTS = PartsConfig(True, "learned", logit_softcap=4.0, value_residual=True)
 
 
 @pytest.mark.slow

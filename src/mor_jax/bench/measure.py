@@ -29,7 +29,9 @@ from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.perf import resolve_perf
 from mor_jax.runs.state import init_train_state
 from mor_jax.train.step import compile_train_step
+from mor_jax.versions import installed_versions
 
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "nvidia-cudnn-cu13")
 _BATCHES = 4
 
 
@@ -112,7 +114,7 @@ def measure(request: Request) -> dict[str, Any]:
         "device": devices[0].device_kind,
         "devices": len(devices),
         "platform": devices[0].platform,
-        "versions": _versions(),
+        "versions": {"python": sys.version.split()[0], **installed_versions(_PACKAGES)},
     }
     if not math.isfinite(result["metrics"]["loss"]):
         raise FloatingPointError(f"loss={result['metrics']['loss']} is not finite")
@@ -179,18 +181,6 @@ def _peak_bytes(devices: list[Any]) -> int | None:
     stats = [device.memory_stats() or {} for device in devices]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) if peaks else None
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": sys.version.split()[0]}
-    for name in ("jax", "jaxlib", "flax", "optax", "nvidia-cudnn-cu13"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def main(arguments: list[str]) -> int:

@@ -80,14 +80,9 @@ def fewer_passes(model: ModelConfig, count: int) -> ModelConfig:
     Args:
         model: one that repeats a whole block; not token-choice, whose one router scores all depths at once.
         count: passes, 1..N_r.
-
-    Raises:
-        UserError: a part of the model means something else for fewer passes.
     """
     if count == model.recursion.num_recursions:
         return model
-    scale = model.parts.residual_scale
-    require(scale != "depth", f"parts.residual_scale={scale!r} is of all passes: fewer would compute something else")
     recursion = dataclasses.replace(model.recursion, num_recursions=count, base_depth=model.block_depth)
     routing = model.routing
     if routing.kind == "expert":

@@ -21,7 +21,7 @@ from mor_jax.evaluate.passes import evaluation_perf
 from mor_jax.mesh.processes import to_host
 from mor_jax.model.decoder_layer import DecoderLayer
 from mor_jax.model.layer_context import LayerContext
-from mor_jax.model.modern_parts import carry, inject
+from mor_jax.model.modern_parts import carry
 from mor_jax.model.parameters import Weights, compute_copy, from_tree
 from mor_jax.model.recurse import at, empty_kv, scan_context
 from mor_jax.model.relaxation import collect_unshared
@@ -51,7 +51,7 @@ def _batch_sums(weights: Weights, perf: ResolvedPerf, mode: Mode, rows: Rows) ->
     embedding = weights.params["embedding"]["embedding"]
     embedded = jnp.take(embedding, rows.tokens_BT, axis=0).astype(weights.config.dtype)
     before = embedded if stages.first is None else stages.first
-    passes, counted_BT = _Passes(weights, perf, rows, embedded, before), rows.counted_BT
+    passes, counted_BT = _Passes(weights, perf, rows, embedded), rows.counted_BT
     for r, stage in enumerate(stages.recursions):
         computed_BT = jnp.ones_like(counted_BT) if trace is None else trace.selected_RBT[r]
         passes.run(r, before, None if trace is None else computed_BT)
@@ -62,16 +62,14 @@ def _batch_sums(weights: Weights, perf: ResolvedPerf, mode: Mode, rows: Rows) ->
 class _Passes:
     """Passes over the block, layer by layer, with what their heads did."""
 
-    def __init__(
-        self, weights: Weights, perf: ResolvedPerf, rows: Rows, embedded_BTD: jax.Array, entry_BTD: jax.Array
-    ) -> None:
+    def __init__(self, weights: Weights, perf: ResolvedPerf, rows: Rows, embedded_BTD: jax.Array) -> None:
         self.model = model = weights.config
         self.view, self.counted_BT = rows.view(model), rows.counted_BT
         params: Any = compute_copy(model, weights.params)
         self.block = params["block"]
         self.unshared = collect_unshared(model, lambda module, name: module(model).apply({"params": params[name]}))
         trunk = from_tree(params)["params"]
-        self.carried = carry(model, trunk, embedded_BTD, entry_BTD, self.unshared)
+        self.carried = carry(model, trunk, embedded_BTD, self.unshared)
         self.layer = DecoderLayer(model, perf)
         self.first: list[Any] = []
         """Keys and values of the first pass by layer, where later passes read them."""
@@ -87,7 +85,6 @@ class _Passes:
         if model.recursion.kv_strategy == "shared_update":
             fresh_BT = fresh_BT | selected
         context = scan_context(model, self.view, empty, fresh_BT, selected_BT, self.carried)
-        x_BTD = inject(model, x_BTD, self.carried, at(self.unshared, r))
         mask_BTS = context.mask.dense()[:, 0]
         visible_BT = jnp.sum(mask_BTS, axis=-1)
         counts_BT = selected & self.counted_BT & (visible_BT > 1)

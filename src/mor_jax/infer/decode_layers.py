@@ -21,7 +21,7 @@ from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.kernels.norm import rms_norm
 from mor_jax.kernels.rotary import Rotary, rotary_tables
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.modern_parts import Carried, cap_logits, inject, norm_joint_heads, scale_branch
+from mor_jax.model.modern_parts import cap_logits, norm_joint_heads, scale_branch
 
 Own = dict[str, jax.Array]
 """What a layer has of its row's recursion: norm scales [B, 1, D], and scales of ``PartsConfig``."""
@@ -34,17 +34,12 @@ class DecodeContext:
     rotary: Rotary
     """Tables at the tokens' positions."""
     store: PagedStore
-    carried: Carried | None = None
-    """Of the tokens, where a part wants it."""
 
 
-def decode_context(
-    model: DecodeModel, positions_BT: jax.Array, store: PagedStore, origin_BTD: jax.Array | None = None
-) -> DecodeContext:
-    """Context of a pass over cached tokens; positions are those in a single document, origins ``Walk``'s."""
+def decode_context(model: DecodeModel, positions_BT: jax.Array, store: PagedStore) -> DecodeContext:
+    """Context of a pass over cached tokens; positions are those in a single document."""
     rotary = rotary_tables(positions_BT, model.config.head_dim, model.config.rope_theta)
-    carried = Carried(origin_BTD) if model.injection_RD is not None else None
-    return DecodeContext(rotary, dataclasses.replace(store, shards=model.shards), carried)
+    return DecodeContext(rotary, dataclasses.replace(store, shards=model.shards))
 
 
 def embed(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:
@@ -78,9 +73,6 @@ def block_pass(
     recursion = model.config.recursion
     repeats = recursion.num_recursions if recursion.is_sequence else 1
     shares = recursion.kv_strategy == "shared"
-    if model.injection_RD is not None:
-        scale_1B1D = model.injection_RD.at[recursion_B].get(mode="clip")[None, :, None]
-        x_BTD = inject(model.config, x_BTD, context.carried, {"injection": scale_1B1D})
     for layer, weights in enumerate(model.block):
         for repeat in range(repeats):
             index = layer if shares else layer * repeats + repeat
@@ -115,9 +107,9 @@ def _layer(
     epsilon = config.norm_epsilon
     normed_BTD = rms_norm(x_BTD, scales["attention_norm"], epsilon)
     delta_BTD, cached = _attention(config, weights, normed_BTD, context, cached)
-    x_BTD = constrain(x_BTD + scale_branch(config, delta_BTD, own), "batch", "sequence", None)
+    x_BTD = constrain(x_BTD + scale_branch(delta_BTD, own), "batch", "sequence", None)
     delta_BTD = _feed_forward(weights, rms_norm(x_BTD, scales["ffn_norm"], epsilon), model.shards)
-    return x_BTD + scale_branch(config, delta_BTD, own), _put(cache, index, cached)
+    return x_BTD + scale_branch(delta_BTD, own), _put(cache, index, cached)
 
 
 def _attention(

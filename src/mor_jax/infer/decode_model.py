@@ -59,8 +59,6 @@ class DecodeModel:
     last: LayerWeights | None = None
     norms: Any = None
     """Norm scales [R, L, D], if the recursions do not share them."""
-    injection_RD: jax.Array | None = None
-    """Scales of ``parts.input_injection``, if it is on."""
     pass_scale_R: jax.Array | None = None
     """Scales of ``parts.residual_scale="learned"``."""
     router: RouterParams | None = None
@@ -154,7 +152,6 @@ def prepare_weights(
         first=weights.get("first"),
         last=weights.get("last"),
         norms=weights.get("block_norms"),
-        injection_RD=weights.get("input_injection", {}).get("scale"),
         pass_scale_R=weights.get("residual_scale", {}).get("scale"),
         router=weights.get("router"),
         aux_router=weights.get("aux_router"),

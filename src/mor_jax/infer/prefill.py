@@ -173,8 +173,7 @@ def _pass(
             page_size=block.page_size,
             writes=writes,
         )
-        origin_BCD = None if walk.origin_BTD is None else take_rows(walk.origin_BTD, index_BC)
-        context = decode_context(model, position_BC, store, origin_BCD)
+        context = decode_context(model, position_BC, store)
         recursion_B = jnp.full_like(sequence_B, recursion)
         out_BCD, pool = block_pass(model, pool, take_rows(walk.x_BTD, index_BC), context, recursion_B)
         target_BC = jnp.where(valid_BC, index_BC, length)

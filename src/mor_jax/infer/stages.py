@@ -158,7 +158,7 @@ def _block_step(model: DecodeModel, state: EngineState, shape: EngineShape) -> E
     store_groups = jnp.minimum(recursion_C, groups - 1)
     block, store = _token_store(state.cache.block, place_C, store_groups, writes_C.astype(jnp.int32), valid_C, shape)
     position_C1 = state.position_S.at[place_C].get(mode="clip")[:, None]
-    context = decode_context(model, position_C1, store, walk.origin_BTD)
+    context = decode_context(model, position_C1, store)
     out_C1D, block = block_pass(model, block, walk.x_BTD, context, recursion_C)
     walk = advance(model, walk, out_C1D)
     phase_C = jnp.where(walk.going_BT[:, 0], RUNNING, LEAVING)
@@ -190,8 +190,7 @@ def _exit_step(
     phase_E = jnp.where(stays_E, jnp.where(walk.going_BT[:, 0], RUNNING, LEAVING), DONE)
     entries = jnp.sum(jnp.where(leaves_E, position_E, 0))
     counters_F = count(state.counters_F, exit_steps=1, exit_used=jnp.sum(valid_E), exit_entries=entries)
-    entered = () if walk.origin_BTD is None else ("origin_BTD",)
-    token_choice = (*entered, *(("gate_BTR",) if model.config.routing.kind == "token" else ()))
+    token_choice = ("origin_BTD", "gate_BTR") if model.config.routing.kind == "token" else ()
     remaining_S = slots.put(state.requests.remaining, at(state.requests.remaining) - leaves_E)
     state = dataclasses.replace(
         state,

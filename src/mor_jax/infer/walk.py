@@ -22,7 +22,7 @@ class Walk:
     x_BTD: jax.Array
     """Residual state that enters the next pass; once a token no longer goes on, its final state."""
     origin_BTD: jax.Array | None
-    """The state before the first pass, for token-choice and ``parts.input_injection``."""
+    """The state before the first pass, for token-choice."""
     gate_BTR: jax.Array | None
     """float32 gates: expert-choice that of the next pass [B, T, 1], token-choice those of every depth."""
     recursion_BT: jax.Array
@@ -54,7 +54,7 @@ def start_walk(model: DecodeModel, x_BTD: jax.Array, max_depth_BT: jax.Array) ->
         limit_BT = best_depth(gates_BTR, model.bias_R, max_depth_BT)
     walk = Walk(
         x_BTD=x_BTD,
-        origin_BTD=x_BTD if kind == "token" or model.injection_RD is not None else None,
+        origin_BTD=x_BTD if kind == "token" else None,
         gate_BTR=gates_BTR,
         recursion_BT=jnp.zeros(shape, jnp.int32),
         limit_BT=limit_BT,

@@ -14,8 +14,8 @@ from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.rotary import Rotary, apply_rotary, rotates_jointly, split_rotate
 from mor_jax.mesh.axes import axis_size, constrain
 from mor_jax.model.layer_context import LayerContext
-from mor_jax.model.layers import compute_weight
-from mor_jax.model.modern_parts import head_norms, matrix_init, mix_values
+from mor_jax.model.layers import compute_weight, normal_init
+from mor_jax.model.modern_parts import head_norms, mix_values
 from mor_jax.model.relaxation import low_rank
 from mor_jax.model.routing.select import merge_rows
 
@@ -41,11 +41,11 @@ class Attention(nn.Module):
         """
         config = self.config
         width, heads, kv_heads, head_dim = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-        query = self.param("query", matrix_init(config, "embed", "heads", "head_dim"), (width, heads, head_dim))
+        query = self.param("query", normal_init(config, "embed", "heads", "head_dim"), (width, heads, head_dim))
         key_value = self.param(
-            "key_value", matrix_init(config, "embed", None, "kv_heads", "head_dim"), (width, 2, kv_heads, head_dim)
+            "key_value", normal_init(config, "embed", None, "kv_heads", "head_dim"), (width, 2, kv_heads, head_dim)
         )
-        output_init = matrix_init(config, "heads", "head_dim", "embed", ends_branch=True)
+        output_init = normal_init(config, "heads", "head_dim", "embed")
         output = self.param("output", output_init, (heads, head_dim, width))
         norm_query, norm_key = head_norms(config)
 

@@ -53,11 +53,11 @@ class DecoderLayer(nn.Module):
             lora = own.get("lora")
             x_BCD, normed_BCD = attention_norm(x_BCD, scale_D=scales["attention_norm"])
             delta_BCD, kept = attention(normed_BCD, context, cached, lora, own.get("value_share"))
-            delta_BCD = scale_branch(self.config, delta_BCD, own)
+            delta_BCD = scale_branch(delta_BCD, own)
             kv = kv if kept is None else kept
             x_BCD, normed_BCD = ffn_norm(x_BCD, delta_BCD, scales["ffn_norm"])
             x_BCD = constrain(x_BCD, "batch", "sequence", None)
-            x_BCD = x_BCD + scale_branch(self.config, ffn(normed_BCD, lora), own)
+            x_BCD = x_BCD + scale_branch(ffn(normed_BCD, lora), own)
             if "encoding" in own:
                 x_BCD = x_BCD * own["encoding"][None, None, :].astype(x_BCD.dtype)
             x_BCD = constrain(x_BCD, "batch", "sequence", None)

@@ -84,7 +84,6 @@ def _stacked_parts(model: ModelConfig) -> int:
     """Entries of the scales that parts have by recursion."""
     parts, count = model.parts, model.recursion.num_recursions
     scales = {
-        "input_injection": model.d_model if parts.input_injection else 0,
         "residual_scale": 1 if parts.residual_scale == "learned" else 0,
         "value_residual": model.block_depth if parts.value_residual else 0,
     }

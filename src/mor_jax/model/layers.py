@@ -10,7 +10,6 @@ import jax
 from mor_jax.config import Kernels, ModelConfig, ResolvedPerf
 from mor_jax.kernels.norm import residual_norm
 from mor_jax.kernels.swiglu import feed_forward
-from mor_jax.model.modern_parts import matrix_init
 from mor_jax.model.relaxation import low_rank
 
 
@@ -64,9 +63,9 @@ class SwiGLU(nn.Module):
         """Transform [B, C, D]; `lora` holds this recursion's low-rank updates, if any."""
         config = self.config
         gate_up: Any = self.param(
-            "gate_up", matrix_init(config, "embed", None, "ffn"), (config.d_model, 2, config.d_ff)
+            "gate_up", normal_init(config, "embed", None, "ffn"), (config.d_model, 2, config.d_ff)
         )
-        down_init = matrix_init(config, "ffn", "embed", ends_branch=True)
+        down_init = normal_init(config, "ffn", "embed")
         down: Any = self.param("down", down_init, (config.d_ff, config.d_model))
         gate_up, down = (w.astype(x_BCD.dtype) for w in (gate_up, down))
         if self.perf.fused:

@@ -3,9 +3,8 @@
 Letters: B rows, C tokens of a pass, D model, N query heads, K key/value heads, M = N + 2K, H head width, X = K H,
 R recursions, L layers in the block, V vocabulary, P devices that share a layer.
 
-References: Dehghani et al. (2023) and Henry et al. (2020) for the norms of queries and keys; Geiping et al. (2025) for
-the injection; Nguyen and Salazar (2019) for the standard deviation by width; Gemma 2 (2024) for the cap; Zhou et al.,
-Value Residual Learning (2024).
+References: Dehghani et al. (2023) and Henry et al. (2020) for the norms of queries and keys; Gemma 2 (2024) for the
+cap; Zhou et al., Value Residual Learning (2024).
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.kernels.cross_entropy import soft_cap
 from mor_jax.kernels.norm import rms_norm
 
-NAMES = ("input_injection", "residual_scale", "value_residual")
+NAMES = ("residual_scale", "value_residual")
 """Entries of the parameter tree, each with a leaf `scale` by recursion; the norms of heads are leaves of the layers."""
 
 
@@ -29,9 +28,7 @@ NAMES = ("input_injection", "residual_scale", "value_residual")
 class Carried:
     """What later passes are given of the tokens that they compute."""
 
-    entry_BCD: jax.Array | None = None
-    """States before the first pass (`input_injection`)."""
-    values_BCX: jax.Array | None = None
+    values_BCX: jax.Array
     """Values of the model's first layer, the heads side by side (`value_residual`)."""
 
 
@@ -45,15 +42,6 @@ class _Stacked(nn.Module):
         axes = {"recursions": self.config.recursion.num_recursions, **axes}
         initialiser = nn.with_logical_partitioning(nn.initializers.constant(value), tuple(axes))
         return self.param("scale", initialiser, tuple(axes.values()))
-
-
-class InjectionScale(_Stacked):
-    """Scale [R, D] of the state that every pass is given again; 0: training starts at the model without."""
-
-    @nn.compact
-    def __call__(self) -> Any:
-        """Return it."""
-        return self.declare(0.0, embed=self.config.d_model)
 
 
 class PassScale(_Stacked):
@@ -78,22 +66,11 @@ def collect_parts(config: ModelConfig, values_of: Callable[[type[nn.Module], str
     """Collect what the parts have by recursion, leaves [R, L, ...]; the arguments are ``collect_unshared``'s."""
     parts, own = config.parts, {}
     stack = (config.recursion.num_recursions, config.block_depth)
-    if parts.input_injection:  # read once, before the first layer
-        own["injection"] = jnp.broadcast_to(values_of(InjectionScale, NAMES[0])[:, None], (*stack, config.d_model))
     if parts.residual_scale == "learned":
-        own["residual"] = jnp.broadcast_to(values_of(PassScale, NAMES[1])[:, None], stack)
+        own["residual"] = jnp.broadcast_to(values_of(PassScale, NAMES[0])[:, None], stack)
     if parts.value_residual:
-        own["value_share"] = values_of(ValueShare, NAMES[2])
+        own["value_share"] = values_of(ValueShare, NAMES[1])
     return own
-
-
-def matrix_init(config: ModelConfig, *axes: str | None, ends_branch: bool = False) -> Callable[..., Any]:
-    """Initialiser of a layer's matrix with its logical axes; ``ends_branch`` marks output projections."""
-    parts, std = config.parts, config.init_std
-    if parts.width_init is not None:
-        std *= (parts.width_init / config.d_model) ** 0.5
-    zero = parts.zero_init and ends_branch
-    return nn.with_logical_partitioning(nn.initializers.zeros if zero else nn.initializers.normal(std), axes)
 
 
 class HeadNorm(nn.Module):
@@ -137,44 +114,28 @@ def norm_joint_heads(
     return jnp.concatenate([*normed, split[2]], axis=-2).reshape(projected_BCMH.shape)
 
 
-def inject(config: ModelConfig, x_BCD: jax.Array, carried: Carried | None, own: Any) -> jax.Array:
-    """Input of a pass over the block, given what its recursion does not share ([L, ...] of ``collect_parts``)."""
-    if carried is None or carried.entry_BCD is None:
-        return x_BCD
-    return x_BCD + rms_norm(carried.entry_BCD, own["injection"][0], config.norm_epsilon)
-
-
-def scale_branch(config: ModelConfig, delta_BCD: jax.Array, own: Any) -> jax.Array:
+def scale_branch(delta_BCD: jax.Array, own: Any) -> jax.Array:
     """Scale what a layer's attention or feed-forward adds to the stream, given what the layer has of its own."""
-    if config.parts.residual_scale == "depth":
-        factor: Any = (config.recursion.num_recursions * config.block_depth) ** -0.5
-    elif own and "residual" in own:
-        factor = own["residual"]
-    else:
+    if not own or "residual" not in own:
         return delta_BCD
-    return (delta_BCD.astype(jnp.float32) * factor).astype(delta_BCD.dtype)
+    return (delta_BCD.astype(jnp.float32) * own["residual"]).astype(delta_BCD.dtype)
 
 
-def carry(
-    config: ModelConfig, params: Params | None, embedded_BTD: jax.Array, entry_BTD: jax.Array, unshared: Any
-) -> Carried | None:
+def carry(config: ModelConfig, params: Params | None, embedded_BTD: jax.Array, unshared: Any) -> Carried | None:
     """What the parts that are on give to every pass; None if they give nothing.
 
     Args:
         config: the model.
         params: linen's parameters of the trunk; None while they are made.
         embedded_BTD: embeddings.
-        entry_BTD: states before the first pass.
         unshared: of ``collect_unshared``, leaves [R, L, ...].
     """
-    parts, values_BTX = config.parts, None
-    if parts.value_residual:
-        shape = (*entry_BTD.shape[:2], config.num_kv_heads * config.head_dim)
-        empty_BTX = jnp.zeros(shape, entry_BTD.dtype)
-        values_BTX = empty_BTX if params is None else _first_values(config, params, embedded_BTD, unshared)
-    if not (parts.input_injection or parts.value_residual):
+    if not config.parts.value_residual:
         return None
-    return Carried(entry_BTD if parts.input_injection else None, values_BTX)
+    if params is not None:
+        return Carried(_first_values(config, params, embedded_BTD, unshared))
+    shape = (*embedded_BTD.shape[:2], config.num_kv_heads * config.head_dim)
+    return Carried(jnp.zeros(shape, embedded_BTD.dtype))
 
 
 def _first_values(config: ModelConfig, params: Params, x_BTD: jax.Array, unshared: Any) -> jax.Array:
@@ -190,7 +151,7 @@ def _first_values(config: ModelConfig, params: Params, x_BTD: jax.Array, unshare
 
 def mix_values(fresh: KeyValue, carried: Carried | None, share: jax.Array | None) -> KeyValue:
     """Fresh keys and values [B, C, K, H], a share of the values taken from the first layer's."""
-    if share is None or carried is None or carried.values_BCX is None:
+    if share is None or carried is None:
         return fresh
     keys, values = fresh
     first32, values32 = (v.astype(jnp.float32) for v in (carried.values_BCX.reshape(values.shape), values))

@@ -18,7 +18,7 @@ from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.kernels.rotary import rotary_tables
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.layer_context import LayerContext
-from mor_jax.model.modern_parts import Carried, inject
+from mor_jax.model.modern_parts import Carried
 from mor_jax.model.relaxation import Unshared
 
 Block = Callable[[jax.Array, LayerContext, KeyValue | None, Unshared | None], tuple[jax.Array, KeyValue | None]]
@@ -50,7 +50,7 @@ def recurse(
     for r in range(config.recursion.num_recursions):
         # queries are all rows: their own causality
         context, own = make_context(config, view, keep_kv=shares and r == 0, carried=carried), at(unshared, r)
-        x_BTD, kv = block(inject(config, x_BTD, carried, own), context, cached, own)
+        x_BTD, kv = block(x_BTD, context, cached, own)
         cached = kv if shares and r == 0 else cached
         states.append(x_BTD)
     return states
@@ -72,7 +72,7 @@ def recurse_scan(
         x_BTD, first = carry
         r, unshared_r = inputs
         context = scan_context(config, view, first, r == 0, carried=carried)
-        x_BTD, kv = block(inject(config, x_BTD, carried, unshared_r), context, first, unshared_r)
+        x_BTD, kv = block(x_BTD, context, first, unshared_r)
         return (x_BTD, kv), x_BTD
 
     first = empty_kv(config, x_BTD) if shares else None

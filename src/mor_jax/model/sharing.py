@@ -106,8 +106,7 @@ def share_layers(
 
     Returns:
         Parameter tree of numpy arrays: embedding, head, final norm and unique layers are copied, routers are fresh.
-        So is the scale of `parts.input_injection`, which changes nothing at first. Norms that recursions do not share
-        start out equal; low-rank updates start as the best ones of their rank that
+        Norms that recursions do not share start out equal; low-rank updates start as the best ones of their rank that
         bring every recursion back towards the layers it stands for.
 
     Raises:
@@ -171,5 +170,5 @@ def _check_parts(full: ModelConfig, config: ModelConfig) -> None:
 
 def full_config(config: ModelConfig) -> ModelConfig:
     """Return the full model that a recursive or MoR model of these sizes can start from."""
-    plain, parts = ModelConfig(), dataclasses.replace(config.parts, input_injection=False)
-    return dataclasses.replace(config, recursion=plain.recursion, routing=plain.routing, parts=parts)
+    plain = ModelConfig()
+    return dataclasses.replace(config, recursion=plain.recursion, routing=plain.routing)

@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         if config.recursion.has_middle:
             first = x_BTD = layer(config, self.perf, name="first")(x_BTD, context, None, None)[0]
         params = None if self.is_initializing() else self.variables["params"]
-        carried = carry(config, params, embedded_BTD, x_BTD, unshared)
+        carried = carry(config, params, embedded_BTD, unshared)
         if config.routing.kind == "none":
             x_BTD, recursions = self._recursions(x_BTD, view, unshared, carried)
         else:

@@ -1,7 +1,6 @@
 """What a plan tells: one JSON object, or a table of the same figures."""
 
 import dataclasses
-import importlib.metadata
 import shlex
 from typing import Any
 
@@ -22,6 +21,7 @@ from mor_jax.plan.hlo_flops import MatrixFlops, matrix_flops
 from mor_jax.plan.roofline import roofline, step_flops
 from mor_jax.plan.topology import Topology
 from mor_jax.train.step import OPTIMIZER_SCOPE
+from mor_jax.versions import installed_versions
 
 WIDTH = 110
 """Columns that the tables need."""
@@ -117,13 +117,7 @@ def _optimizer(
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that a plan depends on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(_PACKAGES)
 
 
 def print_report(plan: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.replicas import AnyEngine
 from mor_jax.serve.job import PromptSequence, Update
+from mor_jax.versions import installed_versions
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -95,7 +95,9 @@ class Metrics:
         self.request_time = Histogram(
             "mor_request_seconds", "From arrival to the end of the answer.", buckets=_SECONDS, registry=where
         )
-        Gauge("mor_info", "Always 1.", ["model", "version"], registry=where).labels(model, version("mor-jax")).set(1)
+        Gauge("mor_info", "Always 1.", ["model", "version"], registry=where).labels(
+            model, installed_versions(("mor-jax",))["mor-jax"]
+        ).set(1)
         self._passes = self._tokens = 0
 
     def collect(self) -> Iterator[Metric]:

@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from mor_jax.model.flops import (
     run_flops,
 )
 from mor_jax.sweep.runs import SweepRun
+from mor_jax.versions import installed_versions
 
 RESULT = "result.json"
 _PACKAGES = ("mor-jax", "jax", "jaxlib", "flax", "optax")
@@ -131,17 +131,9 @@ def machine() -> dict[str, Any]:
         "device": devices[0].device_kind if devices[0].platform != "cpu" else f"cpu ({platform.machine()})",
         "devices": len(devices),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES if _installed(name)},
+        "versions": installed_versions(_PACKAGES),
         "command": " ".join(["mor", *sys.argv[1:]]),
     }
-
-
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except ModuleNotFoundError:
-        return False
-    return True
 
 
 def read_result(run_folder: Path) -> dict[str, Any] | None:

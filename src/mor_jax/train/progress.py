@@ -3,7 +3,6 @@
 import logging
 import math
 import sys
-from importlib.metadata import version
 from typing import IO, Any, cast
 
 import jax
@@ -16,6 +15,7 @@ from mor_jax.config import Config
 from mor_jax.mesh.processes import host_names
 from mor_jax.runs.optimizer import make_schedule
 from mor_jax.train.goodput import describe_peak
+from mor_jax.versions import installed_versions
 
 _log = logging.getLogger(__name__)
 _HOSTS_SHOWN = 8
@@ -41,7 +41,7 @@ def roll_call(params: Params, mesh: Mesh, attention: str) -> str:
     device, hosts = mesh.devices.flat[0], host_names()
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     shown = ", ".join(hosts if len(hosts) <= _HOSTS_SHOWN else [*hosts[:_HOSTS_SHOWN], "..."])
-    versions = ", ".join(f"{name} {version(name)}" for name in ("mor-jax", "jax", "jaxlib", "flax"))
+    versions = ", ".join(" ".join(item) for item in installed_versions(("mor-jax", "jax", "jaxlib", "flax")).items())
     return (
         f"{parameters:,} parameters, {len(hosts)} process{'es' * (len(hosts) > 1)} ({shown}), "
         f"{mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}, "

@@ -13,7 +13,7 @@ from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.model.layer_context import take_tokens
-from mor_jax.model.modern_parts import Carried, inject
+from mor_jax.model.modern_parts import Carried
 from mor_jax.model.recurse import Block, at, make_context
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.model.routing.decide import RoutingInputs, choose_depth, expert_scores
@@ -65,7 +65,6 @@ def _run_block(
     """One pass over the block under the model's key/value strategy."""
     strategy = config.recursion.kv_strategy
     unshared = at(inputs.unshared, recursion)
-    x_BCD = inject(config, x_BCD, carried, unshared)
     if strategy == "recursion" or recursion == 0:
         context = make_context(config, view, keep_kv=strategy != "recursion", carried=carried)
         return block(x_BCD, context, None, unshared)
