@@ -6,9 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mor_jax.cli import main
+from mor_jax.plan import hlo
+from mor_jax.plan.clock import read_clock
 from mor_jax.plan.topology import GENERATIONS, describe_topology
 
 pytestmark = pytest.mark.tpu_aot
@@ -81,6 +83,18 @@ def test_the_engine_compiles_for_one_chip(capsys):
 def test_the_compiler_refuses_a_shape_that_is_no_slice(capsys):
     assert main(["plan", "debug", "--topology", "v5e:7x9"]) == 2
     assert "on offer: v5e:1x1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("generation", sorted(GENERATIONS))
+def test_the_clock_of_a_large_matmul_is_near_its_time_at_peak(generation):
+    """Frequency and estimates fit together: never below the peak, and at most 1.5 times (1.14, 1.11, 1.42, 1.24)."""
+    topology = describe_topology(f"{generation}:{GENERATIONS[generation].sizes[1]}")
+    size, chip = 8192, topology.generation.chip
+    argument = jax.ShapeDtypeStruct((size, size), "bfloat16", sharding=SingleDeviceSharding(topology.devices[0]))
+    text = jax.jit(lambda x, y: x @ y).lower(argument, argument).compile().as_text()
+    assert text is not None and chip.clock_hz is not None
+    seconds = read_clock(hlo.parse(text), {}).cycles / chip.clock_hz
+    assert 1 <= seconds * chip.flops / (2 * size**3) <= 1.5
 
 
 def _options(generation: str) -> dict[str, str]:

@@ -40,11 +40,11 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9),
-        # 131,072 FLOP a cycle
+        # a TPU's clock: FLOP/s over FLOP a cycle, 131,072 on v5e, 262,144 on v5p, 524,288 on v6e and half a TPU7x
         Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 15.75 * GIB, clock_hz=1.5e9),
-        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 95 * GIB),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 31.25 * GIB),
-        Chip("tpu7x", ("TPU7x",), 2307e12 / 2, 96 * GIB, 7380e9 / 2, 94.75 * GIB),  # half a chip
+        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 95 * GIB, clock_hz=1.75e9),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 31.25 * GIB, clock_hz=1.75e9),
+        Chip("tpu7x", ("TPU7x",), 2307e12 / 2, 96 * GIB, 7380e9 / 2, 94.75 * GIB, clock_hz=2.2e9),  # half a chip
         Chip("A100-40GB", ("NVIDIA A100-SXM4-40GB",), 312e12, 40 * GIB, 1555e9),
         Chip("A100-80GB", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * GIB, 2039e9),
         Chip("H100", ("NVIDIA H100 80GB HBM3",), 989e12, 80 * GIB, 3350e9),

@@ -5,6 +5,7 @@ import functools
 import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from mor_jax.mesh.devices import GIB
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.perf import resolve_perf
 from mor_jax.plan import hlo
-from mor_jax.plan.memory import DeviceMemory, measure_memory
+from mor_jax.plan.clock import Clock, clock_of
+from mor_jax.plan.memory import DeviceMemory, measure_memory, tokens_per_device
 from mor_jax.plan.topology import Topology
 from mor_jax.runs.state import abstract_train_state
 from mor_jax.train.step import compile_train_step
@@ -45,6 +47,8 @@ class CompiledStep:
     """HLO after all optimisations."""
     seconds: float
     """Wall-clock time of tracing, lowering and compiling."""
+    clock: Clock | None = None
+    """Cycles, where the compiler left its dump."""
 
     @functools.cached_property
     def module(self) -> hlo.Module:
@@ -70,13 +74,16 @@ def plan_mesh(config: Config, topology: Topology) -> tuple[Config, Mesh]:
     return dataclasses.replace(config, perf=resolve_perf(config, mesh).asked), mesh
 
 
-def compile_step(config: Config, topology: Topology, stage: Stage | None = None) -> CompiledStep:
+def compile_step(
+    config: Config, topology: Topology, stage: Stage | None = None, dump: Path | None = None
+) -> CompiledStep:
     """Compile ``train.step.compile_train_step`` for a topology.
 
     Args:
         config: of the run; everything in it counts, as in training.
         topology: from ``describe_topology``.
         stage: of ``config.stages``; None is the last, which trains the model as configured.
+        dump: folder that the compiler leaves its dump in (``clock_kernels.dump_into``), for the clock; emptied.
 
     Raises:
         DoesNotFitError: it exceeds the memory of a chip.
@@ -94,7 +101,15 @@ def compile_step(config: Config, topology: Topology, stage: Stage | None = None)
         raise does_not_fit(str(error), topology, "the step") from error
     seconds = time.monotonic() - start
     memory = measure_memory(state, executable.memory_analysis(), topology.generation.program_bytes)
-    return CompiledStep(planned, topology, mesh, memory, executable.as_text(), seconds)
+    step = CompiledStep(planned, topology, mesh, memory, executable.as_text(), seconds)
+    return step if dump is None else dataclasses.replace(step, clock=step_clock(step, dump))
+
+
+def step_clock(step: CompiledStep, dump: Path) -> Clock:
+    """Read the cycles of a compiled step, and empty the folder of its dump."""
+    sizes = {str(axis): size for axis, size in step.mesh.shape.items()}
+    rows = tokens_per_device(step.config, sizes) // step.config.model.context_length
+    return clock_of(step.module, dump, step.topology.generation, rows)
 
 
 def is_out_of_memory(message: str) -> bool:

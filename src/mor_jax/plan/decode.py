@@ -7,6 +7,7 @@ share are not planned. All figures are of one chip. Letters: R recursions, T tok
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ from mor_jax.infer.prefill_chunk import with_prefill_chunk
 from mor_jax.infer.stages import dispatch
 from mor_jax.mesh.devices import GIB
 from mor_jax.model.transformer import init_params
+from mor_jax.plan import hlo
+from mor_jax.plan.clock import Clock, clock_of
 from mor_jax.plan.compile import does_not_fit, is_out_of_memory
 from mor_jax.plan.topology import Topology
 
@@ -50,6 +53,8 @@ class Program:
     """Bytes of the program."""
     seconds: float
     """Wall-clock time of tracing, lowering and compiling."""
+    clock: Clock | None
+    """Cycles, where the compiler left its dump."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,16 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def compile_decode(config: Config, topology: Topology, options: EngineOptions) -> CompiledDecode:
+def compile_decode(
+    config: Config, topology: Topology, options: EngineOptions, dump: Path | None = None
+) -> CompiledDecode:
     """Compile the engine's programs for the first chip of a topology.
 
     Args:
         config: its model counts; mesh and training do not.
         topology: from ``describe_topology``.
         options: sizes of the engine.
+        dump: see ``compile_step``.
 
     Raises:
         DoesNotFitError: they exceed the memory of a chip.
@@ -145,8 +153,8 @@ def compile_decode(config: Config, topology: Topology, options: EngineOptions) -
     prompts = put((np.zeros(rows, np.int32), np.zeros((rows, chunk), np.int32), *np.zeros((3, rows), np.int32)))
     try:
         programs = (
-            _compile(lambda: dispatch.lower(model, state, control, shape=shape)),
-            _compile(lambda: prefill.lower(model, state.cache, *prompts)),
+            _compile(lambda: dispatch.lower(model, state, control, shape=shape), topology, dump),
+            _compile(lambda: prefill.lower(model, state.cache, *prompts), topology, dump),
         )
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(str(error)):
@@ -165,14 +173,17 @@ def _weights(model: ModelConfig, key: jax.Array) -> DecodeModel:
     return prepare_weights(model, init_params(model, key), router_bias_R=state_R, running_R=state_R)
 
 
-def _compile(lower: Any) -> Program:
+def _compile(lower: Any, topology: Topology, dump: Path | None) -> Program:
     start = time.monotonic()
-    analysis: Any = lower().compile().memory_analysis()
+    compiled = lower().compile()
+    seconds, analysis = time.monotonic() - start, compiled.memory_analysis()
+    clock = None if dump is None else clock_of(hlo.parse(compiled.as_text()), dump, topology.generation, 1)
     return Program(
         activations=analysis.temp_size_in_bytes + max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
         arguments=analysis.argument_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
-        seconds=time.monotonic() - start,
+        seconds=seconds,
+        clock=clock,
     )
 
 

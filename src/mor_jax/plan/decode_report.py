@@ -20,7 +20,8 @@ from mor_jax.config import io as config_io
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine_shape import EngineShape
-from mor_jax.plan.decode import CompiledDecode, tree_bytes
+from mor_jax.plan.clock_report import clock_report, clock_tables
+from mor_jax.plan.decode import CompiledDecode, Program, tree_bytes
 from mor_jax.plan.report import WIDTH, memory_table, versions
 from mor_jax.plan.topology import Generation
 
@@ -117,6 +118,12 @@ def decode_report(step: CompiledDecode, command: list[str]) -> dict[str, Any]:
     topology, shape, memory = step.topology, step.shape, step.memory
     half = shape.max_length // 2
     bound = decode_bound(step.model, shape, topology.generation, half)
+    programs = {"dispatch": step.dispatch, "prefill": step.prefill}
+    clocks = {
+        name: clock_report(program.clock, topology.generation)
+        for name, program in programs.items()
+        if program.clock is not None
+    }
     return {
         "command": shlex.join(command),
         "preset": step.config.preset,
@@ -124,7 +131,7 @@ def decode_report(step: CompiledDecode, command: list[str]) -> dict[str, Any]:
         "sharding": "none: the engine runs on one chip, and these figures are of one chip",
         "engine": dataclasses.asdict(shape),
         "memory_per_device": {**dataclasses.asdict(memory), "total": memory.total},
-        "programs": {"dispatch": dataclasses.asdict(step.dispatch), "prefill": dataclasses.asdict(step.prefill)},
+        "programs": {name: _program(program) for name, program in programs.items()},
         "estimate": {
             "tokens_held_per_sequence": half,
             "shares_reaching_each_pass": pass_shares(step.config.model),
@@ -138,9 +145,15 @@ def decode_report(step: CompiledDecode, command: list[str]) -> dict[str, Any]:
             "limit": bound.limit,
             "tokens_per_second_at_most": bound.tokens_per_second,
         },
+        **({"clock": clocks} if clocks else {}),
         "versions": versions(),
         "config": config_io.to_dict(step.config),
     }
+
+
+def _program(program: Program) -> dict[str, Any]:
+    names = ("activations", "arguments", "code", "seconds")
+    return {name: getattr(program, name) for name in names}
 
 
 def print_decode_report(plan: dict[str, Any]) -> None:
@@ -153,6 +166,10 @@ def print_decode_report(plan: dict[str, Any]) -> None:
             Text(_headline(plan)),
             memory_table("memory of one chip", plan["memory_per_device"], _MEMORY),
             _estimate_table(plan),
+            *(
+                clock_tables(clock, f"{name}, by the compiler's clock, nothing measured")
+                for name, clock in plan.get("clock", {}).items()
+            ),
         )
     )
 

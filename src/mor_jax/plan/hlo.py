@@ -173,7 +173,7 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         header = _HEADER.match(line)
         if header and not line.startswith("HloModule"):
             current = computations[header[2]] = Computation(header[2])
@@ -184,6 +184,18 @@ def parse(text: str) -> Module:
     if entry is None:
         raise ValueError("the HLO text has no ENTRY computation")
     return Module(computations, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, with those joined that the attributes of a TPU's kernel are broken into."""
+    whole = ""
+    for line in text.splitlines():
+        if line.startswith(('"', "}}")) and whole:
+            whole += line
+        else:
+            yield whole
+            whole = line
+    yield whole
 
 
 def _instruction(name: str, rest: str, *, is_root: bool) -> Instruction:

@@ -8,13 +8,18 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from mor_jax.config import Config
 from mor_jax.config import io as config_io
 from mor_jax.mesh.devices import GIB
 from mor_jax.model.optimizer_costs import optimizer_costs
+from mor_jax.plan.attainable import attainable_seconds
+from mor_jax.plan.clock import Clock
+from mor_jax.plan.clock_report import clock_report, clock_tables, with_attainable
 from mor_jax.plan.collectives import Collective, bytes_by_kind, collectives
 from mor_jax.plan.compile import CompiledStep
 from mor_jax.plan.hlo_flops import MatrixFlops, matrix_flops
 from mor_jax.plan.roofline import roofline, step_flops
+from mor_jax.plan.topology import Topology
 from mor_jax.train.step import OPTIMIZER_SCOPE
 from mor_jax.versions import installed_versions
 
@@ -39,7 +44,7 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
     fused = step.attention != "xla"
     bound = roofline(config, sizes, topology.generation, received, fused_attention=fused)
     compiled = matrix_flops(step.module)
-    return {
+    plan = {
         "command": shlex.join(command),
         "preset": config.preset,
         "topology": {"name": topology.name, "slices": topology.slices, "chips": topology.chips},
@@ -74,6 +79,22 @@ def report(step: CompiledStep, command: list[str]) -> dict[str, Any]:
         "versions": versions(),
         "config": config_io.to_dict(config),
     }
+    return plan if step.clock is None else {**plan, "clock": step_clock(step.clock, config, sizes, topology)}
+
+
+def step_clock(clock: Clock, config: Config, sizes: dict[str, int], topology: Topology) -> dict[str, Any]:
+    """Put the clock of a step beside what is attainable, as JSON values.
+
+    Args:
+        clock: of the step.
+        config: of the run.
+        sizes: devices per mesh axis.
+        topology: that the step is compiled for.
+    """
+    generation = topology.generation
+    flops = step_flops(config).model / len(topology.devices)
+    parts = attainable_seconds(config, sizes, generation)
+    return with_attainable(clock_report(clock, generation), parts, flops, generation.chip.flops)
 
 
 def _optimizer(
@@ -111,6 +132,7 @@ def print_report(plan: dict[str, Any]) -> None:
             _traffic_table(plan),
             _estimate_table(plan),
             *([_run_table(plan["run"])] if "run" in plan else []),
+            *([clock_tables(plan["clock"])] if "clock" in plan else []),
         )
     )
 

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 from mor_jax.config import Config, MeshConfig, RematPolicy
@@ -70,13 +71,16 @@ def advise(config: Config, topology: Topology) -> str:
     return "by estimate nothing fits on up to eight times as many chips: take a chip with more memory"
 
 
-def search(config: Config, topology: Topology, compilations: int) -> tuple[list[CompiledStep], list[Candidate]]:
+def search(
+    config: Config, topology: Topology, compilations: int, dump: Path | None = None
+) -> tuple[list[CompiledStep], list[Candidate]]:
     """Compile the best candidates until enough of them are known to fit.
 
     Args:
         config: what is searched around.
         topology: from ``describe_topology``.
         compilations: how many compiled steps are wanted; at most twice as many are tried.
+        dump: see ``compile_step``.
 
     Returns:
         (steps that fit, in the order of their estimate; all candidates by estimate).
@@ -94,7 +98,7 @@ def search(config: Config, topology: Topology, compilations: int) -> tuple[list[
             break
         _log.info("compiling %s (estimated %.1f GiB)", candidate.label, candidate.bytes / GIB)
         try:
-            fitting.append(compile_step(candidate.config, topology))
+            fitting.append(compile_step(candidate.config, topology, dump=dump))
         except DoesNotFitError as error:
             _log.info("%s: %s", candidate.label, error)
     if not fitting:
