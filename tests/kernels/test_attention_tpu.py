@@ -200,7 +200,7 @@ def test_where_the_kernel_runs():
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("generation", sorted(GENERATIONS))
 def test_the_kernels_compile(generation):
-    """Odd numbers of heads whose last tile is half full, an odd length, and a mask; heads in two programs; float32; parts."""
+    """Odd numbers of heads whose last tile is half full, an odd length, and a mask; heads in two programs; parts."""
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     device = describe_topology(f"{generation}:{GENERATIONS[generation].sizes[1]}").devices[0]
     placed = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())

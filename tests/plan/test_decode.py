@@ -105,7 +105,7 @@ def test_the_bound_of_a_routed_model_follows_the_tokens_that_reach_each_pass():
 
 
 def test_out_of_memory_names_what_fits(monkeypatch):
-    def compile_nothing(_):
+    def compile_nothing(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 23.41G of 15.75G hbm.")
 
     monkeypatch.setattr(decode_module, "_compile", compile_nothing)

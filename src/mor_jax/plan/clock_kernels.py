@@ -121,7 +121,7 @@ def run_time_tables(kernel: str, shapes: tuple[tuple[int, ...], ...], rows: int)
         pair = (next_BIJ, np.broadcast_to(visible_IJ.astype(int), next_BIJ.shape))
         folded = (x.transpose(1, 0, 2) if by_key else x for x in pair)
         return {index: np.ascontiguousarray(x).reshape(shapes[0]) for index, x in enumerate(folded)}
-    if kernel.startswith("mor_attention"):  # first block of keys, past the last, and those without a mask
+    if kernel.startswith("mosaic_tpu_attention"):  # first block of keys, past the last, and those without a mask
         batch, keys = shapes[2][:2]
         block = 512 if keys >= 1024 else 256 if keys >= 512 else 128
         blocks_q, blocks_k = shapes[0][0] // 4 // batch, -(-keys // block)
