@@ -199,11 +199,11 @@ def transferred(rate: float, budget: float, other: float) -> float:
 
 def paired(results: Results, ours: Sequence[SweepRun], base: Sequence[SweepRun], half: str) -> PairedDifference | None:
     """Return the paired difference of runs' losses on a half."""
-    losses = [
+    found, other = (
         {run.config.train.seed: x for run in runs if (x := loss_on(results.get(run.name), half)) is not None}
         for runs in (ours, base)
-    ]
-    return paired_difference(*losses)
+    )
+    return paired_difference(found, other)
 
 
 def in_turn(groups: Sequence[Sequence[SweepRun]]) -> Iterator[SweepRun]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from choices import FEWER_SEEDS, INNER, SEEDS, Choices, Results, finished, in_turn, transferred
-from families import CONFIRMATION, CONFIRMED, FAMILIES
+from families import CONFIRMATION, CONFIRMED, FAMILIES, Name
 
 from mor_jax.sweep.runs import SweepRun
 
@@ -89,7 +89,7 @@ class Comparison(Choices):
 
     def _others(self, results: Results) -> Iterator[SweepRun]:
         leader = self.leader(results)
-        others = [family for family in FAMILIES if leader and family not in ("vanilla", leader)]
+        others: list[Name] = [family for family in FAMILIES if leader and family not in ("vanilla", leader)]
         yield from in_turn([self.around_best(results, family, 2) for family in others])
         yield from in_turn([self.at_best(results, family, FEWER_SEEDS) for family in others])
 

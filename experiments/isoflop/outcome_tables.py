@@ -139,8 +139,13 @@ def _model_row(seeds: Sequence[Result]) -> list[str]:
 
 def _differences(measured: Measured) -> str:
     rows = [["", "`report` [95%]", "`choose` [95%]"]]
-    pairs: list[tuple[Name, Name]] = [("mor", "vanilla"), ("grown", "vanilla"), ("recursive", "vanilla")]
-    pairs += [("mor", "recursive"), ("grown", "mor")]
+    pairs: tuple[tuple[Name, Name], ...] = (
+        ("mor", "vanilla"),
+        ("grown", "vanilla"),
+        ("recursive", "vanilla"),
+        ("mor", "recursive"),
+        ("grown", "mor"),
+    )
     for family, base in pairs:
         halves = (measured.comparison.difference(measured.results, family, base, h) for h in ("report", "choose"))
         rows.append([f"{family} less {base}", *map(with_seeds, halves)])

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import matplotlib as mpl
 import numpy as np
 import tyro
-from families import FAMILIES, scale_of
 from matplotlib.figure import Figure
 from ranking import group_name
+from reasoners import FAMILIES, scale_of
 from tables import Results, done, mean_curve
 
 

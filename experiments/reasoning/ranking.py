@@ -10,7 +10,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from families import FAMILIES, configured, scale_of
+from reasoners import FAMILIES, configured, scale_of
 
 from mor_jax.sweep.recipes import seeded
 from mor_jax.sweep.runs import SweepRun

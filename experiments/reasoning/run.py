@@ -20,8 +20,8 @@ import tyro
 from answers import measure
 from drawn import compile_drawn_step
 from driver import STOP_SECONDS, DriverOptions, conduct, results_in, row_of, take_over, work, write_new
-from families import DRAWN, Scale, scale_of
 from ranking import ranked_runs
+from reasoners import DRAWN, Scale, scale_of
 from rows import make_dataset
 
 from mor_jax.config import Config
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def train_on_questions(config: Config, **arguments: Any) -> Path:
-    """Train a run of ``families``: on its questions, and with drawn passes if it is of that family."""
+    """Train a run of ``reasoners``: on its questions, and with drawn passes if it is of that family."""
     if config.preset == DRAWN:
         arguments["compile_step"] = compile_drawn_step
     return train(config, make_dataset=make_dataset, **arguments)

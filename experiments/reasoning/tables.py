@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from families import FAMILIES, scale_of
 from ranking import CHEAPER, SEEDS, group_name
+from reasoners import FAMILIES, scale_of
 
 from mor_jax.sweep.paired import PairedDifference, paired_difference
 

@@ -147,7 +147,7 @@ def _check_traffic(engine):
 
 
 def _check_prompt_traffic(engine):
-    rows, chunk = OPTIONS.prefill_rows, OPTIONS.prefill_chunk
+    rows, chunk = engine.options.prefill_rows, engine.options.prefill_chunk
     arrays = (np.zeros(rows, np.int32), np.zeros((rows, chunk), np.int32), *np.zeros((3, rows), np.int32))
     for item in _traffic(engine, prefill, engine._state.cache, *arrays):
         assert item.kind == "all-reduce"

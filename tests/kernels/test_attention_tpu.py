@@ -223,6 +223,5 @@ def test_the_kernels_compile(generation):
         key_value = array(tokens, kv_heads, width)
         arguments = (array(tokens, heads, width), key_value, key_value, *masks, (table, table))
         text = jax.jit(both, out_shardings=placed).lower(*arguments).compile().as_text()
-        assert text is not None and text.count("tpu_custom_call") == 2 * pl.cdiv(
-            tokens, tpu.key_part(tokens, width, dtype)
-        )
+        parts = pl.cdiv(tokens, key_part(tokens, width, dtype))
+        assert text is not None and text.count("tpu_custom_call") == 2 * parts

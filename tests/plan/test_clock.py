@@ -110,7 +110,8 @@ def test_tables_of_splash_are_causal_and_name_the_nearest_block():
 
 def test_attainable_time_by_hand():
     """Of debug's head: three products, each bound by arithmetic or by memory."""
-    config, sizes = presets.get("debug").config, dict.fromkeys(("slice", "data", "fsdp", "context", "tensor"), 1)
+    config = presets.get("debug").config
+    sizes: dict[str, int] = dict.fromkeys(("slice", "data", "fsdp", "context", "tensor"), 1)
     v5e, model = GENERATIONS["v5e"], config.model
     parts = attainable_seconds(config, sizes, v5e)
     m, d, v = config.train.batch_size * model.context_length, model.d_model, model.vocab_size

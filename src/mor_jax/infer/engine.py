@@ -48,6 +48,7 @@ class Engine:
         self._state = make_state(model, self.shape)
         pages, layout = [pool.free_P.shape[0] for pool in self._state.cache.pools], kv_layout(model.config)
         book = PageBook(self.shape.places, self.shape.kept, pages, self.shape.page_size, layout)
+        assert options.prefill_chunk is not None
         self._places = Places(self.shape.places, book, layout, chunk=options.prefill_chunk, steps=options.steps)
         self._next_number = 0
         self._admissions = 0

@@ -40,7 +40,7 @@ def takes(head_dim: int) -> bool:
 
 def key_part(keys: int, head_dim: int, dtype: Any) -> int:
     """Keys of a row that are attended to at a time: all, or equal parts of whole blocks that fit vector memory."""
-    step, size = max(1, _LANES // head_dim), block_size(keys)
+    step, size, part = max(1, _LANES // head_dim), block_size(keys), keys
     for parts in range(1, pl.cdiv(keys, size) + 1):
         part = pl.cdiv(pl.cdiv(keys, parts), size) * size if parts > 1 else keys
         if _program_bytes(make_layout(_LANES, part, step, step, head_dim, dtype), step, dtype) <= _ROOM:
