@@ -25,7 +25,7 @@ from mor_jax.kernels.attention.tpu import (
     make_layout,
     visited_blocks,
 )
-from mor_jax.kernels.rotary import rotary_rows
+from mor_jax.kernels.rotary import apply_rotary, rotary_of_rows, rotary_rows
 from mor_jax.mesh.mesh import MESH_AXES
 from mor_jax.model import attention as attention_module
 from mor_jax.model.attention import Attention
@@ -69,7 +69,13 @@ def _run(backend: Any, mask: Mask, heads: int, kv_heads: int, width: int):
 
     @jax.jit
     def run(*arrays):
-        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, mask, backend, tables), *arrays[:3])
+        def attention(q, k, v):
+            if backend == "mosaic_tpu":
+                return attend(q, k, v, mask, backend, tables)
+            q, k = (apply_rotary(x, rotary_of_rows(of)) for x, of in zip((q, k), tables, strict=True))
+            return attend(q, k, v, mask, backend)
+
+        out, pull = jax.vjp(attention, *arrays[:3])
         return out, *pull(arrays[3])
 
     return run(*arrays)

@@ -22,8 +22,6 @@ from mor_jax.mesh.axes import on_shards
 
 Rotary = tuple[jax.Array, jax.Array]
 """Cosine and sine of the angles, float32 [B or 1, C, 1, H/2] each."""
-RotaryRows = tuple[jax.Array, jax.Array]
-"""The same of queries [B, H, T] and of keys [B, H, S], tokens along the lanes of a TPU, cosines above sines."""
 ROWS = 32
 """Tokens per program."""
 HEADS = 5

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import jax
 from flax import struct
 
+from mor_jax.array_types import RotaryRows
 from mor_jax.kernels.attention.mask import Mask, TokenView
-from mor_jax.kernels.rotary import Rotary, RotaryRows
+from mor_jax.kernels.rotary import Rotary
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.modern_parts import Carried
 from mor_jax.model.routing.select import Selection, take_rows

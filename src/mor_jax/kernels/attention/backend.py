@@ -5,6 +5,7 @@ import logging
 
 import jax
 
+from mor_jax.array_types import RotaryRows
 from mor_jax.config import AttentionBackend
 from mor_jax.errors import require
 from mor_jax.kernels.attention import cudnn, hopper, tpu, triton
@@ -14,7 +15,6 @@ from mor_jax.kernels.attention.reference import plain_attention
 from mor_jax.kernels.attention.tpu import attention_on_shards
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.pallas_triton import MISSING, is_available, require_triton
-from mor_jax.kernels.rotary import RotaryRows, apply_rotary, rotary_of_rows
 from mor_jax.mesh.axes import axis_size, on_shards
 from mor_jax.mesh.devices import process_platform, target_platform
 
@@ -119,16 +119,14 @@ def attend(
         values_BSKH: values.
         mask: which keys a query sees.
         backend: a resolved backend.
-        rotary: what queries and keys are rotated by first; None where they are rotated already.
+        rotary: what a backend of TPU_KERNELS rotates queries and keys by first; None where they are rotated already.
 
     Returns:
         [B, T, N, H] in the queries' dtype. Queries without any visible key return an arbitrary finite value.
     """
     if backend in TPU_KERNELS:
         return attention_on_shards(query_BTNH, keys_BSKH, values_BSKH, mask, rotary)
-    if rotary is not None:
-        rotated = (query_BTNH, keys_BSKH)
-        query_BTNH, keys_BSKH = (apply_rotary(x, rotary_of_rows(rows)) for x, rows in zip(rotated, rotary, strict=True))
+    assert rotary is None, f"{backend} does not rotate"
     tensors, split = (query_BTNH, keys_BSKH, values_BSKH), axis_size("context") > 1
     if backend in ("triton", "mosaic"):
         if mask.is_runs and not split:

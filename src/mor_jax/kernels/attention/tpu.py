@@ -20,10 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mor_jax.array_types import RotaryRows
 from mor_jax.kernels.attention.mask import Mask
 from mor_jax.kernels.attention.tpu_kernels import Layout, backward_kernel, forward_kernel
 from mor_jax.kernels.padding import pad_axis
-from mor_jax.kernels.rotary import RotaryRows
 from mor_jax.mesh.axes import axis_size, on_shards
 
 _LANES = 128
