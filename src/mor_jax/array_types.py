@@ -14,4 +14,4 @@ Params = Mapping[str, Any]
 KeyValue = tuple[jax.Array, jax.Array]
 """Keys and values of one layer."""
 RotaryRows = tuple[jax.Array, jax.Array]
-"""Cosine above sine of the rotary angles, float32, of queries [B, H, T] and of keys [B, H, S], tokens along the lanes."""
+"""Cosine above sine of the rotary angles, float32, of queries [B, H, T] and of keys [B, H, S], along the lanes."""
