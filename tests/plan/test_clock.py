@@ -8,7 +8,7 @@ import pytest
 
 from mor_jax import presets
 from mor_jax.errors import UserError
-from mor_jax.plan import bundles, hlo
+from mor_jax.plan import bundle_machine, bundles, hlo
 from mor_jax.plan.attainable import attainable_seconds
 from mor_jax.plan.clock import read_clock
 from mor_jax.plan.clock_kernels import kernel_costs, run_time_tables
@@ -68,14 +68,14 @@ def test_a_kernel_counted_by_hand(program, rounds):
     empty = 4 * sum(n == 0 for n in rounds)
     by_hand = 0xB + 10 * (head + tail) + 2 * drain + 8 * step + sum(inner) + empty + 4
     table = np.array([(5, 5 + n) for n in rounds]).reshape(-1)
-    counted = bundles.count(program, {0: table})
+    counted = bundle_machine.count(program, {0: table})
     assert counted.bundles == by_hand
     assert counted.transferred == 512 + 2 * 512 * 128 * 4  # the table, filled up; x read and written once
     assert counted.guesses == 0
 
 
 def test_without_its_table_a_kernel_says_what_it_guessed(program):
-    counted = bundles.count(program, {})
+    counted = bundle_machine.count(program, {})
     assert counted.guesses == 2 * 8  # in each step whether the inner loop runs, and whether it goes on
 
 

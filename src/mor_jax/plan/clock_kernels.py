@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mor_jax.plan import bundles
+from mor_jax.plan import bundle_machine, bundles
 from mor_jax.plan.hlo import Computation, Instruction, Module
 from mor_jax.plan.topology import Generation
 
@@ -92,7 +92,7 @@ def _operands(computation: Computation, instruction: Instruction) -> tuple[tuple
 
 
 def _cost(program: bundles.Program, tables: dict[int, np.ndarray], generation: Generation) -> KernelCost:
-    counted = bundles.count(program, tables)
+    counted = bundle_machine.count(program, tables)
     clock = generation.chip.clock_hz
     assert clock is not None
     rate = generation.chip.hbm_rate / _CORES.get(generation.name, 1)
