@@ -10,11 +10,15 @@ DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 
 
 def test_the_flags_of_the_documentation_exist(mor):
-    outcome = mor("serve", "--help")
-    flags = set(re.findall(r"(?<=`)--[a-z.-]+", DOCS.read_text(encoding="utf-8")))
-    assert outcome.code == 0 and len(flags) >= 10
+    serves, measures = mor("serve", "--help"), mor("bench", "http", "--help")
+    before, after = DOCS.read_text(encoding="utf-8").split("## Head to head")
+    about, rest = after.split("\n## ", 1)
+    flags, others = (set(re.findall(r"(?<=`)--[a-z.-]+", part)) for part in (before + rest, about))
+    assert serves.code == measures.code == 0 and len(flags) >= 10 and others
     for flag in flags:
-        assert f"{flag} " in outcome.out, flag
+        assert f"{flag} " in serves.out, flag
+    for flag in others:  # of the benchmark, or of the server beside it
+        assert f"{flag} " in serves.out or re.search(rf"{flag}[ ,]", measures.out), flag
 
 
 @pytest.mark.parametrize(
