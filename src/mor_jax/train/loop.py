@@ -5,6 +5,7 @@ written and checked before a checkpoint of the same step is started: no checkpoi
 line of metrics.jsonl is lost or repeated when a run is killed.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,9 +200,12 @@ class _Run:
         remaining = [phase for phase in phases(self.config) if phase.end > self.start]
         if len(remaining) > 1:
             self.reporter.say(f"one program each: {'; '.join(phase.description for phase in remaining)}")
-        arrays = step_arrays(self.dataset.batch(self.dataset.step))
-        programs = [(phase, self._compile(phase, compile_step, arrays)) for phase in remaining]  # all that fails, now
         batches: Iterator[Mapping[str, np.ndarray]] = iter(self.dataset)
+        with self.ledger.measure("data_wait"):
+            first = list(itertools.islice(batches, 1 if remaining else 0))  # says which arrays there are
+        arrays = step_arrays(*first) if first else ()
+        programs = [(phase, self._compile(phase, compile_step, arrays)) for phase in remaining]  # all that fails, now
+        batches = itertools.chain(first, batches)
         batch_size = self.config.train.batch_size
         for done in range(self.start + 1, self.config.train.steps + 1):
             self.watchdog.reached(f"step {done}")
