@@ -1,7 +1,6 @@
 """The sweeps of experiments/ build at every scale, claims name runs that exist, and the report says what was run."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment_script import load_script
 from mor_jax.config import io as config_io
 from mor_jax.model.flops import count_parameters
 from mor_jax.sweep.execute import placed
@@ -22,21 +22,12 @@ FOLDER = Path(__file__).parent.parent / "experiments"
 SWEEPS = sorted(FOLDER.glob("*/sweep.py"))
 
 
-def _module(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-CLAIMS = _module("claims").CLAIMS
-RANKED = _module("ranked")
-TABLES = _module("report_tables")
-FIGURES = _module("report_figures")
-CLAIM_TABLES = _module("report_claims")
-REPORT = _module("report")
+CLAIMS = load_script("claims").CLAIMS
+RANKED = load_script("ranked")
+TABLES = load_script("report_tables")
+FIGURES = load_script("report_figures")
+CLAIM_TABLES = load_script("report_claims")
+REPORT = load_script("report")
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)

@@ -1,6 +1,5 @@
 """The ablation of experiments/isoflop: its corpus, its models, what its stages choose, and its driver on a CPU."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -8,29 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from experiment_script import load_script
 from mor_jax.model.flops import count_parameters, run_flops
 from mor_jax.sweep.paired import PairedDifference
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "isoflop"
 
 
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-CORPUS = _module("corpus")
-MODELS = _module("models")
-ABLATION = _module("ablation")
-TABLE = _module("table")
+CORPUS = load_script("isoflop/corpus")
+MODELS = load_script("isoflop/models")
+ABLATION = load_script("isoflop/ablation")
+TABLE = load_script("isoflop/table")
 
 
 def _documents(source: str, count: int, parts: int):

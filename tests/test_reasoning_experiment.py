@@ -1,19 +1,18 @@
 """The questions of experiments/reasoning against plain counting, its models' sizes, and its measurements."""
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
 
+from experiment_script import load_script
 from mor_jax.config import DataConfig
 from mor_jax.errors import UserError
 from mor_jax.mesh.mesh import make_mesh
@@ -24,17 +23,8 @@ from mor_jax.runs.state import init_train_state
 FOLDER = Path(__file__).parent.parent / "experiments" / "reasoning"
 
 
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-TASKS, ROWS, FAMILIES, DRAWN = (_module(name) for name in ("tasks", "rows", "reasoners", "drawn"))
-RANKING, ANSWERS, TABLES, FIGURES = (_module(name) for name in ("ranking", "answers", "tables", "figures"))
+_NAMES = ("tasks", "rows", "reasoners", "drawn", "ranking", "answers", "tables", "figures")
+TASKS, ROWS, FAMILIES, DRAWN, RANKING, ANSWERS, TABLES, FIGURES = (load_script(f"reasoning/{name}") for name in _NAMES)
 NAMES = ("pointer-8", "s3-32", "s5-32", "addition-20")
 
 

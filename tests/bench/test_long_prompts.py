@@ -1,13 +1,13 @@
 """experiments/serving/long_prompts.py at a tiny size: bytes follow the formula, and the table says what was found."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from experiment_script import load_script
 from mor_jax.config import ModelConfig
 
 FILE = Path(__file__).parents[2] / "experiments" / "serving" / "long_prompts.py"
@@ -15,11 +15,7 @@ FILE = Path(__file__).parents[2] / "experiments" / "serving" / "long_prompts.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("long_prompts", FILE)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["long_prompts"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("serving/long_prompts")
 
 
 @pytest.mark.parametrize("shape", ["small", "360m"])

@@ -1,11 +1,10 @@
 """experiments/throughput/loss_kernel.py: its programs compute the same loss, and it needs a GPU."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
+from experiment_script import load_script
 from mor_jax.config import ModelConfig
 from mor_jax.kernels import cross_entropy
 from mor_jax.kernels.cross_entropy import RowTile
@@ -15,12 +14,7 @@ TINY = ModelConfig(96, 2, 32, 4, 2, 16, 48, 64, dtype="float32")
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[2] / "experiments" / "throughput" / "loss_kernel.py"
-    spec = importlib.util.spec_from_file_location("loss_kernel", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["loss_kernel"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("throughput/loss_kernel")
 
 
 def test_head_and_loss_agree_in_every_program(script, tmp_path, monkeypatch):

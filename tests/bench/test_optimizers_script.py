@@ -1,11 +1,11 @@
 """experiments/throughput/optimizers.py times both optimisers on one model, in turn, and states what they cost."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+
+from experiment_script import load_script
 
 TINY = (
     "debug:model.d_model=16,model.d_ff=16,model.head_dim=4,model.context_length=16,model.vocab_size=32,model.num_layers=1,"
@@ -15,12 +15,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[2] / "experiments" / "throughput" / "optimizers.py"
-    spec = importlib.util.spec_from_file_location("optimizers", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["optimizers"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("throughput/optimizers")
 
 
 @pytest.mark.slow

@@ -1,10 +1,8 @@
 """experiments/throughput/triton_ablation.py: leaving a kernel out takes effect, and changes rounding only."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiment_script import load_script
 from mor_jax.config import Config, ModelConfig, PerfConfig, TrainConfig
 from mor_jax.kernels.attention.backend import attend
 from mor_jax.kernels.attention.mask import Mask, TokenView
@@ -30,12 +29,7 @@ KERNELS = {
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[2] / "experiments" / "throughput" / "triton_ablation.py"
-    spec = importlib.util.spec_from_file_location("triton_ablation", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["triton_ablation"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("throughput/triton_ablation")
 
 
 @pytest.fixture

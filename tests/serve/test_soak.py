@@ -1,15 +1,14 @@
 """A short run of the soak in experiments/serving: random, bad and leaving clients, after which nothing is held."""
 
 import asyncio
-import importlib.util
 import random
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from live_server import ENGINE, TEMPLATE, running, tiny_model
 
+from experiment_script import load_script
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine
 
@@ -17,17 +16,8 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "serving"
 REQUEST_BYTES = 8000
 
 
-def _module(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-soak_client = _module("soak_client")
-soak = _module("soak")
+soak_client = load_script("serving/soak_client")
+soak = load_script("serving/soak")
 
 
 def test_nothing_is_lost_or_held():

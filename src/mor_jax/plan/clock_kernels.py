@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mor_jax.kernels.attention.tpu import block_size
 from mor_jax.plan import bundle_machine, bundles
 from mor_jax.plan.hlo import Computation, Instruction, Module
 from mor_jax.plan.topology import Generation
@@ -123,8 +124,7 @@ def run_time_tables(kernel: str, shapes: tuple[tuple[int, ...], ...], rows: int)
         return {index: np.ascontiguousarray(x).reshape(shapes[0]) for index, x in enumerate(folded)}
     if kernel.startswith("mosaic_tpu_attention"):  # first block of keys, past the last, and those without a mask
         batch, keys = shapes[2][:2]
-        block = 512 if keys >= 1024 else 256 if keys >= 512 else 128
-        blocks_q, blocks_k = shapes[0][0] // 4 // batch, -(-keys // block)
+        blocks_q, blocks_k = shapes[0][0] // 4 // batch, -(-keys // block_size(keys))
         ends = (np.arange(blocks_q) + 1) * blocks_k / blocks_q
         past_I, full_I = np.ceil(ends).astype(int), np.floor(np.arange(blocks_q) * blocks_k / blocks_q).astype(int)
         table_I4 = np.stack([np.zeros(blocks_q, int), past_I, np.zeros(blocks_q, int), full_I], axis=1)
