@@ -220,10 +220,14 @@ def test_results_of_another_corpus_are_not_gone_on_from(tmp_path, monkeypatch):
     earlier = tmp_path / "earlier.json"
     options = COMPARE.Arguments(out=tmp_path / "runs", earlier=earlier)
     monkeypatch.setattr(COMPARE.launch, "read_manifest", lambda folder: SimpleNamespace(hash="abc"))
-    for corpus, refused in (({"corpus": "abc"}, False), ({}, False), ({"corpus": "other"}, True)):
+    for corpus, refused in (({"corpus": "abc"}, False), ({}, True), ({"corpus": "other"}, True)):
         row = {"name": "a", "state": "done"}
         earlier.write_text(json.dumps({"scale": "full", "results": [row], **corpus}))
-        with pytest.raises(UserError, match="is of the corpus other") if refused else nullcontext():
+        with (
+            pytest.raises(UserError, match=f"is of the corpus {corpus.get('corpus')}, but")
+            if refused
+            else nullcontext()
+        ):
             COMPARE.launch.prepare(options)
     assert (tmp_path / "runs" / "a" / "result.json").exists()
     assert COMPARE.launch.corpus_hash(COMPARE.Arguments(scale="debug")) is None

@@ -52,7 +52,7 @@ def prepare(options: LaunchOptions) -> None:
         values = json.loads(options.earlier.read_text(encoding="utf-8"))
         require(values["scale"] == options.scale, f"{options.earlier} is of scale {values['scale']!r}")
         mine = corpus_hash(options)
-        theirs = values.get("corpus", mine)  # results of before the hash was noted
+        theirs = values.get("corpus")
         require(
             theirs == mine, f"{options.earlier} is of the corpus {theirs}, but {options.corpus} has the hash {mine}"
         )
