@@ -55,10 +55,10 @@ def test_every_reader_sees_the_numbers_times_their_scales(reader, dtype):
 
 
 def _check_alone(config, requests, results):
-    """Each token is what a cache in int8 that holds one text says, read at once; that of another number of bits is not.
+    """Each token is what a cache in int8 that holds one text says, read at once, and not what the full forward pass says.
 
-    Sums in another order move a number across the middle between two of int8's once in 100,000, and what follows by
-    as much as int8 itself does.
+    Sums in another order may move a number across the middle between two of int8's, and what follows by as much as int8
+    itself does; 3 in 100 are allowed to.
     """
     model, off, off_without = decode_model(config), [], []
     empty = functools.partial(init_cache, config, CacheShape(1, LENGTH, OPTIONS.page_size, kv_dtype="int8"))
@@ -75,14 +75,13 @@ def _check_alone(config, requests, results):
             if errors is off:
                 assert [t.token for t in result] == says_TV[: len(result)].argmax(1).tolist()
     off, off_without = np.abs(off), np.abs(off_without)
-    print(np.quantile(off, [0.5, 0.9, 0.99, 1]), np.quantile(off_without, [0.5, 0.9, 0.99, 1]), len(off))
-    assert np.mean(off < 1e-4) > 0.97 and off.max() < 0.1
+    assert np.mean(off < 1e-4) > 0.97 and off.max() < 0.05
     assert np.median(off_without) > 1e-3
 
 
 def test_the_engine_gives_every_request_what_int8_gives_it_alone():
     """With shared prefixes, few pages and lost places; alone in the engine as well."""
-    config = model_config("expert", "middle_cycle", "recursion", num_layers=5)
+    config = model_config("expert", "cycle", "recursion", num_layers=3)
     engine, requests = Engine(decode_model(config), INT8), make_requests(40)
     results = serve(engine, requests)
     assert engine.statistics.preemptions > 0 and engine.statistics.found_tokens > 0

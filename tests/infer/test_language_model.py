@@ -205,7 +205,7 @@ def test_keys_and_values_in_int8_are_a_flag(run, monkeypatch):
 
 def test_keys_and_values_in_int8_take_fewer_bytes(model):
     for kv_dtype in ("model", "int8"):
-        model.stream("some text", kv_dtype=kv_dtype)
+        model.stream("some text", max_tokens=3, kv_dtype=kv_dtype)
     plain, int8 = (engine.measure().reserved for engine in list(model._engines.values())[-2:])
     head_dim = MODEL.head_dim
     assert plain * (head_dim + 2) == int8 * head_dim * 4

@@ -85,6 +85,5 @@ def test_each_of_300_requests_gets_what_it_would_alone_while_others_come_leave_a
         close += check_tokens(config, request, result, max_depth=request.max_depth)
     assert close == 0 and len(gone) == LEAVE
     total = engine.statistics
-    print(kind, total.preemptions, total.found_prefixes, total.found_tokens, total.prompt_tokens)
-    assert total.preemptions > 10 and total.found_prefixes > 5
+    assert total.preemptions > 10 and total.found_prefixes > 10
     check_empty(engine)
