@@ -111,7 +111,7 @@ def test_stages_choose_by_what_was_found():
         "mor-d32-lr0.006-qk-norm-s1",
         "mor-d32-lr0.006-qk-norm-s2",
     ]
-    put(ABLATION._BY_NAME["softcap"], 0, 4.495)  # too small a gain to go before fresh seeds
+    put(ABLATION._BY_NAME["lora-8"], 0, 4.495)  # too small a gain to go before fresh seeds
     assert [run.name for run in ablation.confirm(found, 0.01)] == [run.name for run in ablation.confirm(found)[:-2]]
     assert ablation.repeat(found) == []
     for seed, gain in ((1, 0.022), (2, 0.019)):
@@ -120,7 +120,7 @@ def test_stages_choose_by_what_was_found():
     assert [run.name for run in ablation.repeat(found)] == fresh
     names = list(dict.fromkeys(run.name for run in ablation.decided(found)))
     first, repeated, rest = (
-        names.index(name) for name in (f"mor-d32-lr0.006-{of}" for of in ("qk-norm-s2", "qk-norm-s5", "softcap-s2"))
+        names.index(name) for name in (f"mor-d32-lr0.006-{of}" for of in ("qk-norm-s2", "qk-norm-s5", "lora-8-s2"))
     )
     assert first < repeated < rest
     table = TABLE.table(ablation, found | {name: found[name] | {"tokens": 1e6, "non_embedding": 1e5} for name in found})
@@ -141,12 +141,12 @@ def test_verdicts():
     assert ABLATION.verdict(None, None) == "not run"
     assert ABLATION.verdict(effect(-0.02, None, 1), None) == "undecided: 1 of 3 seeds"
     assert ABLATION.verdict(unsure, None) == "undecided: the interval holds zero"
-    assert ABLATION.verdict(small, None) == "deleted: less than 0.01"
+    assert ABLATION.verdict(small, None) == "does not pay: less than 0.01"
     assert ABLATION.verdict(sure, effect(-0.02, 0.01, 2)) == "undecided: not repeated"
-    assert ABLATION.verdict(sure, unsure) == "deleted: fresh seeds do not repeat it"
-    assert ABLATION.verdict(sure, sure) == "**kept**"
-    assert ABLATION.verdict(sure, None, True) == "**pays**"
-    assert ABLATION.verdict(small, None, True) == "does not pay: less than 0.01"
+    assert ABLATION.verdict(sure, unsure) == "does not pay: fresh seeds do not repeat it"
+    assert ABLATION.verdict(sure, sure) == "**pays**"
+    assert ABLATION.verdict(sure, None, False) == "**pays**"
+    assert ABLATION.verdict(small, None, False) == "does not pay: less than 0.01"
 
 
 @pytest.mark.slow
