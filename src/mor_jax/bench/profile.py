@@ -11,6 +11,7 @@ import jax
 from jax.profiler import ProfileData
 from jax.sharding import Mesh
 
+from mor_jax.bench.communication import KernelEvent, collective_kind, communication
 from mor_jax.config import Config
 from mor_jax.train.step import compile_train_step
 
@@ -22,6 +23,7 @@ KINDS: Sequence[str] = (
     "routing",
     "embedding",
     "optimiser",
+    "communication",
     "other",
 )
 """`block other` is what layers do beside matrix products and attention: norms, rotary embedding, SwiGLU where it is no
@@ -46,6 +48,8 @@ class Instruction:
     is_matmul: bool
     is_control: bool = False
     """Whether it is a loop, call or branch, whose time is that of the kernels inside."""
+    is_collective: bool = False
+    """Whether devices exchange something."""
 
 
 def read_instructions(hlo: str) -> dict[str, Instruction]:
@@ -67,7 +71,9 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
         is_matmul = opcode == "dot" or _GEMM.search(line) is not None
         if is_matmul:
             with_dot.add(computation)
-        found[name] = Instruction(scope[1] if scope else "", is_matmul, opcode in ("while", "call", "conditional"))
+        is_control = opcode in ("while", "call", "conditional")
+        is_collective = collective_kind(name if opcode == "async-start" else opcode) is not None
+        found[name] = Instruction(scope[1] if scope else "", is_matmul, is_control, is_collective)
         called = _CALLS.search(line)
         if called:
             calls[name] = called[1]
@@ -81,6 +87,8 @@ def kind_of(instruction: Instruction | None) -> str:
     """Classify a kernel; one of ``KINDS``."""
     if instruction is None:
         return "other"
+    if instruction.is_collective:
+        return "communication"
     scope = instruction.scope
     for part, kind in (
         ("optimiser", "optimiser"),
@@ -97,16 +105,16 @@ def kind_of(instruction: Instruction | None) -> str:
     return "routing" if "routing" in scope else "other"
 
 
-def kernel_events(trace: Any) -> list[tuple[str, float]]:
-    """(HLO instruction, seconds) of every kernel in a trace: streams of a GPU, threads of a CPU."""
+def kernel_events(trace: Any) -> list[KernelEvent]:
+    """Every kernel in a trace: streams of a GPU, threads of a CPU."""
     planes = list(trace.planes)
     devices = [p for p in planes if p.name.startswith("/device:")] or [p for p in planes if p.name == "/host:CPU"]
     events = []
-    for line in (line for plane in devices for line in plane.lines):
+    for plane, line in ((plane, line) for plane in devices for line in plane.lines):
         for event in line.events:
             operation = next((str(value) for name, value in event.stats if name == "hlo_op"), None)
             if operation is not None:
-                events.append((operation, event.duration_ns * 1e-9))
+                events.append(KernelEvent(plane.name, operation, event.start_ns * 1e-9, event.duration_ns * 1e-9))
     return events
 
 
@@ -119,13 +127,13 @@ def time_by_kind(events: list[tuple[str, float]], instructions: Mapping[str, Ins
 
 
 def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], folder: Path) -> dict[str, Any]:
-    """Trace a few steps into ``folder`` and sum the kernels' time per step by kind.
+    """Trace a few steps into ``folder`` and sum the kernels' time by kind, per step and device of this process.
 
     The step is compiled again without CUDA graphs, whose kernels a trace cannot attribute; so the sum differs a little
     from the step time measured without the profiler.
 
     Returns:
-        `seconds_by_kind` per step, their `share` of all kernel time, and the `top` kernels.
+        `seconds_by_kind`, their `share` of all kernel time, the `top` kernels, and the `communication` of every device.
     """
     if mesh.devices.flat[0].platform == "gpu":
         options = (*(config.perf.compiler_options or ()), "xla_gpu_enable_command_buffer=")
@@ -141,11 +149,13 @@ def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], fol
     (folder / "step.hlo.txt").write_text(hlo, encoding="utf-8")
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     instructions = read_instructions(hlo)
-    events = [
-        (name, seconds / _STEPS)
-        for name, seconds in kernel_events(ProfileData.from_file(str(newest)))
-        if name not in instructions or not instructions[name].is_control
+    kernels = [
+        kernel
+        for kernel in kernel_events(ProfileData.from_file(str(newest)))
+        if (named := instructions.get(kernel.operation)) is None or not named.is_control
     ]
+    shared_by = _STEPS * len(mesh.local_devices)
+    events = [(kernel.operation, kernel.seconds / shared_by) for kernel in kernels]
     by_kind = time_by_kind(events, instructions)
     total = sum(by_kind.values())
     return {
@@ -153,6 +163,7 @@ def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], fol
         "share_by_kind": {kind: seconds / total if total else 0.0 for kind, seconds in by_kind.items()},
         "kernel_seconds": total,
         "top": top_kernels(events, instructions),
+        "communication": communication(kernels, _STEPS),
     }
 
 
