@@ -1,4 +1,4 @@
-"""What is timed: models, layouts and numbers of cards, which of them make sense, how long each takes, and in which order."""
+"""What is timed: models, layouts and numbers of cards, what rules leave out, how long each takes, and the order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -110,11 +110,11 @@ def kernel_events(trace: Any) -> list[KernelEvent]:
     planes = list(trace.planes)
     devices = [p for p in planes if p.name.startswith("/device:")] or [p for p in planes if p.name == "/host:CPU"]
     events = []
-    for plane, line in ((plane, line) for plane in devices for line in plane.lines):
+    for device, line in ((plane.name, line) for plane in devices for line in plane.lines):
         for event in line.events:
             operation = next((str(value) for name, value in event.stats if name == "hlo_op"), None)
             if operation is not None:
-                events.append(KernelEvent(plane.name, operation, event.start_ns * 1e-9, event.duration_ns * 1e-9))
+                events.append(KernelEvent(device, operation, event.start_ns * 1e-9, event.duration_ns * 1e-9))
     return events
 
 
