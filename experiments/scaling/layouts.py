@@ -38,7 +38,7 @@ SIZES = {
     "360m": Size(("vanilla-360m", "mor-360m-expert-r3"), 16, 4, 8192, 0.92, (16.0, 32.0)),
     "1.7b": Size(("vanilla-1.7b", "mor-1.7b-expert-r3"), 4, 1, 8192, 0.95, (18.0, 34.0)),
     "debug": Size(
-        (f"{_DEBUG}1,model.recursion.sharing=none,model.routing.kind=none", f"{_DEBUG}3"), 4, 1, 512, 0.92, (20.0, 30.0)
+        (f"{_DEBUG}1,model.recursion.sharing=none,model.routing.kind=none", f"{_DEBUG}3"), 2, 1, 256, 0.92, (20.0, 30.0)
     ),
 }
 LAYOUTS = ("data", "fsdp", "fsdp-tensor2", "context2", "slice2-fsdp")

@@ -8,6 +8,7 @@ A case has processes of its own and is timed as `mor bench train` does. Efficien
 of the script. A failure is a result: delete its file to try again.
 """
 
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ class Session:
 def main() -> int:
     """Time what has no result yet."""
     options = tyro.cli(Options, description=__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process is left
     session = Session(options)
     cases = [case for case in ranked(options.sizes, options.cards) if options.only in case.name]
     for case in cases:
