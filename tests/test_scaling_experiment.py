@@ -64,16 +64,18 @@ def test_the_most_telling_cases_come_first_each_after_its_one_card():
     assert [case.name for case in LAYOUTS.ranked(("360m",), 1)][::2] == ["360m-vanilla-one", "360m-vanilla-one-long"]
 
 
-def test_a_process_sees_its_cards_and_its_place():
+def test_a_process_sees_its_cards_and_its_place(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     case = Case("360m", "mor", "fsdp", 4, per_card=True)
     assert ONE_CASE.environment_of(case, 3, "localhost:7", cpu=False) == {
-        "JAX_CUDA_VISIBLE_DEVICES": "3",
+        "CUDA_VISIBLE_DEVICES": "7",
         "JAX_COORDINATOR_ADDRESS": "localhost:7",
         "JAX_NUM_PROCESSES": "4",
         "JAX_PROCESS_ID": "3",
     }
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     one = ONE_CASE.environment_of(Case("360m", "mor", "fsdp", 4), 0, "localhost:7", cpu=False)
-    assert one == {"JAX_CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert one == {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
 
 
 TRACE = """

@@ -29,8 +29,8 @@ from mor_jax.data.pipeline import make_dataset
 from mor_jax.mesh.processes import initialize
 from mor_jax.train.loop import train
 
-STEPS, SAVE_EVERY, PAUSE = 24, 6, 0.1
-PHASES = {"training": (5, 9), "saving": (3, 12)}
+STEPS, SAVE_EVERY, PAUSE = 18, 6, 0.1
+PHASES = {"training": (5, 8), "saving": (3, 12)}
 """In which phase which process is killed, and after how many steps at the earliest."""
 AGREE = 1e-5
 """Relative difference of losses that other sums on another number of devices may make."""
@@ -40,7 +40,7 @@ _LONGEST = 280.0
 def config_of(folder: Path) -> Config:
     """The run of kill_rounds.py, shorter, under `data` x `fsdp` 2 on however many devices there are."""
     config = run_config(folder, keep=STEPS)
-    settings = dataclasses.replace(config.train, steps=STEPS, save_every=SAVE_EVERY, eval_every=STEPS // 2)
+    settings = dataclasses.replace(config.train, steps=STEPS, save_every=SAVE_EVERY, eval_every=0)
     return dataclasses.replace(config, train=settings, mesh=MeshConfig(fsdp=2))
 
 

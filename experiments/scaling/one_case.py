@@ -64,7 +64,8 @@ def time_case(case: Case, *, steps: int, seconds: float, cpu: bool) -> dict[str,
 def environment_of(case: Case, index: int, address: str, *, cpu: bool) -> dict[str, str]:
     """What a process of a case finds in its environment beside what this one does: its cards and its place."""
     each = case.cards // case.processes
-    wanted = {"JAX_CUDA_VISIBLE_DEVICES": ",".join(str(index * each + card) for card in range(each))}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(case.cards)))).split(",")
+    wanted = {"CUDA_VISIBLE_DEVICES": ",".join(visible[index * each : (index + 1) * each])}
     if cpu:
         flags = f"--xla_force_host_platform_device_count={each} --xla_backend_optimization_level=0"
         wanted = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
