@@ -20,7 +20,7 @@ from mor_jax.config.io import to_dict
 _POLL_SECONDS = 0.2
 _WARMUP = 3
 _CACHE = Path(tempfile.gettempdir()) / "mor_jax-scaling"
-"""Compiled programs of one card, which every start of the driver times again."""
+"""Compiled programs of one card, which every start of the driver times again, and of CPUs, where nothing is timed."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def environment_of(case: Case, index: int, address: str, *, cpu: bool) -> dict[s
     if case.processes > 1:
         place = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(case.processes), "PROCESS_ID": str(index)}
         wanted |= {f"JAX_{name}": value for name, value in place.items()}
-    if case.cards == 1:
+    if cpu or case.cards == 1:
         wanted["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
     return wanted
 
