@@ -3,10 +3,11 @@
 1. sizes: three widths of each family, and at the middle one half and twice the learning rate, for Muon and for
    AdamW;
 2. screen: every part with seed 0, at its family's best width and rate, and the base with seeds 0, 1, 2;
-3. confirm: seeds 1 and 2 of the parts that seed 0 does not speak against;
-4. repeat: three fresh seeds of the parts that would be kept, and of their base.
+3. confirm: seeds 1 and 2 of the parts that seed 0 does not speak against, first those that gain enough with it;
+4. repeat: three fresh seeds of the modern parts that would be kept, and of their base; then the rest of 3.
 
-All choices are made on the held-out half `choose`, which the runs validate on (`nll`).
+After the first stage a run starts as soon as what decides on it is known. All choices are made on the held-out half
+`choose`, which the runs validate on (`nll`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,15 +40,18 @@ class Part:
     families: tuple[Family, ...] = FAMILIES
     replaces: bool = False
     """The base has what is tested, and these changes take it away."""
+    stays: bool = False
+    """In the code whatever comes out (optimisers, growth, gates): three seeds, no fresh ones."""
 
 
 PARTS = (
-    Part("adamw", "Muon instead of AdamW", {"optimizer.kind": "adamw"}, replaces=True),
+    Part("adamw", "Muon instead of AdamW", {"optimizer.kind": "adamw"}, replaces=True, stays=True),
     Part(
         "growth-0.5",
         "growth: one pass for half of the steps, then routed",
         {"train.growth": [{"share": 0.5, "num_recursions": 1}]},
         ("mor",),
+        stays=True,
     ),
     Part("qk-norm", "QK-norm", {"model.parts.qk_norm": True}),
     Part("value-residual", "value residual", {"model.parts.value_residual": True}),
@@ -59,12 +63,14 @@ PARTS = (
         {"model.routing.residual": "paper", "model.routing.alpha": 0.1},
         ("mor",),
         replaces=True,
+        stays=True,
     ),
     Part(
         "growth-0.7",
         "growth: one pass for 0.7 of the steps, then routed",
         {"train.growth": [{"share": 0.7, "num_recursions": 1}]},
         ("mor",),
+        stays=True,
     ),
     Part("no-aux-loss", "no auxiliary loss", {"model.routing.sampling": "none"}, ("mor",)),
     Part("unshared-norms", "norms of its own for every pass", {"model.recursion.share_norms": False}, ("mor",)),
@@ -90,7 +96,12 @@ class Ablation:
 
     def stages(self) -> tuple[Any, ...]:
         """Return what gives the runs of each stage, from the results before it."""
-        return (self.sizes, self.screen, self.confirm, self.repeat)
+        return (self.sizes, self.decided)
+
+    def decided(self, results: Mapping[str, Result]) -> list[SweepRun]:
+        """Return the runs that the results so far ask for, once width and rate are known, the most telling first."""
+        first = self.confirm(results, LEAST_GAIN)
+        return [*self.screen(results), *first, *self.repeat(results), *self.confirm(results)]
 
     def sizes(self, results: Mapping[str, Result]) -> list[SweepRun]:
         """Return every width at the first rate, then the other rates of Muon and AdamW at the middle width."""
@@ -110,13 +121,13 @@ class Ablation:
         runs = [self.at_best(results, family, BASE, seed) for seed in FIRST for family in FAMILIES]
         return runs + [self.at_best(results, family, part, 0) for part, family in self.tested()]
 
-    def confirm(self, results: Mapping[str, Result]) -> list[SweepRun]:
-        """Return the other first seeds of the parts that are still in, those with the largest gain first."""
+    def confirm(self, results: Mapping[str, Result], least_gain: float = -_DROPPED_ABOVE) -> list[SweepRun]:
+        """Return the other first seeds of the parts that gain this much with seed 0, the largest gain first."""
         still_in: list[tuple[float, str, Family]] = []
         for part, family in self.tested():
-            gain = self.effect(results, part, family, (0,))
-            if gain and gain.mean <= _DROPPED_ABOVE:
-                still_in.append((gain.mean, part.name, family))
+            effect = self.effect(results, part, family, (0,))
+            if effect and effect.mean <= -least_gain:
+                still_in.append((effect.mean, part.name, family))
         return [
             self.at_best(results, family, _BY_NAME[name], seed)
             for _, name, family in sorted(still_in)
@@ -124,11 +135,14 @@ class Ablation:
         ]
 
     def repeat(self, results: Mapping[str, Result]) -> list[SweepRun]:
-        """Return fresh seeds of the parts that the first ones keep, and of their base."""
-        pairs: list[tuple[Part, Family]] = [(BASE, family) for family in FAMILIES]
-        kept = [pair for pair in self.tested() if pays(self.effect(results, *pair, FIRST))]
-        pairs = [pair for pair in pairs if any(pair[1] == of for _, of in kept)] + kept
-        return [self.at_best(results, family, part, seed) for part, family in pairs for seed in FRESH]
+        """Return fresh seeds of the modern parts that the first ones keep, and of their base."""
+        kept = [
+            (part, family)
+            for part, family in self.tested()
+            if not part.stays and pays(self.effect(results, part, family, FIRST))
+        ]
+        bases = [(BASE, family) for family in FAMILIES if any(family == of for _, of in kept)]
+        return [self.at_best(results, family, part, seed) for part, family in bases + kept for seed in FRESH]
 
     def tested(self) -> Iterator[tuple[Part, Family]]:
         """Yield every part with every family that it is tested in."""
@@ -187,22 +201,26 @@ def loss_on(result: Result | None, half: str = "choose") -> float | None:
 
 
 def pays(effect: PairedDifference | None) -> bool:
-    """Whether seeds speak for keeping a part: large enough, and the interval excludes zero."""
-    return effect is not None and effect.mean <= -LEAST_GAIN and effect.excludes_zero
+    """Whether three seeds speak for keeping a part: large enough, and the interval excludes zero."""
+    complete = effect is not None and effect.seeds == len(FIRST)
+    return complete and effect.mean <= -LEAST_GAIN and effect.excludes_zero
 
 
-def verdict(first: PairedDifference | None, fresh: PairedDifference | None) -> str:
-    """Return what becomes of a part: kept, deleted, undecided or not run."""
+def verdict(first: PairedDifference | None, fresh: PairedDifference | None, stays: bool = False) -> str:
+    """Return what becomes of a part: kept, deleted, undecided or not run; of what stays anyway, whether it pays."""
+    deleted = "does not pay" if stays else "deleted"
     if first is None:
         return "not run"
     if first.seeds == 1 and first.mean > _DROPPED_ABOVE:
-        return "deleted: seed 0 alone speaks against it"
+        return f"{deleted}: seed 0 alone speaks against it"
     if first.seeds < len(FIRST):
         return f"undecided: {first.seeds} of {len(FIRST)} seeds"
     if first.mean > -LEAST_GAIN:
-        return f"deleted: less than {LEAST_GAIN}"
+        return f"{deleted}: less than {LEAST_GAIN}"
     if not first.excludes_zero:
         return "undecided: the interval holds zero"
+    if stays:
+        return "**pays**"
     if fresh is None or fresh.seeds < len(FRESH):
         return "undecided: not repeated"
     return "**kept**" if pays(fresh) else "deleted: fresh seeds do not repeat it"

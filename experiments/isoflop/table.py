@@ -36,7 +36,12 @@ def table(ablation: Ablation, results: Mapping[str, Result]) -> str:
     for part, family in ablation.tested():
         first, fresh = (ablation.effect(results, part, family, seeds) for seeds in (FIRST, FRESH))
         reported = ablation.effect(results, part, family, FIRST + FRESH, "report")
-        cells = [part.says, family, *(_cell(each) for each in (first, fresh, reported)), verdict(first, fresh)]
+        cells = [
+            part.says,
+            family,
+            *(_cell(each) for each in (first, fresh, reported)),
+            verdict(first, fresh, part.stays),
+        ]
         parts.append("| " + " | ".join(cells) + " |\n")
     return "".join(parts)
 
