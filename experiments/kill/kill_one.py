@@ -34,13 +34,13 @@ PHASES = {"training": (5, 8), "saving": (3, 12)}
 """In which phase which process is killed, and after how many steps at the earliest."""
 AGREE = 1e-5
 """Relative difference of losses that other sums on another number of devices may make."""
-_LONGEST = 280.0
+_LONGEST, _OTHERS_SECONDS = 280.0, 150.0
 
 
 def config_of(folder: Path) -> Config:
     """The run of kill_rounds.py, shorter, under `data` x `fsdp` 2 on however many devices there are."""
     config = run_config(folder, keep=STEPS)
-    settings = dataclasses.replace(config.train, steps=STEPS, save_every=SAVE_EVERY, eval_every=0)
+    settings = dataclasses.replace(config.train, steps=STEPS, save_every=SAVE_EVERY, eval_every=0, pictures=False)
     return dataclasses.replace(config, train=settings, mesh=MeshConfig(fsdp=2))
 
 
@@ -145,8 +145,8 @@ def rows_of(folder: Path) -> set[str]:
     return {line for path in folder.glob("rows-*.txt") for line in path.read_text().split("\n")[:-1]}
 
 
-def kill_and_go_on(folder: Path, straight: Path, phase: str) -> dict[str, Any]:
-    """Kill a process of eight, let four go on, and compare with the uninterrupted run of eight."""
+def kill(folder: Path, phase: str) -> dict[str, Any]:
+    """Start eight processes, kill one of them in a phase, and say how the others ended and what is left."""
     victim, after = PHASES[phase]
     eight = Processes(folder, 8)
     deadline = time.monotonic() + _LONGEST
@@ -159,38 +159,43 @@ def kill_and_go_on(folder: Path, straight: Path, phase: str) -> dict[str, Any]:
         steps = len(lines_of(folder))
         eight.children[victim].send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        codes = eight.end(150.0)
+        codes = eight.end(_OTHERS_SECONDS)
     finally:
         eight.end(0.0)
-    half = [path.name for path in (folder / "run" / "checkpoints").glob("*") if not path.name.isdecimal()]
-    saved = checkpoints_of(folder)
-    newest = max(saved, default=0)
-    print(f"{phase}: process {victim} killed after step {steps}; the others ended with {codes}", flush=True)
-    four = Processes(folder, 4)
-    four.finish()
-    lines, wanted = lines_of(folder), lines_of(straight)
-    pairs = [(line["loss"], other["loss"]) for line, other in zip(lines, wanted, strict=True)]
-    difference = max(abs(loss - other) / other for loss, other in pairs)
-    good = checkpoints_of(straight)
-    result = {
+    return {
         "phase": phase,
         "killed_process": victim,
         "steps_done": steps,
         "killed": codes[victim] == -signal.SIGKILL,
         "seconds_until_all_had_ended": None if None in codes else round(time.monotonic() - killed, 1),
         "exit_codes": codes,
-        "half_written_checkpoints": half,
-        "checkpoints": sorted(saved),
-        "checkpoints_equal": all(saved[step] == good[step] for step in saved),
-        "continued_from": newest if f"continued from step {newest}" in four.said(0) else None,
-        "losses_before_equal": lines[:newest] == wanted[:newest],
-        "largest_relative_difference_of_losses": difference,
-        "rows_equal": rows_of(folder) == rows_of(straight),
-        "last_losses": {"killed": pairs[-1][0], "straight": pairs[-1][1]},
+        "half_written_checkpoints": [
+            path.name for path in (folder / "run" / "checkpoints").glob("*") if not path.name.isdecimal()
+        ],
+        "checkpoints": sorted(checkpoints_of(folder)),
     }
-    fine = ("killed", "checkpoints_equal", "losses_before_equal", "rows_equal")
-    result["right"] = all(result[name] for name in fine) and difference < AGREE and result["continued_from"] == newest
-    return result
+
+
+def go_on(folder: Path, straight: Path, killed: Mapping[str, Any]) -> dict[str, Any]:
+    """Let four processes finish what one of eight was killed in, and compare with the run of eight that was not."""
+    Processes(folder, 4).finish()
+    newest = max(killed["checkpoints"], default=0)
+    resumed = f"continued from step {newest}" in (folder / "output-1-0.txt").read_text()
+    lines, wanted = lines_of(folder), lines_of(straight)
+    losses = [(line["loss"], other["loss"]) for line, other in zip(lines, wanted, strict=True)]
+    saved, good = checkpoints_of(folder), checkpoints_of(straight)
+    result = {
+        **killed,
+        "continued_from": newest if resumed else None,
+        "checkpoints_of_eight_equal": all(saved[step] == good[step] for step in killed["checkpoints"]),
+        "lines_before_equal": lines[:newest] == wanted[:newest],
+        "rows_equal": rows_of(folder) == rows_of(straight),
+        "largest_relative_difference_of_losses": max(abs(loss - other) / other for loss, other in losses),
+        "last_losses": {"killed": losses[-1][0], "straight": losses[-1][1]},
+    }
+    names = ("killed", "checkpoints_of_eight_equal", "lines_before_equal", "rows_equal")
+    right = all(result[name] for name in names) and resumed
+    return {**result, "right": right and result["largest_relative_difference_of_losses"] < AGREE}
 
 
 def main() -> int:
@@ -206,16 +211,20 @@ def main() -> int:
         return 0
     straight = arguments.folder / "straight"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process is left
-    if not straight.exists() or len(lines_of(straight)) < STEPS:
+    if STEPS not in checkpoints_of(straight):
         shutil.rmtree(straight, ignore_errors=True)
         Processes(straight, 8).finish()
     rounds = []
     for phase in PHASES:
-        done = arguments.folder / f"{phase}.json"
+        folder = arguments.folder / phase
+        killed, done = folder / "killed.json", folder / "done.json"
+        if not killed.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            killed.write_text(json.dumps(kill(folder, phase)), encoding="utf-8")
+            print(killed.read_text(encoding="utf-8"), flush=True)
         if not done.exists():
-            shutil.rmtree(arguments.folder / phase, ignore_errors=True)
-            result = kill_and_go_on(arguments.folder / phase, straight, phase)
-            done.write_text(json.dumps(result), encoding="utf-8")
+            found = json.loads(killed.read_text(encoding="utf-8"))
+            done.write_text(json.dumps(go_on(folder, straight, found)), encoding="utf-8")
         rounds.append(json.loads(done.read_text(encoding="utf-8")))
     values = {
         "command": "python experiments/kill/kill_one.py --folder KEPT",
