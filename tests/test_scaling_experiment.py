@@ -82,6 +82,7 @@ TRACE = """
 planes { name: "/device:GPU:0"
   event_metadata { key: 1 value { id: 1 name: "gemm" } }
   event_metadata { key: 2 value { id: 2 name: "ncclDevKernel_AllReduce_Sum_f32_RING_LL" } }
+  event_metadata { key: 3 value { id: 3 name: "ncclDevKernel_AllGather_RING_LL" } }
   stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
   lines { name: "Stream #1"
     events { metadata_id: 1 offset_ps: 0 duration_ps: 4000000000 stats { metadata_id: 1 str_value: "fusion.1" } }
@@ -91,8 +92,7 @@ planes { name: "/device:GPU:0"
   lines { name: "Stream #2"
     events { metadata_id: 2 offset_ps: 3000000000 duration_ps: 3000000000
              stats { metadata_id: 1 str_value: "all-reduce-start.5" } }
-    events { metadata_id: 2 offset_ps: 5000000000 duration_ps: 2000000000
-             stats { metadata_id: 1 str_value: "all-gather-start" } }
+    events { metadata_id: 3 offset_ps: 5000000000 duration_ps: 2000000000 }
   }
 }
 planes { name: "/device:GPU:1"

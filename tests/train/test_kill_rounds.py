@@ -32,4 +32,4 @@ def test_four_go_on_after_one_of_eight_was_killed(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rounds = json.loads(out.read_text())["rounds"]
     assert [entry["phase"] for entry in rounds] == ["training", "saving"] and all(entry["right"] for entry in rounds)
-    assert [entry["continued_from"] for entry in rounds][0] == 6
+    assert rounds[0]["continued_from"] == 6

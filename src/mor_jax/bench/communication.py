@@ -8,6 +8,13 @@ from typing import Any, NamedTuple
 from mor_jax.plan.collectives import KINDS
 
 _COLLECTIVE = re.compile("|".join(sorted(KINDS, key=len, reverse=True)))
+_NCCL = {
+    "AllGather": "all-gather",
+    "AllReduce": "all-reduce",
+    "ReduceScatter": "reduce-scatter",
+    "SendRecv": "collective-permute",
+}
+"""Parts of the names of NCCL's kernels, such as `ncclDevKernel_AllReduce_Sum_f32_RING_LL`."""
 Intervals = list[tuple[float, float]]
 
 
@@ -17,13 +24,15 @@ class KernelEvent(NamedTuple):
     device: str
     """Name of the trace's plane: a GPU, or all of a CPU."""
     operation: str
-    """HLO instruction."""
+    """HLO instruction, or NCCL's name."""
     start: float
     seconds: float
 
 
 def collective_kind(operation: str) -> str | None:
-    """Say which of ``plan.collectives.KINDS`` an instruction's name or opcode says, if any: `all-reduce-start.3`."""
+    """Say which of ``plan.collectives.KINDS`` an instruction's name, opcode or kernel says, if any."""
+    if operation.startswith("nccl"):
+        return next((kind for name, kind in _NCCL.items() if name in operation), None)
     found = _COLLECTIVE.match(operation)
     return None if found is None else found[0]
 

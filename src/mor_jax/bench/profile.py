@@ -113,6 +113,8 @@ def kernel_events(trace: Any) -> list[KernelEvent]:
     for device, line in ((plane.name, line) for plane in devices for line in plane.lines):
         for event in line.events:
             operation = next((str(value) for name, value in event.stats if name == "hlo_op"), None)
+            if event.name.startswith("nccl") and collective_kind(operation or "") is None:
+                operation = event.name  # launched by a thread that XLA does not name the instruction to
             if operation is not None:
                 events.append(KernelEvent(device, operation, event.start_ns * 1e-9, event.duration_ns * 1e-9))
     return events
@@ -122,8 +124,15 @@ def time_by_kind(events: list[tuple[str, float]], instructions: Mapping[str, Ins
     """Sum the seconds of the kernels by kind."""
     seconds = dict.fromkeys(KINDS, 0.0)
     for operation, duration in events:
-        seconds[kind_of(instructions.get(operation))] += duration
+        seconds[_kind_of(operation, instructions)] += duration
     return seconds
+
+
+def _kind_of(operation: str, instructions: Mapping[str, Instruction]) -> str:
+    """Classify a kernel by its instruction; one that the program does not have may be a collective by its name."""
+    if operation not in instructions and collective_kind(operation) is not None:
+        return "communication"
+    return kind_of(instructions.get(operation))
 
 
 def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], folder: Path) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def top_kernels(
     for operation, seconds in events:
         instruction = instructions.get(operation)
         label = instruction.scope if instruction and instruction.scope else operation
-        groups[kind_of(instruction), label].append(seconds)
+        groups[_kind_of(operation, instructions), label].append(seconds)
     ranked = sorted(groups.items(), key=lambda item: -sum(item[1]))[:count]
     return [
         {"kind": kind, "scope": scope, "seconds": sum(durations), "kernels": len(durations)}
