@@ -55,7 +55,7 @@ def test_every_reader_sees_the_numbers_times_their_scales(reader, dtype):
 
 
 def _check_alone(config, requests, results):
-    """Each token is what a cache in int8 that holds one text says, read at once, and not what the full forward pass says.
+    """Each token is what a cache in int8 that holds one text says, read at once, and the full forward pass does not.
 
     Sums in another order may move a number across the middle between two of int8's, and what follows by as much as int8
     itself does; 3 in 100 are allowed to.

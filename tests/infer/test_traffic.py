@@ -16,7 +16,7 @@ from mor_jax.infer.engine import Engine
 from mor_jax.mesh.mesh import make_mesh
 
 REQUESTS, LEAVE = 300, 45
-PARTS = PartsConfig(qk_norm=True, residual_scale="learned", logit_softcap=2.0)
+PARTS = PartsConfig(qk_norm=True, value_residual=True)
 KINDS = {
     "vanilla": ("none", "none", "recursion", {}),
     "recursive": ("none", "middle_cycle", "recursion", {}),
@@ -25,7 +25,7 @@ KINDS = {
     "expert-shared": ("expert-aux", "cycle", "shared", {}),
     "token": ("token", "cycle", "recursion", {}),
     "token-shared": ("token-bias", "middle_cycle", "shared", {}),
-    "parts": ("expert", "middle_cycle", "recursion", {"parts": PARTS}),
+    "parts": ("none", "none", "recursion", {"parts": PARTS}),
     "sharded": ("expert", "middle_cycle", "recursion", {"vocab_size": 32}),
     "sharded-shared": ("token-bias", "middle_cycle", "shared", {"vocab_size": 32}),
 }
