@@ -11,7 +11,6 @@ Differences between bfloat16 and float32 stand beside those between int8 and bfl
 import dataclasses
 import functools
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -190,7 +189,6 @@ def measure(folder: Path, settings: Settings) -> dict[str, Any]:
 def main(settings: Settings) -> None:
     """Measure, and write the file."""
     result = {
-        "command": ["int8_cache.py", *sys.argv[1:]],
         "settings": {**asdict(settings), "runs": [run.name for run in settings.runs], "out": settings.out.name},
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -81,7 +81,7 @@ def _check_alone(config, requests, results):
 
 def test_the_engine_gives_every_request_what_int8_gives_it_alone():
     """With shared prefixes, few pages and lost places; alone in the engine as well."""
-    config = model_config("expert", "cycle", "recursion", num_layers=3)
+    config = model_config("expert", "middle_cycle", "recursion", num_layers=5)
     engine, requests = Engine(decode_model(config), INT8), make_requests(40)
     results = serve(engine, requests)
     assert engine.statistics.preemptions > 0 and engine.statistics.found_tokens > 0
