@@ -147,7 +147,9 @@ class Ablation:
             for part, family in self.tested()
             if part.repeated and pays(self.effect(results, part, family, FIRST))
         ]
-        bases = [(BASE, family) for family in FAMILIES if any(family == of for _, of in kept)]
+        bases: list[tuple[Part, Family]] = [
+            (BASE, family) for family in FAMILIES if any(family == of for _, of in kept)
+        ]
         return [self.at_best(results, family, part, seed) for part, family in bases + kept for seed in FRESH]
 
     def tested(self) -> Iterator[tuple[Part, Family]]:
