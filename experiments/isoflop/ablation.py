@@ -142,12 +142,12 @@ class Ablation:
 
     def repeat(self, results: Mapping[str, Result]) -> list[SweepRun]:
         """Return fresh seeds of the modern parts that the first ones keep, and of their base."""
-        kept = [
+        kept: list[tuple[Part, Family]] = [
             (part, family)
             for part, family in self.tested()
             if part.repeated and pays(self.effect(results, part, family, FIRST))
         ]
-        bases = [(BASE, family) for family in FAMILIES if any(family == of for _, of in kept)]
+        bases: list[tuple[Part, Family]] = [(BASE, f) for f in FAMILIES if any(f == of for _, of in kept)]
         return [self.at_best(results, family, part, seed) for part, family in bases + kept for seed in FRESH]
 
     def tested(self) -> Iterator[tuple[Part, Family]]:

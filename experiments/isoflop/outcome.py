@@ -125,8 +125,8 @@ def _so_far(path: Path) -> str:
     return (
         "\nWhat there is meanwhile, from the [ablation](../experiments/isoflop/ABLATION.md): MoR (expert-choice, three "
         "recursions)\nagainst vanilla in nats, paired seeds, on held-out works that nothing was chosen on; above zero "
-        "MoR is behind. Each is\nat the best of three widths and of three rates; the highest rate was best for both, so "
-        f"neither is at its best yet.\n\n{markdown(compared)}\n"
+        "MoR is behind. Each\nis at the best of three widths and of three rates; the highest rate was best for both, so"
+        f" neither is at its best yet.\n\n{markdown(compared)}\n"
         "What MoR gains most by, fewer tokens in late passes and one pass for most of the training, brings it closer "
         "to a plain\nmodel of its unique layers. What pays in each family was not run together.\n\n"
         f"{markdown(rows)}"

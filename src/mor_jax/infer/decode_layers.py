@@ -97,6 +97,7 @@ def _first_values(model: DecodeModel, embedded_BTD: jax.Array) -> jax.Array | No
     if model.value_share_L is None:
         return None
     weights, width = model.block[0], embedded_BTD.shape[-1]
+    assert weights.attention_norm_D is not None
     values = model.config.num_kv_heads * model.config.head_dim // model.shards
     value_XD = weights.query_key_value_XD.reshape(model.shards, -1, width)[:, -values:].reshape(-1, width)
     normed_BTD = rms_norm(embedded_BTD, weights.attention_norm_D, model.config.norm_epsilon)
