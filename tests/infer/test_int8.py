@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def _pools(dtype, head_dim=16, size=4, pages=21):
 @pytest.mark.parametrize("reader", ["pages", "blocks", "kernel"])
 def test_every_reader_sees_the_numbers_times_their_scales(reader, dtype):
     """Five queries of three rows, 6 heads on 2, over 7 pages of 4 entries."""
-    read = {
+    read: Any = {
         "pages": attend_to_pages,
         "blocks": lambda *arguments: attention.attend_by_blocks(*arguments, 3),
         "kernel": functools.partial(attention.attend_by_kernel, interpret=True),
