@@ -84,7 +84,7 @@ def _run(backend: Any, mask: Mask, heads: int, kv_heads: int, width: int):
 # name: (queries, where they are selected; keys; documents; some not valid; query heads, key/value heads, head dim)
 CASES = {
     "causal, odd heads": (None, 200, False, False, (3, 1, 64)),
-    "documents, last unit of heads half full": (None, 263, True, False, (3, 3, 64)),
+    "documents, a program for each key/value head": (None, 263, True, False, (3, 3, 64)),
     "shared keys, some not valid": (141, 260, False, True, (1, 1, 64)),
     "shared keys, documents, wide heads": (77, 140, True, False, (2, 1, 128)),
 }
@@ -94,9 +94,9 @@ CASES = {
 def test_kernels_equal_the_plain_path(name, monkeypatch):
     queries, keys, documents, valid, sizes = CASES[name]
     make_layout: Any = tpu.make_layout
-    if "half full" in name:  # vector memory for two of three groups
+    if "each key/value head" in name:  # vector memory for two of three groups, which are no equal parts
         monkeypatch.setattr(tpu, "_ROOM", 2 * 2**20)
-        assert make_layout(keys, keys, *sizes, "float32").unit == 2
+        assert make_layout(keys, keys, *sizes, "float32").unit == 1
     view = _view(keys, documents, valid)
     mask = Mask(view) if queries is None else Mask(_selected(view, queries), view)
     assert bool(jnp.all(jnp.any(mask.dense(), axis=(1, 3))))
@@ -171,7 +171,7 @@ def test_blocks_that_nothing_is_seen_of_are_skipped():
     assert all(past == first + 1 for first, past, *_ in table(blind))
 
 
-def test_heads_are_cut_in_whole_tiles_where_they_do_not_fit_together():
+def test_heads_are_cut_into_equal_parts_where_they_do_not_fit_together():
     unit = lambda heads, kv_heads, width: make_layout(2048, 2048, heads, kv_heads, width, "bfloat16").unit  # noqa: E731
     assert (unit(15, 5, 64), unit(9, 3, 64), unit(32, 32, 64), unit(16, 16, 128)) == (5, 3, 8, 5)
     assert [block_size(n) for n in (1, 511, 512, 683, 1024, 1365, 2048)] == [128, 128, 256, 256, 512, 512, 512]
