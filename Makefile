@@ -8,8 +8,9 @@ READY := .venv/.ready
 train: $(READY)
 	$(BIN)/mor train demo
 
+# A worker keeps its half of the tests in their order, so that few fixtures and programs are made by both.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -32,9 +33,11 @@ experiments-smoke: $(READY)
 	env $(SMOKE) experiments/test_time_scaling/sweep.py --scale debug --depth-curve --out runs/test_time_scaling-curve
 
 # Runs notebooks/*.ipynb on a CPU and writes their pages; at these sizes optimising programs costs more than it gains.
+# `make notebooks NOTEBOOKS=reasoning` runs that one alone.
+NOTEBOOKS :=
 notebooks: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
-	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python notebooks/render.py
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python notebooks/render.py $(NOTEBOOKS)
 
 clean:
 	rm -rf .venv .jax_cache build dist
