@@ -36,7 +36,7 @@ class Hosts:
         self, folder: Path, count: int, devices: int, start: tuple[int, ...] | None = None, **options: Any
     ) -> None:
         folder.mkdir(exist_ok=True)
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "MOR_CACHE": str(CACHE)}
         address = f"localhost:{free_port()}"
         self.folder = folder
