@@ -43,7 +43,7 @@ def test_engines_are_sized_by_slots_or_by_bytes():
     slots = options_for(_shell(MOR), SETTINGS, Scenario("slots", 8, 1e9))
     assert (slots.max_running, slots.block_slots, slots.exit_slots, slots.exit_at) == (24, 8, 16, 16)
     weights = 64 * 16 * 4 + 16 * 4
-    budget = weights + 10.5 * 64 * bytes_per_position(MOR)
+    budget = weights + 10.5 * 64 * bytes_per_position(MOR, "model")
     memory = options_for(_shell(MOR), SETTINGS, Scenario("memory", 8, budget))
     assert (memory.max_running, memory.block_slots, memory.block_pages, memory.edge_pages) == (10, 10, 120, 80)
     assert (memory.exit_slots, memory.exit_at) == (10, 1)

@@ -1,6 +1,7 @@
 """Pages change hands: shared ones stay until the last holder goes, and who will write gets a copy of a page in part."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def test_pages_are_shared_copied_and_given_back():
     """Two places, two rows of sequences that have ended, pages of four entries."""
     pool = init_cache(model_config("none", "none"), CacheShape(2, 12, 4, block_pages=6, kept=2)).block
     pool, _ = reserve(pool, jnp.array([0]), jnp.zeros(1, jnp.int32), jnp.array([10]), 10)
-    numbers = jnp.arange(6.0)[:, None] * jnp.ones_like(pool.keys[0])
+    keys: Any = pool.keys[0]
+    numbers = jnp.arange(6.0)[:, None] * jnp.ones_like(keys)
     pool = dataclasses.replace(pool, keys=(numbers, *pool.keys[1:]))
     first, second, third = _pages(pool, 0)
     pool = _give(pool, _orders(_1=0), 0, 6, 0, 0)

@@ -42,7 +42,9 @@ def test_every_reader_sees_the_numbers_times_their_scales(reader, dtype):
     """Five queries of three rows, 6 heads on 2, over 7 pages of 4 entries."""
     read: Any = {
         "pages": attend_to_pages,
-        "blocks": lambda *arguments: attention.attend_by_blocks(*arguments, 3),
+        "blocks": lambda query, cached, table, visible, size: attention.attend_by_blocks(
+            query, cached, table, visible, size, 3
+        ),
         "kernel": functools.partial(attention.attend_by_kernel, interpret=True),
     }[reader]
     int8, plain = _pools(dtype)

@@ -1,5 +1,7 @@
 """The GPU kernel's program, interpreted on the CPU, against the plain path; on a GPU the compiled kernel too."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,8 @@ def _compare(dtype, tolerance, **arguments):
         out[:-1].astype(jnp.float32), expected[:-1, 0].astype(jnp.float32), atol=tolerance, rtol=0
     )
     assert not np.any(out[-1])
-    for new, reference in zip(cache, expected_cache, strict=True):
+    wanted: Any = expected_cache
+    for new, reference in zip(cache, wanted, strict=True):
         np.testing.assert_allclose(new.astype(jnp.float32), reference.astype(jnp.float32), atol=tolerance, rtol=0)
 
 
