@@ -3,7 +3,9 @@
 Losses are made up by a law with a known value of a pass; nothing is trained but by the slow test.
 """
 
+import dataclasses
 import importlib
+import itertools
 import json
 import math
 import os
@@ -30,7 +32,8 @@ OUTCOME, TABLES = (importlib.import_module(name) for name in ("outcome", "outcom
 def _result(run, loss):
     """A finished run as `compare.py` reports it; `report` and `val` are easier than `choose`."""
     model, name = run.config.model, "nll" if run.config.model.routing.kind == "none" else "threshold_nll"
-    shares = None if name == "nll" else [0.0, *[1 / model.recursion.num_recursions] * model.recursion.num_recursions]
+    falling = (*model.capacities, 0.0)
+    shares = None if name == "nll" else [0.0, *(here - next_ for here, next_ in itertools.pairwise(falling))]
     tokens = run.config.train.steps * run.config.train.batch_size * model.context_length
     texts = {text: {"sources": {s: {name: loss - x} for s in ("books", "all")}} for text, x in (("report", 0.2),)}
     return {
@@ -74,12 +77,18 @@ def test_families_differ_in_what_they_say():
 
     plain, mor, grown, recursive = map(config, ("vanilla-l4", "mor-r3", "grown-r3-0.5", "recursive-r3"))
     assert mor.model.unrolled_depth == recursive.model.unrolled_depth == 8 and plain.model.unrolled_depth == 4
-    routers = count_parameters(mor.model).non_embedding - count_parameters(plain.model).non_embedding
+    alike = dataclasses.replace(plain.model, parts=dataclasses.replace(plain.model.parts, value_residual=False))
+    routers = count_parameters(mor.model).non_embedding - count_parameters(alike).non_embedding
     assert routers == 3 * 256  # vanilla-l4 is MoR's unique layers, each once
     assert recursive.model.routing.kind == "none" and grown.model == mor.model
     assert [stage.share for stage in grown.train.growth] == [0.5] and grown.train.steps > mor.train.steps
     for family in ("vanilla", "mor"):
         assert MODELS.RECIPE[family]["optimizer.kind"] == "muon"
+    assert mor.model.parts.qk_norm and recursive.model.parts.qk_norm and not mor.model.parts.value_residual
+    assert mor.model.routing.capacities == (1.0, 0.25, 0.125) and config("mor-r2").model.routing.capacities == (
+        1.0,
+        0.25,
+    )
 
 
 def test_vanilla_gets_as_many_tries_as_mor():

@@ -111,16 +111,23 @@ def test_stages_choose_by_what_was_found():
         "mor-d32-lr0.006-qk-norm-s1",
         "mor-d32-lr0.006-qk-norm-s2",
     ]
+    put(ABLATION._BY_NAME["lora-8"], 0, 4.495)  # too small a gain to go before fresh seeds
+    assert [run.name for run in ablation.confirm(found, 0.01)] == [run.name for run in ablation.confirm(found)[:-2]]
     assert ablation.repeat(found) == []
     for seed, gain in ((1, 0.022), (2, 0.019)):
         put(qk, seed, 4.5 + 0.1 * seed - gain)
     fresh = [f"mor-d32-lr0.006-{name}-s{seed}" for name in ("base", "qk-norm") for seed in (3, 4, 5)]
     assert [run.name for run in ablation.repeat(found)] == fresh
+    names = list(dict.fromkeys(run.name for run in ablation.decided(found)))
+    first, repeated, rest = (
+        names.index(name) for name in (f"mor-d32-lr0.006-{of}" for of in ("qk-norm-s2", "qk-norm-s5", "lora-8-s2"))
+    )
+    assert first < repeated < rest
     table = TABLE.table(ablation, found | {name: found[name] | {"tokens": 1e6, "non_embedding": 1e5} for name in found})
     rows = {line.split(" | ")[0] + line.split(" | ")[1]: line for line in table.splitlines() if line.startswith("| ")}
     assert rows["| QK-normmor"].endswith("| -0.0203 [-0.0241, -0.0165] (3 seeds) |  |  | undecided: not repeated |")
     assert rows["| growth: one pass for half of the steps, then routedmor"].endswith(
-        "| +0.0100 (1 seed) |  |  | deleted: seed 0 alone speaks against it |"
+        "| +0.0100 (1 seed) |  |  | does not pay: seed 0 alone speaks against it |"
     )
     assert rows["| QK-normvanilla"].endswith("|  |  |  | not run |")
     assert "| mor-d32-lr0.003-base-s0 | 0.10M | 10.0 | 4.9000 |  |" in table and "| 4.5000 | taken |" not in table
@@ -134,10 +141,12 @@ def test_verdicts():
     assert ABLATION.verdict(None, None) == "not run"
     assert ABLATION.verdict(effect(-0.02, None, 1), None) == "undecided: 1 of 3 seeds"
     assert ABLATION.verdict(unsure, None) == "undecided: the interval holds zero"
-    assert ABLATION.verdict(small, None) == "deleted: less than 0.01"
+    assert ABLATION.verdict(small, None) == "does not pay: less than 0.01"
     assert ABLATION.verdict(sure, effect(-0.02, 0.01, 2)) == "undecided: not repeated"
-    assert ABLATION.verdict(sure, unsure) == "deleted: fresh seeds do not repeat it"
-    assert ABLATION.verdict(sure, sure) == "**kept**"
+    assert ABLATION.verdict(sure, unsure) == "does not pay: fresh seeds do not repeat it"
+    assert ABLATION.verdict(sure, sure) == "**pays**"
+    assert ABLATION.verdict(sure, None, False) == "**pays**"
+    assert ABLATION.verdict(small, None, False) == "does not pay: less than 0.01"
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ class Comparison(Choices):
         return list(known.values())
 
     def stages(self, results: Results) -> dict[str, list[SweepRun]]:
-        """Return the runs of every stage of STAGES, as far as they are decided on."""
+        """Return the runs of every stage of STAGES, each once, as far as they are decided on."""
         parts = (
             self._rates,
             self._variants,
@@ -61,7 +61,8 @@ class Comparison(Choices):
             self._tries,
             self._confirmation,
         )
-        return {name: list(part(results)) for name, part in zip(STAGES, parts, strict=True)}
+        named = ({run.name: run for run in part(results)} for part in parts)
+        return {stage: list(runs.values()) for stage, runs in zip(STAGES, named, strict=True)}
 
     def _rates(self, results: Results) -> Iterator[SweepRun]:
         yield from in_turn([self.swept(results, family)[0] for family in FAMILIES])

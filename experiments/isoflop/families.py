@@ -48,7 +48,7 @@ def _passes(count: int) -> dict[str, Any]:
 
 
 _MOR_2: Widths = ((128, 160, 192, 224, 256), (192, 224, 256, 320, 384), (288, 320, 384, 448, 512))
-_MOR_3: Widths = ((128, 160, 192, 224, 256), (192, 224, 288, 352, 416), (288, 352, 416, 512, 576))
+_MOR_3: Widths = ((128, 160, 192, 224, 288), (192, 224, 288, 352, 416), (288, 352, 416, 512, 576))
 _VANILLA = (
     Variant("vanilla-l8", "vanilla", ((96, 128, 160, 192, 224), (160, 192, 224, 256, 320), (224, 256, 320, 384, 448))),
     Variant(
@@ -63,7 +63,16 @@ _VANILLA = (
 )
 """The unrolled layers of the others; MoR's unique layers (N_r = 3), each once; between the two; deeper."""
 _MOR = tuple(
-    Variant(f"mor-r{count}", "mor", widths, changes={**models.OVERRIDES["mor"], **_passes(count)})
+    Variant(
+        f"mor-r{count}",
+        "mor",
+        widths,
+        changes={
+            **models.OVERRIDES["mor"],
+            **_passes(count),
+            "model.routing.capacities": list(models.KEPT_CAPACITIES[:count]),
+        },
+    )
     for count, widths in ((3, _MOR_3), (2, _MOR_2))
 )
 _RECURSIVE = Variant(
@@ -120,7 +129,7 @@ def tries_of(variant: Variant, width: int) -> tuple[Try, ...]:
         )
     count = variant.changes["model.recursion.num_recursions"]
     falling = [*variant.changes.get("train.growth", []), {"share": 0.2, "num_recursions": count}]
-    capacities = [0.5**r for r in range(count)]
+    capacities = [1.0, 0.125, 0.0625][:count]
     return (
         Try("falling", "every token takes every pass for a fifth of the steps first", {"train.growth": falling}),
         Try("low-capacity", f"capacities {capacities}", {"model.routing.capacities": capacities}),

@@ -30,8 +30,13 @@ OVERRIDES: Mapping[Family, Mapping[str, Any]] = {
 }
 BASE: Mapping[str, Any] = {"optimizer.kind": "muon"}
 """What the ablation's base has beside the defaults."""
-RECIPE: Mapping[Family, Mapping[str, Any]] = {"vanilla": BASE, "mor": BASE}
+RECIPE: Mapping[Family, Mapping[str, Any]] = {
+    "vanilla": {**BASE, "model.parts.qk_norm": True, "model.parts.value_residual": True},
+    "mor": {**BASE, "model.parts.qk_norm": True},
+}
 """What the ablation kept, by family: the comparison's models (`families.py`) have it, and the ablation's do not."""
+KEPT_CAPACITIES = (1.0, 0.25, 0.125)
+"""Likewise, of MoR, by pass (measured for N_r = 3; N_r = 2 takes the first two)."""
 _WARMUP_SHARE = 0.04
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from ablation import BASE, FIRST, FRESH, Ablation, loss_on, verdict
+from ablation import BASE, FIRST, FRESH, Ablation, loss_on, name_of, verdict
 from models import FAMILIES
 
 Result = Mapping[str, Any]
@@ -33,11 +33,12 @@ def table(ablation: Ablation, results: Mapping[str, Result]) -> str:
         f"| part | family | `choose`, seeds {_listed(FIRST)} | `choose`, seeds {_listed(FRESH)} | `report`, all seeds "
         "| verdict |\n|---|---|---|---|---|---|\n"
     )
-    for part, family in ablation.tested():
-        first, fresh = (ablation.effect(results, part, family, seeds) for seeds in (FIRST, FRESH))
-        reported = ablation.effect(results, part, family, FIRST + FRESH, "report")
-        cells = [part.says, family, *(_cell(each) for each in (first, fresh, reported)), verdict(first, fresh)]
-        parts.append("| " + " | ".join(cells) + " |\n")
+    for part in ablation.parts:
+        for family in part.families:
+            first, fresh = (ablation.effect(results, part, family, seeds) for seeds in (FIRST, FRESH))
+            reported = ablation.effect(results, part, family, FIRST + FRESH, "report")
+            becomes = verdict(first, fresh, part.repeated) + ", deleted" * (family in part.deleted)
+            parts.append(f"| {' | '.join([part.says, family, *map(_cell, (first, fresh, reported)), becomes])} |\n")
     return "".join(parts)
 
 
@@ -51,7 +52,7 @@ def _cell(effect: Any) -> str:
 
 def _sizes(ablation: Ablation, results: Mapping[str, Result]) -> str:
     lines = ["| run | parameters without embedding | tokens for each | causal | |", "|---|---|---|---|---|"]
-    best = {ablation.at_best(results, family, BASE, 0).name for family in FAMILIES}
+    best = {name_of(family, BASE, 0, *ablation.best(results, family, BASE)) for family in FAMILIES}
     for run in ablation.sizes(results):
         result = results.get(run.name)
         loss = loss_on(result)

@@ -37,7 +37,7 @@ def test_uniform_attention_has_its_literal_figures():
             np.testing.assert_allclose(found["layers"][0][name], [expected[name]] * 2, rtol=1e-5)
 
 
-PARTS = PartsConfig(qk_norm=True, value_residual=True)
+PARTS = PartsConfig(qk_norm=True)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,25 @@ def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, ac
     assert passes[1]["queries"] == len(entropies) > 0
     for name, values in (("entropy", entropies), ("first", firsts), ("distance", distances)):
         np.testing.assert_allclose(passes[1]["layers"][0][name], np.mean(values, 0), rtol=2e-4)
+
+
+def test_a_share_of_the_first_values_changes_where_later_layers_look():
+    cfg = config("none", sharing="none", num_layers=3)
+    model = dataclasses.replace(cfg.model, parts=PartsConfig(value_residual=True))
+    cfg = dataclasses.replace(cfg, model=model)
+    tree, rows = dict(params(cfg)), Rows.of_batch(batch(1))
+
+    def entropies(model, tree):
+        found = attention_by_pass(Weights(model, tree), cfg.perf, [rows], "topk")
+        return [layer["entropy"] for layer in found[0]["layers"]]
+
+    shares = tree.pop("value_residual")
+    without = entropies(dataclasses.replace(model, parts=PartsConfig()), tree)
+    none = jax.tree.map(jnp.zeros_like, shares)
+    np.testing.assert_allclose(entropies(model, tree | {"value_residual": none}), without, rtol=1e-6)
+    mixed = entropies(model, tree | {"value_residual": shares})
+    np.testing.assert_allclose(mixed[:1], without[:1], rtol=1e-6)
+    assert np.abs(np.subtract(mixed[1:], without[1:])).max() > 1e-6
 
 
 def test_layers_repeated_in_place_make_no_passes():

@@ -11,7 +11,6 @@ from mor_jax.config import ModelConfig, RecursionConfig, ResolvedPerf, RoutingCo
 from mor_jax.evaluate.depth_cap import cap_depth
 from mor_jax.infer.cache import kv_layout
 from mor_jax.infer.decode_model import DecodeModel, prepare_weights
-from mor_jax.model.modern_parts import cap_logits
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk, init_params
@@ -81,8 +80,7 @@ def full_forward(config: ModelConfig, max_depth: int | None = None) -> Any:
         output = apply_trunk(weights, ResolvedPerf(execution="scan"), Rows(tokens_BT), mode="threshold")
         passes = kv_layout(weights.config).passes
         depth_BT = jnp.full(tokens_BT.shape, passes) if output.trace is None else output.trace.depth_BT
-        logits_BTV = output.hidden_BTD @ head_matrix(weights.config, weights.params).T
-        return cap_logits(weights.config, logits_BTV), depth_BT
+        return output.hidden_BTD @ head_matrix(weights.config, weights.params).T, depth_BT
 
     return run
 

@@ -277,10 +277,11 @@ def test_an_engine_without_cuts_refuses_them_and_draws_the_same(config, engine):
         ("none", "middle_sequence", "shared"),
         ("none", "none", "recursion"),
         ("expert", "middle_cycle", "recursion-parts"),
+        ("none", "none", "recursion-parts"),
     ],
 )
 def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv):
-    parts = PartsConfig(qk_norm=True, residual_scale="learned", logit_softcap=2.0)
+    parts = PartsConfig(qk_norm=True, value_residual=sharing == "none")
     kv, *with_parts = kv.split("-")
     config = model_config(routing, sharing, kv, **({"parts": parts} if with_parts else {}))
     engine = Engine(decode_model(config), dataclasses.replace(OPTIONS, block_pages=None, edge_pages=None))

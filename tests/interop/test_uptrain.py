@@ -14,7 +14,6 @@ from mor_jax.config import (
     InitConfig,
     LoraTarget,
     ModelConfig,
-    PartsConfig,
     RecursionConfig,
     RelaxationConfig,
     RoutingConfig,
@@ -129,9 +128,6 @@ def test_models_that_do_not_fit_are_refused_by_field(tmp_path):
     other = dataclasses.replace(FULL, rope_theta=5e5, recursion=MOR)
     with pytest.raises(UserError, match=r"other constants: --model.rope_theta 10000.0 \(now 500000.0\)"):
         initial_weights(_config(tmp_path, other))
-    capped = dataclasses.replace(FULL, parts=PartsConfig(logit_softcap=30.0))  # of the same shapes
-    with pytest.raises(UserError, match=r"other constants: --model.parts.logit_softcap None \(now 30.0\)"):
-        initial_weights(_config(tmp_path, capped))
     with pytest.raises(UserError, match="is no folder"):
         initial_weights(_config(tmp_path / "none", FULL))
     assert initial_weights(Config()) is None

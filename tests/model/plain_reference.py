@@ -92,9 +92,7 @@ def unshare(config: ModelConfig, params: Any) -> tuple[Layer | None, list[list[L
     def layer(r: int, j: int) -> Layer:
         tree = jax.tree.map(lambda leaf: leaf[j], params["block"])
         norms = tree if config.recursion.share_norms else jax.tree.map(lambda leaf: leaf[r, j], params["block_norms"])
-        own = {"branches": params["residual_scale"]["scale"][r]} if config.parts.residual_scale == "learned" else {}
-        if config.parts.value_residual:
-            own["share"] = params["value_residual"]["scale"][r, j]
+        own = {"share": params["value_residual"]["scale"][r, j]} if config.parts.value_residual else {}
         return one(tree, norms) | own
 
     grid = [[layer(r, j) for j in range(config.block_depth)] for r in range(config.recursion.num_recursions)]
@@ -146,11 +144,10 @@ def apply_layer(sizes: Sizes, w: Layer, x_BTD: jax.Array, rows: Rows, visible_BT
         scores_BTS = query_BTH @ jnp.swapaxes(key_BSH, 1, 2) / math.sqrt(sizes.head_dim)
         weights_BTS = jax.nn.softmax(jnp.where(visible_BTS, scores_BTS, HIDDEN), axis=-1)
         attended += weights_BTS @ value_BSH @ w["output"][n]
-    factor = w.get("branches", 1.0)
-    x_BTD = x_BTD + factor * attended
+    x_BTD = x_BTD + attended
     h_BTD = _norm(x_BTD, w["ffn_norm"], sizes.norm_epsilon)
     gate = h_BTD @ w["gate"]
-    return x_BTD + factor * ((gate * jax.nn.sigmoid(gate) * (h_BTD @ w["up"])) @ w["down"])
+    return x_BTD + (gate * jax.nn.sigmoid(gate) * (h_BTD @ w["up"])) @ w["down"]
 
 
 def apply_own(sizes: Sizes, w: Layer, x_BTD: jax.Array, rows: Rows) -> jax.Array:
@@ -165,7 +162,7 @@ class PlainBlock:
         self.config, self.grid, self.rows = config, grid, rows
         self.first: list[Any] = []
         self.values = values
-        """What each pass adds to its input; the first layer's keys and values, whose values are mixed in."""
+        """The first layer's keys and values, whose values are mixed in."""
 
     def __call__(self, r: int, x_BTD: jax.Array, taken_BT: jax.Array) -> jax.Array:
         """Pass r of the tokens in ``taken_BT``; other rows of the result mean nothing."""
@@ -221,7 +218,7 @@ def plain_model(config: ModelConfig, params: Any, rows: Rows, *, choose: Any = N
     x_BTD = params["embedding"]["embedding"][rows.tokens_BT]
     values = None
     if config.parts.value_residual:
-        values = keys_values(sizes, grid[0][0] if first is None else first, x_BTD, rows)
+        values = keys_values(sizes, grid[0][0], x_BTD, rows)
     x_BTD = x_BTD if first is None else apply_own(sizes, first, x_BTD, rows)
     depth_BT, losses, block = None, {}, PlainBlock(config, grid, rows, values)
     if route is None:

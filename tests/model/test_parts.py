@@ -1,4 +1,4 @@
-"""The parts under test: every execution computes what the plain loop does, training starts as promised, all counted."""
+"""The modern parts: every execution computes what the plain loop does, training starts as promised, all counted."""
 
 import dataclasses
 
@@ -8,7 +8,6 @@ import pytest
 from equivalence_examples import (
     EXPERT,
     TOKEN,
-    assert_close,
     assert_computes_the_same,
     by_model,
     by_plain_loop,
@@ -22,24 +21,19 @@ from mor_jax.errors import UserError
 from mor_jax.interop.description import describe
 from mor_jax.interop.llama import check_expressible
 from mor_jax.model.flops import count_parameters, forward_flops
-from mor_jax.model.forward import forward
 from mor_jax.model.sharing import full_config, share_layers
 from mor_jax.model.transformer import init_params, logical_axes
 from mor_jax.runs.optimizer import decay_mask
 
-ALL = PartsConfig(True, "learned", logit_softcap=5.0, value_residual=True)
-SHARED = PartsConfig(qk_norm=True, residual_scale="learned")
-MOR = small_model(RecursionConfig(2, "middle_cycle"), EXPERT, parts=ALL)
+ALL = PartsConfig(qk_norm=True, value_residual=True)
+NORMS = PartsConfig(qk_norm=True)
 VANILLA = small_model(RecursionConfig(), num_layers=3, parts=ALL)
 FIRST_SELECTS = dataclasses.replace(EXPERT, capacities=(0.6, 0.5))
 CASES = {
-    "expert": MOR,
-    "shared": small_model(RecursionConfig(2, "cycle", kv_strategy="shared"), FIRST_SELECTS, parts=SHARED),
-    "token": small_model(
-        RecursionConfig(2, "cycle", share_norms=False), TOKEN, parts=PartsConfig(qk_norm=True, value_residual=True)
-    ),
-    "recursive": small_model(RecursionConfig(2, "cycle"), parts=ALL),
-    "sequence": small_model(RecursionConfig(2, "middle_sequence"), parts=PartsConfig(True, residual_scale="learned")),
+    "expert": small_model(RecursionConfig(2, "middle_cycle"), EXPERT, parts=NORMS),
+    "shared": small_model(RecursionConfig(2, "cycle", kv_strategy="shared"), FIRST_SELECTS, parts=NORMS),
+    "token": small_model(RecursionConfig(2, "cycle", share_norms=False), TOKEN, parts=NORMS),
+    "sequence": small_model(RecursionConfig(2, "middle_sequence"), parts=NORMS),
     "vanilla": VANILLA,
 }
 
@@ -55,26 +49,6 @@ def test_every_execution_is_the_plain_loop(name):
         assert_computes_the_same(by_model(config, params, execution, packed), plain)
 
 
-@pytest.mark.slow
-def test_gather_is_scan():
-    params = random_params(MOR)
-    assert_close(*(by_model(MOR, params, execution, True) for execution in ("gather", "scan")))
-
-
-def _init(config: ModelConfig):
-    return jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
-
-
-def test_what_starts_at_nothing_changes_nothing_at_first():
-    recursion = RecursionConfig(2, "cycle")
-    with_parts = small_model(recursion, parts=PartsConfig(residual_scale="learned"))
-    without, params = small_model(recursion), _init(with_parts)
-    plain = {name: value for name, value in params.items() if name != "residual_scale"}
-    tokens_BT = np.arange(24, dtype=np.int32).reshape(2, 12) % 13
-    run = jax.jit(lambda config, params: forward(config, params, tokens_BT).logits, static_argnums=0)
-    np.testing.assert_array_equal(run(with_parts, params), run(without, plain))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_parameters_are_counted_sharded_by_name_and_not_decayed_where_they_scale(name):
     config = CASES[name]
@@ -82,7 +56,6 @@ def test_parameters_are_counted_sharded_by_name_and_not_decayed_where_they_scale
     assert count_parameters(config).total == sum(leaf.size for leaf in jax.tree.leaves(params))
     axes, decayed = logical_axes(config), decay_mask(params)
     expected = {
-        ("residual_scale",): ("recursions",),
         ("value_residual",): ("recursions", "layers"),
         ("block", "attention", "query_norm"): ("layers", "head_dim"),
         ("block", "attention", "key_norm"): ("layers", "head_dim"),
@@ -95,22 +68,18 @@ def test_parameters_are_counted_sharded_by_name_and_not_decayed_where_they_scale
                 of_leaf, shrinks = of_leaf[key], shrinks[key]
             assert of_leaf == {"scale": names} and shrinks == {"scale": False}
             found += 1
-    assert found == {"expert": 4, "recursive": 4, "vanilla": 4}.get(name, 3)
+    assert found == (3 if name == "vanilla" else 2)
 
 
 def test_the_product_of_the_value_residual_is_counted():
-    without = dataclasses.replace(MOR, parts=dataclasses.replace(ALL, value_residual=False))
-    more = forward_flops(MOR)["block"] - forward_flops(without)["block"]
-    assert more == 2 * MOR.context_length * MOR.d_model * MOR.num_kv_heads * MOR.head_dim
+    without = dataclasses.replace(VANILLA, parts=NORMS)
+    more = forward_flops(VANILLA)["block"] - forward_flops(without)["block"]
+    assert more == 2 * VANILLA.context_length * VANILLA.d_model * VANILLA.num_kv_heads * VANILLA.head_dim
 
 
 def test_what_has_no_meaning_is_refused():
-    with pytest.raises(UserError, match=r"parts.residual_scale='deep' is not one of 'none', 'learned'"):
-        PartsConfig(residual_scale="deep")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"parts.logit_softcap=0 must be positive"):
-        PartsConfig(logit_softcap=0)
-    with pytest.raises(UserError, match=r"parts.value_residual=True.*kv_strategy='shared'"):
-        small_model(RecursionConfig(2, "cycle", kv_strategy="shared"), parts=PartsConfig(value_residual=True))
+    with pytest.raises(UserError, match=r"parts.value_residual=True needs recursion.sharing='none', not 'cycle'"):
+        small_model(RecursionConfig(2, "cycle"), parts=PartsConfig(value_residual=True))
 
 
 def test_a_configuration_without_parts_has_none():
@@ -120,10 +89,11 @@ def test_a_configuration_without_parts_has_none():
 
 
 def test_a_configuration_with_deleted_parts_opens_if_they_are_off():
-    off = {"qk_norm": True, "zero_init": False, "width_init": None, "input_injection": False, "residual_scale": "none"}
+    off = {"zero_init": False, "width_init": None, "input_injection": False, "residual_scale": "none"}
+    off |= {"logit_softcap": None, "qk_norm": True}
     assert config_io.from_dict(PartsConfig, off) == PartsConfig(qk_norm=True)
-    on = {"zero_init": True, "residual_scale": "depth"}
-    with pytest.raises(UserError, match=r"parts.zero_init=True, residual_scale='depth' was deleted"):
+    on = {"zero_init": True, "residual_scale": "learned", "logit_softcap": 30.0}
+    with pytest.raises(UserError, match=r"parts.zero_init=True, residual_scale='learned', logit_softcap=30.0 was"):
         config_io.from_dict(PartsConfig, on)
 
 
@@ -132,7 +102,7 @@ def test_exports_refuse_by_name_what_changes_the_model():
     check_expressible(plain)
     describe(plain)
     for export in (check_expressible, describe):
-        with pytest.raises(UserError, match=r"parts.qk_norm=True.*parts.logit_softcap=5.0.*parts.value_residual=True"):
+        with pytest.raises(UserError, match=r"parts.qk_norm=True.*parts.value_residual=True"):
             export(dataclasses.replace(plain, parts=VANILLA.parts))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sharded_programs import assert_equal, config_of, loss_and_gradients
 
-from mor_jax.config import MeshConfig, PartsConfig
+from mor_jax.config import MeshConfig, PartsConfig, RecursionConfig
 
 ALONE = {
     "slice": MeshConfig(slice=8, data=1),
@@ -54,15 +54,14 @@ def test_every_mesh_equals_one_device(case, mesh):
     assert_equal(one_device(case), loss_and_gradients(config_of(*case, recursions=3), MESHES[mesh]))
 
 
-PARTS = PartsConfig(True, "learned", logit_softcap=4.0, value_residual=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp x tensor", "all"])
-def test_parts_on_a_mesh_equal_one_device(mesh):
+@pytest.mark.parametrize("router", ["none", "expert"])
+def test_parts_on_a_mesh_equal_one_device(router, mesh):
     """Beside the kernels where rows are whole: norms of heads come before the rotation, which is then XLA's."""
-    config = config_of("expert")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, parts=PARTS))
+    config, parts = config_of(router), PartsConfig(qk_norm=True, value_residual=router == "none")
+    recursion = config.model.recursion if router == "expert" else RecursionConfig()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, recursion=recursion, parts=parts))
     fused = dataclasses.replace(config.perf, fusion="triton" if MESHES[mesh].context == 1 else "xla")
     one = loss_and_gradients(config, MeshConfig(data=1))
     assert_equal(one, loss_and_gradients(dataclasses.replace(config, perf=fused), MESHES[mesh]))

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import statistics
 import sys
 import time
@@ -17,20 +18,25 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mor_jax.bench.profile import profile_step
-from mor_jax.config import Config, ModelConfig
+from mor_jax.config import Config, DistributedConfig, ModelConfig
 from mor_jax.config.io import from_dict, to_dict
 from mor_jax.errors import require
 from mor_jax.mesh.devices import peak_flops
-from mor_jax.mesh.mesh import make_mesh, shard_batch
+from mor_jax.mesh.mesh import local_rows, make_mesh, shard_batch
+from mor_jax.mesh.processes import initialize
 from mor_jax.model.flops import count_parameters, train_flops
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.perf import resolve_perf
+from mor_jax.plan.collectives import bytes_by_kind, collectives
+from mor_jax.plan.hlo import parse
 from mor_jax.runs.state import init_train_state
 from mor_jax.train.step import compile_train_step
 from mor_jax.versions import installed_versions
 
+_log = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "nvidia-cudnn-cu13")
 _BATCHES = 4
 
@@ -47,7 +53,7 @@ class Request:
     packed: bool
     """Documents of random lengths instead of one per row."""
     devices: int
-    """Devices of the mesh; 0 takes all."""
+    """Devices of the mesh, of all processes; 0 takes all."""
     profile: str
     """Folder for a trace; empty is none."""
 
@@ -81,6 +87,8 @@ def tokens_per_recursion(model: ModelConfig) -> list[int]:
 def measure(request: Request) -> dict[str, Any]:
     """Compile, warm up, time, and describe one case; everything in SI units, per step of the whole batch.
 
+    Every process of a run calls this, with a profile's folder of its own.
+
     Raises:
         UserError: there are not so many devices.
     """
@@ -96,11 +104,11 @@ def measure(request: Request) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - start
     state = init_train_state(config, mesh)
     rows = config.train.batch_size
-    batches = [
-        shard_batch(mesh, random_batch(config.model, rows, packed=request.packed, seed=s)) for s in range(_BATCHES)
-    ]
+    local = local_rows(mesh, rows)
+    wholes = [random_batch(config.model, rows, packed=request.packed, seed=s) for s in range(_BATCHES)]
+    batches = [shard_batch(mesh, {name: x[local] for name, x in whole.items()}, rows) for whole in wholes]
     seconds, state, metrics = time_steps(step, state, batches, warmup=request.warmup, steps=request.steps)
-    peak_bytes = _peak_bytes(devices)
+    peak_bytes = _peak_bytes(mesh.local_devices)
     result = {
         "name": request.name,
         "config": to_dict(config),
@@ -110,9 +118,11 @@ def measure(request: Request) -> dict[str, Any]:
         "compile_seconds": compile_seconds,
         "peak_bytes": peak_bytes,
         "program_bytes": program_bytes(step),
+        "collectives": _traffic(step, mesh) if mesh.size > 1 else {},
         "metrics": {k: np.asarray(v).tolist() for k, v in jax.device_get(metrics).items()},
         "device": devices[0].device_kind,
         "devices": len(devices),
+        "processes": jax.process_count(),
         "platform": devices[0].platform,
         "versions": {"python": sys.version.split()[0], **installed_versions(_PACKAGES)},
     }
@@ -176,8 +186,17 @@ def program_bytes(step: Any) -> dict[str, int] | None:
     return parts | {"total": sum(parts.values())}
 
 
+def _traffic(step: Any, mesh: Mesh) -> dict[str, dict[str, int]] | None:
+    """What a device receives in a step, by kind of collective; None, and a line in the log, if the text says no."""
+    try:
+        return bytes_by_kind(collectives(parse(step.as_text()), mesh.size, mesh.shape["slice"]))
+    except (ValueError, LookupError) as error:  # a compiler's new notation must not cost the timing
+        _log.warning("the compiled step's collectives cannot be read: %s", error)
+        return None
+
+
 def _peak_bytes(devices: list[Any]) -> int | None:
-    """Most bytes in use on any device since the process started; None where the backend does not count."""
+    """Most bytes in use on any of these devices since the process started; None where the backend does not count."""
     stats = [device.memory_stats() or {} for device in devices]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) if peaks else None
@@ -189,6 +208,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("mor_jax").setLevel(logging.INFO)
     source, target = map(Path, arguments)
     request = from_dict(Request, json.loads(source.read_text(encoding="utf-8")))
+    initialize(DistributedConfig(enabled="JAX_COORDINATOR_ADDRESS" in os.environ))
     target.write_text(json.dumps(measure(request)), encoding="utf-8")
     return 0
 

@@ -11,6 +11,7 @@ import jax
 from jax.profiler import ProfileData
 from jax.sharding import Mesh
 
+from mor_jax.bench.communication import KernelEvent, collective_kind, communication
 from mor_jax.config import Config
 from mor_jax.train.step import compile_train_step
 
@@ -22,6 +23,7 @@ KINDS: Sequence[str] = (
     "routing",
     "embedding",
     "optimiser",
+    "communication",
     "other",
 )
 """`block other` is what layers do beside matrix products and attention: norms, rotary embedding, SwiGLU where it is no
@@ -46,6 +48,8 @@ class Instruction:
     is_matmul: bool
     is_control: bool = False
     """Whether it is a loop, call or branch, whose time is that of the kernels inside."""
+    is_collective: bool = False
+    """Whether devices exchange something."""
 
 
 def read_instructions(hlo: str) -> dict[str, Instruction]:
@@ -67,7 +71,9 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
         is_matmul = opcode == "dot" or _GEMM.search(line) is not None
         if is_matmul:
             with_dot.add(computation)
-        found[name] = Instruction(scope[1] if scope else "", is_matmul, opcode in ("while", "call", "conditional"))
+        is_control = opcode in ("while", "call", "conditional")
+        is_collective = collective_kind(name if opcode == "async-start" else opcode) is not None
+        found[name] = Instruction(scope[1] if scope else "", is_matmul, is_control, is_collective)
         called = _CALLS.search(line)
         if called:
             calls[name] = called[1]
@@ -81,6 +87,8 @@ def kind_of(instruction: Instruction | None) -> str:
     """Classify a kernel; one of ``KINDS``."""
     if instruction is None:
         return "other"
+    if instruction.is_collective:
+        return "communication"
     scope = instruction.scope
     for part, kind in (
         ("optimiser", "optimiser"),
@@ -97,16 +105,18 @@ def kind_of(instruction: Instruction | None) -> str:
     return "routing" if "routing" in scope else "other"
 
 
-def kernel_events(trace: Any) -> list[tuple[str, float]]:
-    """(HLO instruction, seconds) of every kernel in a trace: streams of a GPU, threads of a CPU."""
+def kernel_events(trace: Any) -> list[KernelEvent]:
+    """Every kernel in a trace: streams of a GPU, threads of a CPU."""
     planes = list(trace.planes)
     devices = [p for p in planes if p.name.startswith("/device:")] or [p for p in planes if p.name == "/host:CPU"]
     events = []
-    for line in (line for plane in devices for line in plane.lines):
+    for device, line in ((plane.name, line) for plane in devices for line in plane.lines):
         for event in line.events:
             operation = next((str(value) for name, value in event.stats if name == "hlo_op"), None)
+            if event.name.startswith("nccl") and collective_kind(operation or "") is None:
+                operation = event.name  # launched by a thread that XLA does not name the instruction to
             if operation is not None:
-                events.append((operation, event.duration_ns * 1e-9))
+                events.append(KernelEvent(device, operation, event.start_ns * 1e-9, event.duration_ns * 1e-9))
     return events
 
 
@@ -114,18 +124,25 @@ def time_by_kind(events: list[tuple[str, float]], instructions: Mapping[str, Ins
     """Sum the seconds of the kernels by kind."""
     seconds = dict.fromkeys(KINDS, 0.0)
     for operation, duration in events:
-        seconds[kind_of(instructions.get(operation))] += duration
+        seconds[_kind_of(operation, instructions)] += duration
     return seconds
 
 
+def _kind_of(operation: str, instructions: Mapping[str, Instruction]) -> str:
+    """Classify a kernel by its instruction; one that the program does not have may be a collective by its name."""
+    if operation not in instructions and collective_kind(operation) is not None:
+        return "communication"
+    return kind_of(instructions.get(operation))
+
+
 def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], folder: Path) -> dict[str, Any]:
-    """Trace a few steps into ``folder`` and sum the kernels' time per step by kind.
+    """Trace a few steps into ``folder`` and sum the kernels' time by kind, per step and device of this process.
 
     The step is compiled again without CUDA graphs, whose kernels a trace cannot attribute; so the sum differs a little
     from the step time measured without the profiler.
 
     Returns:
-        `seconds_by_kind` per step, their `share` of all kernel time, and the `top` kernels.
+        `seconds_by_kind`, their `share` of all kernel time, the `top` kernels, and the `communication` of every device.
     """
     if mesh.devices.flat[0].platform == "gpu":
         options = (*(config.perf.compiler_options or ()), "xla_gpu_enable_command_buffer=")
@@ -141,11 +158,13 @@ def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], fol
     (folder / "step.hlo.txt").write_text(hlo, encoding="utf-8")
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     instructions = read_instructions(hlo)
-    events = [
-        (name, seconds / _STEPS)
-        for name, seconds in kernel_events(ProfileData.from_file(str(newest)))
-        if name not in instructions or not instructions[name].is_control
+    kernels = [
+        kernel
+        for kernel in kernel_events(ProfileData.from_file(str(newest)))
+        if (named := instructions.get(kernel.operation)) is None or not named.is_control
     ]
+    shared_by = _STEPS * len(mesh.local_devices)
+    events = [(kernel.operation, kernel.seconds / shared_by) for kernel in kernels]
     by_kind = time_by_kind(events, instructions)
     total = sum(by_kind.values())
     return {
@@ -153,6 +172,7 @@ def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], fol
         "share_by_kind": {kind: seconds / total if total else 0.0 for kind, seconds in by_kind.items()},
         "kernel_seconds": total,
         "top": top_kernels(events, instructions),
+        "communication": communication(kernels, _STEPS),
     }
 
 
@@ -164,7 +184,7 @@ def top_kernels(
     for operation, seconds in events:
         instruction = instructions.get(operation)
         label = instruction.scope if instruction and instruction.scope else operation
-        groups[kind_of(instruction), label].append(seconds)
+        groups[_kind_of(operation, instructions), label].append(seconds)
     ranked = sorted(groups.items(), key=lambda item: -sum(item[1]))[:count]
     return [
         {"kind": kind, "scope": scope, "seconds": sum(durations), "kernels": len(durations)}

@@ -21,7 +21,7 @@ from mor_jax.evaluate.passes import evaluation_perf
 from mor_jax.mesh.processes import to_host
 from mor_jax.model.decoder_layer import DecoderLayer
 from mor_jax.model.layer_context import LayerContext
-from mor_jax.model.modern_parts import carry
+from mor_jax.model.modern_parts import first_values
 from mor_jax.model.parameters import Weights, compute_copy, from_tree
 from mor_jax.model.recurse import at, empty_kv, scan_context
 from mor_jax.model.relaxation import collect_unshared
@@ -69,7 +69,7 @@ class _Passes:
         self.block = params["block"]
         self.unshared = collect_unshared(model, lambda module, name: module(model).apply({"params": params[name]}))
         trunk = from_tree(params)["params"]
-        self.carried = carry(model, trunk, embedded_BTD, self.unshared)
+        self.first_values_BTX = first_values(model, trunk, embedded_BTD)
         self.layer = DecoderLayer(model, perf)
         self.first: list[Any] = []
         """Keys and values of the first pass by layer, where later passes read them."""
@@ -84,7 +84,7 @@ class _Passes:
         fresh_BT = jnp.full_like(selected, r == 0)
         if model.recursion.kv_strategy == "shared_update":
             fresh_BT = fresh_BT | selected
-        context = scan_context(model, self.view, empty, fresh_BT, selected_BT, self.carried)
+        context = scan_context(model, self.view, empty, fresh_BT, selected_BT)
         mask_BTS = context.mask.dense()[:, 0]
         visible_BT = jnp.sum(mask_BTS, axis=-1)
         counts_BT = selected & self.counted_BT & (visible_BT > 1)
@@ -93,7 +93,7 @@ class _Passes:
         def observe(query_BTNH: jax.Array, keys_BSKH: jax.Array) -> None:
             heads.append(_head_sums(query_BTNH, keys_BSKH, mask_BTS, counts_BT))
 
-        context = dataclasses.replace(context, observe=observe)
+        context = dataclasses.replace(context, observe=observe, first_values_BCX=self.first_values_BTX)
         for layer in range(model.block_depth):
             x_BTD, kv = self._layer(r, layer, x_BTD, context, empty if r == 0 else None)
             if shares and r == 0:

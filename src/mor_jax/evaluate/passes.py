@@ -141,8 +141,7 @@ def batch_totals(
     targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
     output = apply_trunk(weights, perf, Rows.of_batch(batch), mode=mode, key=key)
     head_VD = head_matrix(weights.config, weights.params)
-    softcap = weights.config.parts.logit_softcap
-    nll_BT = token_nll(output.hidden_BTD, head_VD, targets_BT, chunk=perf.loss_chunk, softcap=softcap)
+    nll_BT = token_nll(output.hidden_BTD, head_VD, targets_BT, chunk=perf.loss_chunk)
     mask_BT = batch_targets(weights.config, batch, within_documents=within_documents)
     bytes_BT = target_bytes(lengths_2V, batch["tokens"], batch["positions"])
     trace, counted_BT = output.trace, segment_ids[:, :-1] > 0

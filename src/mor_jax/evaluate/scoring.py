@@ -66,8 +66,7 @@ def score_rows(weights: Weights, perf: ResolvedPerf, mode: Mode, rows: Rows, tar
     """Score the targets of rows of inputs, both [B, T]; ``perf`` is of ``scoring_perf``."""
     hidden_BTD = apply_trunk(weights, perf, rows, mode=mode).hidden_BTD
     head_VD, chunk = head_matrix(weights.config, weights.params), min(_CHUNK, targets_BT.shape[1])
-    softcap = weights.config.parts.logit_softcap
-    return TokenScores(*token_scores(hidden_BTD, head_VD, targets_BT, chunk=chunk, softcap=softcap))
+    return TokenScores(*token_scores(hidden_BTD, head_VD, targets_BT, chunk=chunk))
 
 
 class RowScorer(Protocol):

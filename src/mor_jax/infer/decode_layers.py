@@ -21,10 +21,10 @@ from mor_jax.infer.paged_attention import PagedStore
 from mor_jax.kernels.norm import rms_norm
 from mor_jax.kernels.rotary import Rotary, rotary_tables
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.modern_parts import cap_logits, norm_joint_heads, scale_branch
+from mor_jax.model.modern_parts import mix_joint_values, norm_joint_heads
 
 Own = dict[str, jax.Array]
-"""What a layer has of its row's recursion: norm scales [B, 1, D], and scales of ``PartsConfig``."""
+"""What a layer has of its row's recursion: norm scales [B, 1, D]; and its share of the first layer's values."""
 
 
 @struct.dataclass
@@ -34,6 +34,8 @@ class DecodeContext:
     rotary: Rotary
     """Tables at the tokens' positions."""
     store: PagedStore
+    first_values_BTX: jax.Array | None = None
+    """The first layer's values, shard by shard, if ``PartsConfig.value_residual`` is on."""
 
 
 def decode_context(model: DecodeModel, positions_BT: jax.Array, store: PagedStore) -> DecodeContext:
@@ -51,8 +53,7 @@ def logits(model: DecodeModel, x_BTD: jax.Array) -> jax.Array:
     """Return float32 logits [B, T, V] of the states after the last layer."""
     hidden_BTD = rms_norm(x_BTD, model.final_norm_D, model.config.norm_epsilon)
     head_VD = model.embedding_VD if model.head_VD is None else model.head_VD
-    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
-    return cap_logits(model.config, logits_BTV)
+    return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 def edge_layer(
@@ -73,6 +74,7 @@ def block_pass(
     recursion = model.config.recursion
     repeats = recursion.num_recursions if recursion.is_sequence else 1
     shares = recursion.kv_strategy == "shared"
+    context = dataclasses.replace(context, first_values_BTX=_first_values(model, x_BTD))
     for layer, weights in enumerate(model.block):
         for repeat in range(repeats):
             index = layer if shares else layer * repeats + repeat
@@ -87,9 +89,19 @@ def _own(model: DecodeModel, layer: int, recursion_B: jax.Array) -> Own:
     """What each row's recursion does not share with the others."""
     of_rows = lambda scale_RX: scale_RX.at[recursion_B].get(mode="clip")[:, None]  # noqa: E731
     own = {name: of_rows(norm["scale"][:, layer]) for name, norm in (model.norms or {}).items()}
-    if model.pass_scale_R is not None:
-        own["residual"] = of_rows(model.pass_scale_R[:, None])
-    return own
+    return own if model.value_share_L is None else own | {"value_share": model.value_share_L[layer]}
+
+
+def _first_values(model: DecodeModel, embedded_BTD: jax.Array) -> jax.Array | None:
+    """What ``DecodeContext.first_values_BTX`` is, of a model without shared layers."""
+    if model.value_share_L is None:
+        return None
+    weights, width = model.block[0], embedded_BTD.shape[-1]
+    assert weights.attention_norm_D is not None
+    values = model.config.num_kv_heads * model.config.head_dim // model.shards
+    value_XD = weights.query_key_value_XD.reshape(model.shards, -1, width)[:, -values:].reshape(-1, width)
+    normed_BTD = rms_norm(embedded_BTD, weights.attention_norm_D, model.config.norm_epsilon)
+    return jnp.einsum("BTD,XD->BTX", normed_BTD, value_XD)
 
 
 def _layer(
@@ -106,14 +118,19 @@ def _layer(
     config, cached = model.config, (cache.keys[index], cache.values[index])
     epsilon = config.norm_epsilon
     normed_BTD = rms_norm(x_BTD, scales["attention_norm"], epsilon)
-    delta_BTD, cached = _attention(config, weights, normed_BTD, context, cached)
-    x_BTD = constrain(x_BTD + scale_branch(delta_BTD, own), "batch", "sequence", None)
+    delta_BTD, cached = _attention(config, weights, normed_BTD, context, cached, scales.get("value_share"))
+    x_BTD = constrain(x_BTD + delta_BTD, "batch", "sequence", None)
     delta_BTD = _feed_forward(weights, rms_norm(x_BTD, scales["ffn_norm"], epsilon), model.shards)
-    return x_BTD + scale_branch(delta_BTD, own), _put(cache, index, cached)
+    return x_BTD + delta_BTD, _put(cache, index, cached)
 
 
 def _attention(
-    config: ModelConfig, weights: LayerWeights, x_BTD: jax.Array, context: DecodeContext, cached: KeyValue
+    config: ModelConfig,
+    weights: LayerWeights,
+    x_BTD: jax.Array,
+    context: DecodeContext,
+    cached: KeyValue,
+    value_share: jax.Array | None,
 ) -> tuple[jax.Array, KeyValue]:
     """Project by one product, attend through the store, and project back."""
     store, projection_XD, (rows, length, width) = context.store, weights.query_key_value_XD, x_BTD.shape
@@ -123,6 +140,7 @@ def _attention(
     projected_BTX = jnp.einsum("BTD,XD->BTX", x_BTD, projection_XD)
     projected_BTMH = projected_BTX.reshape(rows, length, -1, config.head_dim)
     projected_BTMH = norm_joint_heads(config, weights.head_norms_H, projected_BTMH, store.shards)
+    projected_BTMH = mix_joint_values(config, projected_BTMH, context.first_values_BTX, value_share, store.shards)
     out_BTNH, cached = store.attend(projected_BTMH, cached, context.rotary)
     return jnp.einsum("BTY,DY->BTD", out_BTNH.reshape(rows, length, -1), weights.output_DY), cached
 

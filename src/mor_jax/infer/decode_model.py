@@ -59,8 +59,8 @@ class DecodeModel:
     last: LayerWeights | None = None
     norms: Any = None
     """Norm scales [R, L, D], if the recursions do not share them."""
-    pass_scale_R: jax.Array | None = None
-    """Scales of ``parts.residual_scale="learned"``."""
+    value_share_L: jax.Array | None = None
+    """Shares of ``parts.value_residual``."""
     router: RouterParams | None = None
     aux_router: RouterParams | None = None
     boundary_R: jax.Array | None = None
@@ -92,8 +92,6 @@ def decoding_refusal(config: ModelConfig, running_R: jax.Array | None = None) ->
             f"recursion.relaxation (lora_rank={relaxation.lora_rank}, encoding={relaxation.encoding}) has no decoding "
             "yet: tokens at different recursions would need different weights in one pass"
         )
-    if config.parts.value_residual:
-        return "parts.value_residual=True has no decoding yet: the values of the first layer are not handed on"
     return boundary_refusal(config, running_R)
 
 
@@ -152,7 +150,7 @@ def prepare_weights(
         first=weights.get("first"),
         last=weights.get("last"),
         norms=weights.get("block_norms"),
-        pass_scale_R=weights.get("residual_scale", {}).get("scale"),
+        value_share_L=weights["value_residual"]["scale"][0] if config.parts.value_residual else None,
         router=weights.get("router"),
         aux_router=weights.get("aux_router"),
         boundary_R=whole(boundaries_of(config, running_R)) if routing.kind == "expert" else None,

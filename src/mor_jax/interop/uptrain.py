@@ -68,11 +68,6 @@ def _check_constants(model: ModelConfig, config: Config) -> None:
         for name in ("rope_theta", "norm_epsilon")
         if not math.isclose(getattr(model, name), getattr(config.model, name), rel_tol=1e-6)  # some hold float32
     ]
-    differing += [
-        f"--model.parts.{name} {getattr(model.parts, name)} (now {getattr(config.model.parts, name)})"
-        for name in ("residual_scale", "logit_softcap")
-        if getattr(model.parts, name) != getattr(config.model.parts, name)
-    ]
     require(not differing, f"init.from={config.init.source!r} was trained with other constants: {', '.join(differing)}")
     restarted = model.attend_across_documents and model.rotary_positions == "document"
     if restarted and config.model.rotary_positions == "row":

@@ -84,11 +84,6 @@ class VocabularyShard:
         return jax.lax.pmin(jnp.where(is_best_BC, token_BC, jnp.iinfo(jnp.int32).max), "tensor")
 
 
-def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(logits / cap) in float32, which keeps logits between -cap and cap; None leaves them as they are."""
-    return logits if cap is None else cap * jnp.tanh(logits.astype(jnp.float32) / cap)
-
-
 def chunk_nll(logits_BCV: jax.Array, targets_BC: jax.Array, vocabulary: VocabularyShard) -> tuple[jax.Array, jax.Array]:
     """Return (negative log-likelihood, log-sum-exp), float32 [B, C] each."""
     logits_BCV = logits_BCV.astype(jnp.float32)
@@ -105,7 +100,6 @@ def chunk_gradient(
     z_coefficient: float,
     *,
     fused: bool,
-    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy of every token of a chunk and its gradient in the logits.
 
@@ -117,20 +111,19 @@ def chunk_gradient(
         dtype: of the gradient.
         z_coefficient: weight of the squared log-sum-exp in the gradient.
         fused: whether to use the kernel, where it exists, the vocabulary is whole and the chunk can be addressed.
-        softcap: the cross-entropy is of ``soft_cap`` of the logits.
 
     Returns:
         (weighted gradient [B, C, V]; negative log-likelihood, without weight or z-loss; log-sum-exp, float32 [B, C]).
     """
     tokens = (logits_BCV, targets_BC, weights_BC)
     if not (fused and vocabulary.is_whole and can_address(targets_BC.size, vocabulary.size)):
-        return plain_gradient(*tokens, vocabulary, dtype, z_coefficient, softcap)
+        return plain_gradient(*tokens, vocabulary, dtype, z_coefficient)
     if not is_available():
         log_kernel("softmax of the loss", f"XLA ({MISSING})")
-        return plain_gradient(*tokens, vocabulary, dtype, z_coefficient, softcap)
+        return plain_gradient(*tokens, vocabulary, dtype, z_coefficient)
     log_kernel("softmax of the loss", "Triton")
     rows = (logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1), weights_BC.reshape(-1))
-    grad_MV, nll_M, lse_M = softmax_cross_entropy(*rows, dtype, z_coefficient, softcap=softcap)
+    grad_MV, nll_M, lse_M = softmax_cross_entropy(*rows, dtype, z_coefficient)
     return grad_MV.reshape(logits_BCV.shape), nll_M.reshape(targets_BC.shape), lse_M.reshape(targets_BC.shape)
 
 
@@ -141,18 +134,14 @@ def plain_gradient(
     vocabulary: VocabularyShard,
     dtype: DTypeLike,
     z_coefficient: float,
-    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``chunk_gradient`` as XLA computes it, also for a part of the vocabulary."""
-    logits_BCV = soft_cap(logits_BCV, softcap)
     nll_BC, lse_BC = chunk_nll(logits_BCV, targets_BC, vocabulary)
     probability_BCV = jnp.exp(logits_BCV.astype(jnp.float32) - lse_BC[..., None])
     scale_BC = 1.0 + 2.0 * z_coefficient * lse_BC
     entries_V = jnp.arange(vocabulary.size, dtype=targets_BC.dtype)
     is_target_BCV = vocabulary.local(targets_BC)[..., None] == entries_V[None, None, :]
     grad_BCV = probability_BCV * scale_BC[..., None] - is_target_BCV
-    if softcap is not None:
-        grad_BCV *= 1.0 - jnp.square(logits_BCV / softcap)
     return (grad_BCV * weights_BC[..., None]).astype(dtype), nll_BC, lse_BC
 
 
@@ -181,7 +170,6 @@ def softmax_cross_entropy(
     dtype: DTypeLike,
     z_coefficient: float,
     tile: RowTile | None = None,
-    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy of every token and its gradient in the logits; arithmetic is float32.
 
@@ -192,7 +180,6 @@ def softmax_cross_entropy(
         dtype: of the gradient.
         z_coefficient: weight of the squared log-sum-exp in the gradient.
         tile: other launch parameters than ``TILE``.
-        softcap: the cross-entropy is of ``soft_cap`` of the logits.
 
     Returns:
         (gradient [M, V], negative log-likelihood [M] without weight or z-loss, log-sum-exp [M]); the last two float32.
@@ -204,7 +191,7 @@ def softmax_cross_entropy(
     one = pl.BlockSpec((None,), lambda i: (i,))
     per_token = jax.ShapeDtypeStruct((tokens,), jnp.float32)
     return call_kernel(
-        functools.partial(_kernel, size=vocabulary, columns=columns, z_coefficient=z_coefficient, softcap=softcap),
+        functools.partial(_kernel, size=vocabulary, columns=columns, z_coefficient=z_coefficient),
         "mor_cross_entropy",
         warps=tile.warps,
         grid=(tokens,),
@@ -226,12 +213,11 @@ def _kernel(
     size: int,
     columns: int,
     z_coefficient: float,
-    softcap: float | None,
 ) -> None:
     """One row. Where the gradient lies over the logits, the reductions of the first loop are the barrier between."""
     steps = pl.cdiv(size, columns)
     target = target_ref[...]
-    picked = soft_cap(plt.load(logits_ref.at[jnp.clip(target, 0, size - 1)]).astype(jnp.float32), softcap)
+    picked = plt.load(logits_ref.at[jnp.clip(target, 0, size - 1)]).astype(jnp.float32)
 
     def place(index: Any) -> tuple[Any, jax.Array, jax.Array | None]:
         """Block ``index``: its slice, its columns, and which of these exist (None: all, in every block)."""
@@ -240,8 +226,7 @@ def _kernel(
 
     def load(block: Any, inside_X: jax.Array | None) -> jax.Array:
         other = None if inside_X is None else -jnp.inf
-        x_X = soft_cap(plt.load(logits_ref.at[block], mask=inside_X, other=other).astype(jnp.float32), softcap)
-        return x_X if softcap is None or inside_X is None else jnp.where(inside_X, x_X, -jnp.inf)
+        return plt.load(logits_ref.at[block], mask=inside_X, other=other).astype(jnp.float32)
 
     def accumulate(index: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         largest, sums_X = carry
@@ -260,8 +245,6 @@ def _kernel(
         block, column_X, inside_X = place(steps - 1 - index)  # what was read last is surest to be in the cache
         x_X = load(block, inside_X)
         grad_X = jnp.exp2((x_X - lse) * _LOG2_E) * scale - jnp.where(column_X == target, weight, 0.0)
-        if softcap is not None:
-            grad_X *= 1.0 - jnp.square(x_X / softcap)
         plt.store(grad_ref.at[block], grad_X.astype(grad_ref.dtype), mask=inside_X)
 
     jax.lax.fori_loop(0, steps, write, None)

@@ -70,7 +70,7 @@ class Attention(nn.Module):
             if projects_kv:
                 keys, values = self._key_value(x_BCD, key_value, lora, flat=inside)
                 fresh = rotated(norm_key(keys)), values
-        fresh = fresh if fresh is None else mix_values(fresh, context.carried, value_share)
+        fresh = fresh if fresh is None else mix_values(fresh, context.first_values_BCX, value_share)
         query_BCNH = constrain(query_BCNH, "batch", "sequence", "heads", "head_dim")
         keys, values = _mixed(fresh, cached, context)
         named = ((query_BCNH, "query"), (keys, "key"), (values, "value"))

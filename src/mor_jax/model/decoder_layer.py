@@ -13,7 +13,6 @@ from mor_jax.mesh.axes import constrain
 from mor_jax.model.attention import Attention
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, SwiGLU
-from mor_jax.model.modern_parts import scale_branch
 from mor_jax.model.relaxation import Unshared
 
 _PROJECTIONS = ("attention", "query", "key", "value")
@@ -39,7 +38,7 @@ class DecoderLayer(nn.Module):
         """Transform [B, C, D].
 
         `unshared` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
-        low-rank updates, a recursion encoding, scales of ``PartsConfig``.
+        low-rank updates, a recursion encoding, the share of ``PartsConfig.value_residual``.
         """
         fusion = self.perf.fusion
         attention_norm = RMSNorm(self.config, fusion, name="attention_norm")
@@ -60,11 +59,10 @@ class DecoderLayer(nn.Module):
             lora = own.get("lora")
             x_BCD, normed_BCD = attention_norm(x_BCD, scale_D=scales["attention_norm"])
             delta_BCD, kept = attention(normed_BCD, context, cached, lora, own.get("value_share"))
-            delta_BCD = scale_branch(delta_BCD, own)
             kv = kv if kept is None else kept
             x_BCD, normed_BCD = ffn_norm(x_BCD, delta_BCD, scales["ffn_norm"])
             x_BCD = constrain(x_BCD, "batch", "sequence", None)
-            x_BCD = x_BCD + scale_branch(ffn(normed_BCD, lora), own)
+            x_BCD = x_BCD + ffn(normed_BCD, lora)
             if "encoding" in own:
                 x_BCD = x_BCD * own["encoding"][None, None, :].astype(x_BCD.dtype)
             x_BCD = constrain(x_BCD, "batch", "sequence", None)

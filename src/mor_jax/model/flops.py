@@ -82,12 +82,7 @@ def _head_norms(model: ModelConfig) -> int:
 
 def _stacked_parts(model: ModelConfig) -> int:
     """Entries of the scales that parts have by recursion."""
-    parts, count = model.parts, model.recursion.num_recursions
-    scales = {
-        "residual_scale": 1 if parts.residual_scale == "learned" else 0,
-        "value_residual": model.block_depth if parts.value_residual else 0,
-    }
-    return count * sum(scales.values())
+    return model.recursion.num_recursions * model.block_depth if model.parts.value_residual else 0
 
 
 def _layer_weights(model: ModelConfig) -> int:

@@ -13,7 +13,6 @@ from mor_jax.array_types import Params
 from mor_jax.config import Execution, Mode, ModelConfig, ResolvedPerf
 from mor_jax.errors import require
 from mor_jax.model.loss import target_mask
-from mor_jax.model.modern_parts import cap_logits
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.capacity import routed_tokens
 from mor_jax.model.routing.trace import RoutingTrace
@@ -102,7 +101,6 @@ def forward(
     trace = _with_selected(config, output.trace, tokens_BT.shape[1], mode, zero_based_step)
     head_VD = head_matrix(config, weights.params).astype(output.hidden_BTD.dtype)
     logits_BTV = jnp.einsum("BTD,VD->BTV", output.hidden_BTD, head_VD, preferred_element_type=jnp.float32)
-    logits_BTV = cap_logits(config, logits_BTV)
     targets_BT = _targets(config, tokens_BT if labels_BT is None else labels_BT, segments_BT)
     losses = _losses(config, logits_BTV, targets_BT, trace, loss_normalizer)
     return ModelOutput(logits=logits_BTV, losses=losses, hidden=output.stages, trace=trace)

@@ -9,7 +9,6 @@ from mor_jax.array_types import RotaryRows
 from mor_jax.kernels.attention.mask import Mask, TokenView
 from mor_jax.kernels.rotary import Rotary
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.modern_parts import Carried
 from mor_jax.model.routing.select import Selection, take_rows
 
 
@@ -31,8 +30,8 @@ class LayerContext:
     """bool: cached rows that are replaced by fresh ones (full-length queries)."""
     keep_kv: bool = struct.field(pytree_node=False, default=False)
     """Whether the layer returns its keys and values for later recursions."""
-    carried: Carried | None = None
-    """Of the queries, for the parts that are on."""
+    first_values_BCX: jax.Array | None = None
+    """The first layer's values of the queries, if ``PartsConfig.value_residual`` is on."""
     observe: Callable[[jax.Array, jax.Array], None] | None = struct.field(pytree_node=False, default=None)
     """Analysis: called with the rotated queries and keys of a layer that is not in a loop; None is nobody."""
 

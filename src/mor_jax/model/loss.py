@@ -14,7 +14,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from mor_jax.config import ModelConfig
-from mor_jax.kernels.cross_entropy import VocabularyShard, chunk_gradient, chunk_nll, soft_cap
+from mor_jax.kernels.cross_entropy import VocabularyShard, chunk_gradient, chunk_nll
 from mor_jax.mesh.axes import on_shards
 from mor_jax.model.loss_shards import (
     HEAD,
@@ -103,7 +103,6 @@ def fused_cross_entropy(
     z_coefficient: float = 0.0,
     logits_dtype: DTypeLike = jnp.float32,
     fused: bool = False,
-    softcap: float | None = None,
 ) -> CrossEntropy:
     """Sum the weighted cross-entropy of a batch, one chunk of positions at a time.
 
@@ -120,7 +119,6 @@ def fused_cross_entropy(
         logits_dtype: how the logits of a chunk lie in memory: bfloat16 rounds them, and moves half the bytes.
         fused: when differentiated, softmax and gradient of a chunk in one kernel for GPUs (``chunk_gradient``) where
             each device holds the whole vocabulary; the value alone, and split vocabularies, are XLA's in any case.
-        softcap: the model's ``parts.logit_softcap``.
 
     Returns:
         ``CrossEntropy`` of float32 scalars.
@@ -129,14 +127,14 @@ def fused_cross_entropy(
         Chowdhery et al., PaLM (2022), section 5, for the logit z-loss.
     """
     with jax.named_scope("head_loss"):
-        settings = (chunk, float(z_coefficient), jnp.dtype(logits_dtype), fused, softcap)
+        settings = (chunk, float(z_coefficient), jnp.dtype(logits_dtype), fused)
         sums = _cross_entropy(settings, hidden_BTD, head_VD, targets_BT, weights_BT)
     nll_sum, z_sum, loss_sum = sums
     return CrossEntropy(nll_sum=nll_sum, z_sum=z_sum, loss_sum=loss_sum)
 
 
 def _cross_entropy_sums(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
-    chunk, z_coefficient, logits_dtype, _, softcap = settings
+    chunk, z_coefficient, logits_dtype, _ = settings
 
     def local(hidden_BTD, head_VD, targets_BT, weights_BT):
         head = whole_width(head_VD.astype(hidden_BTD.dtype))
@@ -144,7 +142,7 @@ def _cross_entropy_sums(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
 
         def step(sums, inputs):
             hidden_BCD, targets_BC, weights_BC = inputs
-            logits_BCV = soft_cap(_chunk_logits(hidden_BCD, head, logits_dtype), softcap)
+            logits_BCV = _chunk_logits(hidden_BCD, head, logits_dtype)
             nll_BC, lse_BC = chunk_nll(logits_BCV, targets_BC, vocabulary)
             return (sums[0] + jnp.sum(nll_BC * weights_BC), sums[1] + jnp.sum(lse_BC**2 * weights_BC)), None
 
@@ -158,7 +156,7 @@ def _cross_entropy_sums(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
 
 
 def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT):
-    chunk, z_coefficient, logits_dtype, fused, softcap = settings
+    chunk, z_coefficient, logits_dtype, fused = settings
     dtype = hidden_BTD.dtype
 
     def local(hidden_BTD, head_VD, targets_BT, weights_BT):
@@ -170,9 +168,7 @@ def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT
             hidden_BCD, targets_BC, weights_BC = inputs
             logits_BCV = _chunk_logits(hidden_BCD, head, logits_dtype)
             tokens = (logits_BCV, targets_BC, weights_BC)
-            grad_BCV, nll_BC, lse_BC = chunk_gradient(
-                *tokens, vocabulary, dtype, z_coefficient, fused=fused, softcap=softcap
-            )
+            grad_BCV, nll_BC, lse_BC = chunk_gradient(*tokens, vocabulary, dtype, z_coefficient, fused=fused)
             grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, head, preferred_element_type=jnp.float32).astype(dtype)
             grad_head_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
             nll_sum += jnp.sum(nll_BC * weights_BC)
@@ -205,9 +201,7 @@ _cross_entropy: Any = jax.custom_vjp(_cross_entropy_sums, nondiff_argnums=(0,))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def token_nll(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk: int, softcap: float | None = None
-) -> jax.Array:
+def token_nll(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk: int) -> jax.Array:
     """Return the negative log-likelihood of every target in nats, float32 [B, T]; for evaluation, not for gradients.
 
     Args:
@@ -215,21 +209,20 @@ def token_nll(
         head_VD: output head, float [V, D].
         targets_BT: token to predict at each position, int [B, T].
         chunk: positions per chunk; T need not be a multiple.
-        softcap: the model's ``parts.logit_softcap``.
     """
     nll = lambda logits, targets, vocabulary: chunk_nll(logits, targets, vocabulary)[0]  # noqa: E731
-    return _by_chunk(nll, TOKENS, hidden_BTD, head_VD, targets_BT, chunk, softcap)
+    return _by_chunk(nll, TOKENS, hidden_BTD, head_VD, targets_BT, chunk)
 
 
 def token_scores(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk: int, softcap: float | None = None
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Return what ``token_nll`` does, and the most likely token at every position, int32 [B, T]; the same arguments."""
 
     def scores(logits_BCV: jax.Array, targets_BC: jax.Array, vocabulary: VocabularyShard) -> Any:
         return chunk_nll(logits_BCV, targets_BC, vocabulary)[0], vocabulary.argmax(logits_BCV)
 
-    return _by_chunk(scores, (TOKENS, TOKENS), hidden_BTD, head_VD, targets_BT, chunk, softcap)
+    return _by_chunk(scores, (TOKENS, TOKENS), hidden_BTD, head_VD, targets_BT, chunk)
 
 
 def _by_chunk(
@@ -239,7 +232,6 @@ def _by_chunk(
     head_VD: jax.Array,
     targets_BT: jax.Array,
     chunk: int,
-    softcap: float | None,
 ) -> Any:
     """Apply ``score`` (logits [B, C, V], targets [B, C], vocabulary -> arrays [B, C] of ``axes``) chunk by chunk."""
 
@@ -248,7 +240,7 @@ def _by_chunk(
         vocabulary = VocabularyShard(head.shape[0])
 
         def one_chunk(inputs):
-            return score(soft_cap(_chunk_logits(inputs[0], head), softcap), inputs[1], vocabulary)
+            return score(_chunk_logits(inputs[0], head), inputs[1], vocabulary)
 
         scores_IBC = jax.lax.map(one_chunk, (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk)))
         return jax.tree.map(lambda a_IBC: _unchunked(a_IBC, hidden_BTD.shape[1]), scores_IBC)

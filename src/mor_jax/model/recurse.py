@@ -18,7 +18,6 @@ from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.kernels.rotary import rotary_rows, rotary_tables
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.layer_context import LayerContext
-from mor_jax.model.modern_parts import Carried
 from mor_jax.model.relaxation import Unshared
 
 Block = Callable[[jax.Array, LayerContext, KeyValue | None, Unshared | None], tuple[jax.Array, KeyValue | None]]
@@ -49,15 +48,18 @@ def recurse(
     x_BTD: jax.Array,
     view: TokenView,
     unshared: Unshared | None,
-    carried: Carried | None,
+    first_values_BTX: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Apply the block N_r times to every token in a Python loop; return the hidden states after each pass."""
+    """Apply the block N_r times to every token in a Python loop; return the hidden states after each pass.
+
+    ``first_values_BTX`` is of ``modern_parts.first_values``.
+    """
     shares = config.recursion.kv_strategy == "shared"
     cached, states = None, []
     for r in range(config.recursion.num_recursions):
         # queries are all rows: their own causality
-        context, own = make_context(config, view, keep_kv=shares and r == 0, carried=carried), at(unshared, r)
-        x_BTD, kv = block(x_BTD, context, cached, own)
+        context = make_context(config, view, keep_kv=shares and r == 0, first_values_BCX=first_values_BTX)
+        x_BTD, kv = block(x_BTD, context, cached, at(unshared, r))
         cached = kv if shares and r == 0 else cached
         states.append(x_BTD)
     return states
@@ -69,7 +71,6 @@ def recurse_scan(
     x_BTD: jax.Array,
     view: TokenView,
     unshared: Unshared | None,
-    carried: Carried | None,
 ) -> list[jax.Array]:
     """The same through `nn.scan` over recursions: one traced body whatever N_r is."""
     recursions = config.recursion.num_recursions
@@ -78,7 +79,7 @@ def recurse_scan(
     def body(block: Any, carry: Any, inputs: Any) -> Any:
         x_BTD, first = carry
         r, unshared_r = inputs
-        context = scan_context(config, view, first, r == 0, carried=carried)
+        context = scan_context(config, view, first, r == 0)
         x_BTD, kv = block(x_BTD, context, first, unshared_r)
         return (x_BTD, kv), x_BTD
 
@@ -101,7 +102,6 @@ def scan_context(
     first: KeyValue | None,
     fresh: jax.Array,
     selected_BT: jax.Array | None = None,
-    carried: Carried | None = None,
 ) -> LayerContext:
     """Full-length context: recursion 1's keys and values (`first`) where `fresh` is false.
 
@@ -111,12 +111,11 @@ def scan_context(
         first: recursion 1's keys and values; None when every recursion has its own.
         fresh: bool scalar or [B, T]: rows with fresh keys and values.
         selected_BT: bool: without `first`, the only tokens that may be attended to.
-        carried: of all tokens, for the parts that are on.
     """
     if first is not None:
         fresh_BS = jnp.broadcast_to(fresh, view.rows_BC.shape)
-        return make_context(config, view, fresh_BS=fresh_BS, keep_kv=True, carried=carried)
+        return make_context(config, view, fresh_BS=fresh_BS, keep_kv=True)
     if selected_BT is not None:
         valid_BT = selected_BT if view.valid_BC is None else selected_BT & view.valid_BC
         view = dataclasses.replace(view, valid_BC=valid_BT)
-    return make_context(config, view, carried=carried)
+    return make_context(config, view)

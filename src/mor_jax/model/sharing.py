@@ -156,16 +156,12 @@ def _fresh(params: Params) -> dict[str, Any]:
 
 def _check_parts(full: ModelConfig, config: ModelConfig) -> None:
     """Refuse parts that the recursive model would have to learn anew, or that mean something else in it."""
-    for name in ("qk_norm", "logit_softcap"):
-        old, new = getattr(full.parts, name), getattr(config.parts, name)
-        require(old == new, f"the models differ in parts.{name}: {old!r} -> {new!r}")
-    for model in (full, config):
-        parts = model.parts
-        require(
-            parts.residual_scale == "none" and not parts.value_residual,
-            f"parts.residual_scale={parts.residual_scale!r}, value_residual={parts.value_residual} cannot be uptrained "
-            "yet: what they scale by belongs to one number of passes",
-        )
+    old, new = full.parts.qk_norm, config.parts.qk_norm
+    require(old == new, f"the models differ in parts.qk_norm: {old!r} -> {new!r}")
+    require(
+        not full.parts.value_residual,
+        "parts.value_residual=True cannot be uptrained: a shared block has no share of the first layer's values",
+    )
 
 
 def full_config(config: ModelConfig) -> ModelConfig:

@@ -20,7 +20,7 @@ from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
 from mor_jax.model.decoder_layer import gradients_together, remat_layer
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, normal_init
-from mor_jax.model.modern_parts import Carried, carry
+from mor_jax.model.modern_parts import first_values
 from mor_jax.model.parameters import Weights, compute_copy, from_tree, to_tree
 from mor_jax.model.recurse import make_context, recurse, recurse_scan
 from mor_jax.model.relaxation import collect_unshared
@@ -95,13 +95,11 @@ class Transformer(nn.Module):
         view = rows.view(config)
         layer, context = remat_layer(self.perf, loops=0), make_context(config, view)
         first = last = trace = None
-        unshared, embedded_BTD = self._unshared(), x_BTD
+        unshared = self._unshared()
         if config.recursion.has_middle:
             first = x_BTD = layer(config, self.perf, name="first")(x_BTD, context, None, None)[0]
-        params = None if self.is_initializing() else self.variables["params"]
-        carried = carry(config, params, embedded_BTD, unshared)
         if config.routing.kind == "none":
-            x_BTD, recursions = self._recursions(x_BTD, view, unshared, carried)
+            x_BTD, recursions = self._recursions(x_BTD, view, unshared)
         else:
             inputs = RoutingInputs(
                 view=view,
@@ -109,7 +107,6 @@ class Transformer(nn.Module):
                 aux_router=Router(config, name="aux_router")() if config.routing.has_aux_router else None,
                 counted_BT=rows.counted_BT,
                 unshared=unshared,
-                carried=carried,
                 boundary_R=boundaries_of(config, boundaries_R) if config.routing.kind == "expert" else None,
                 bias_R=router_bias_R if config.routing.is_loss_free else None,
                 max_depth=max_depth,
@@ -156,16 +153,17 @@ class Transformer(nn.Module):
     def _unshared(self) -> Any:
         return collect_unshared(self.config, lambda module, name: module(self.config, name=name)())
 
-    def _recursions(
-        self, x_BTD: jax.Array, view: TokenView, unshared: Any, carried: Carried | None
-    ) -> tuple[jax.Array, Sequence[jax.Array]]:
+    def _recursions(self, x_BTD: jax.Array, view: TokenView, unshared: Any) -> tuple[jax.Array, Sequence[jax.Array]]:
         """Every recursion computes every token; return the hidden states after the last, and after each."""
         config, block = self.config, self._block()
         if config.recursion.is_sequence:
             by_layer = jax.tree.map(lambda own_RLX: jnp.swapaxes(own_RLX, 0, 1), unshared)
             return block(x_BTD, make_context(config, view), None, by_layer)[0], ()
-        run = recurse_scan if self.perf.execution == "scan" and config.recursion.sharing != "none" else recurse
-        states = run(config, block, x_BTD, view, unshared, carried)
+        if self.perf.execution == "scan" and config.recursion.sharing != "none":
+            states = recurse_scan(config, block, x_BTD, view, unshared)
+        else:
+            params = None if self.is_initializing() else self.variables["params"]
+            states = recurse(config, block, x_BTD, view, unshared, first_values(config, params, x_BTD))
         return states[-1], states
 
     def _routed_recursions(

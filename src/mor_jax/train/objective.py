@@ -112,7 +112,6 @@ def loss_fn(
         z_coefficient=config.train.logit_z_loss,
         logits_dtype=perf.logits_dtype,
         fused=perf.fused,
-        softcap=model.parts.logit_softcap,
     )
     scale = 1.0 / jnp.maximum(targets, 1.0)
     total = entropy.loss_sum * scale

@@ -10,7 +10,6 @@ from flax import struct
 
 from mor_jax.config import ModelConfig
 from mor_jax.model.layer_context import TokenView
-from mor_jax.model.modern_parts import Carried
 from mor_jax.model.relaxation import Unshared
 from mor_jax.model.routing.router import RouterParams, raw_scores, score
 
@@ -27,8 +26,6 @@ class RoutingInputs:
     aux_router: RouterParams | None = None
     unshared: Unshared | None = None
     """What recursions do not share, leaves [R, L, ...]; None if they share everything."""
-    carried: Carried | None = None
-    """Of all T tokens, for the parts that are on."""
     boundary_R: jax.Array | None = None
     """float32 [R], expert-choice: of ``boundaries_of``."""
     bias_R: jax.Array | None = None

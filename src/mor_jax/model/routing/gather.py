@@ -13,7 +13,6 @@ from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.model.layer_context import take_tokens
-from mor_jax.model.modern_parts import Carried
 from mor_jax.model.recurse import Block, at, make_context
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.model.routing.decide import RoutingInputs, choose_depth, expert_scores
@@ -60,16 +59,15 @@ def _run_block(
     view: TokenView,
     descent: Descent,
     cached: KeyValue | None,
-    carried: Carried | None,
 ) -> tuple[jax.Array, KeyValue | None]:
     """One pass over the block under the model's key/value strategy."""
     strategy = config.recursion.kv_strategy
     unshared = at(inputs.unshared, recursion)
     if strategy == "recursion" or recursion == 0:
-        context = make_context(config, view, keep_kv=strategy != "recursion", carried=carried)
+        context = make_context(config, view, keep_kv=strategy != "recursion")
         return block(x_BCD, context, None, unshared)
     update = descent.absolute(view.rows_BC) if strategy == "shared_update" else None
-    context = make_context(config, view, keys=inputs.view, update=update, carried=carried)
+    context = make_context(config, view, keys=inputs.view, update=update)
     return block(x_BCD, context, cached, unshared)[0], cached
 
 
@@ -87,27 +85,27 @@ def expert_gather(
     descent, view, state, cached = Descent([], []), inputs.view, x_BTD, None
     ones_BC, noise, counted = jnp.ones(x_BTD.shape[:2], jnp.float32), inputs.noise_RBT, inputs.counted_BT
     records: list[tuple[jax.Array, ...]] = []
-    rows, stages, present, carried = [], [], x_BTD.shape[1], inputs.carried
+    rows, stages, present = [], [], x_BTD.shape[1]
     for r, count in enumerate(counts):
         raw, aux = expert_scores(config, at(inputs.router, r), at(inputs.aux_router, r), state, at(noise, r))
         active_BT, raw_BT, aux_BT = descent.expand(ones_BC), descent.expand(raw), descent.expand(aux)
-        gate, parent, parent_view, parent_carried = score(config, raw), state, view, carried
+        gate, parent, parent_view = score(config, raw), state, view
         if count < present:
             selection = _select(raw, counted, present, count, inputs.slot_multiple)
             descent.selections.append(selection)
             descent.parents.append(state)
             state, gate = gather_hidden(state, selection), gather_rows(gate, selection)
-            view, carried = take_tokens(view, selection), _take_carried(carried, selection)
+            view = take_tokens(view, selection)
             ones_BC, counted = ones_BC[:, : state.shape[1]], take_rows(counted, selection.index_BC)
             noise = None if noise is None else jax.vmap(lambda n, i=selection.index_BC: take_rows(n, i))(noise)
             present = count
             if shares and r == 0:
-                out, cached = _run_block(config, block, parent, inputs, r, parent_view, descent, cached, parent_carried)
+                out, cached = _run_block(config, block, parent, inputs, r, parent_view, descent, cached)
                 out = gather_hidden(out, selection)
             else:
-                out, cached = _run_block(config, block, state, inputs, r, view, descent, cached, carried)
+                out, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
         else:
-            out, cached = _run_block(config, block, state, inputs, r, view, descent, cached, carried)
+            out, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
         state = state + gated(config, whole(gate), out, state, inputs.step)
         records.append((raw_BT, aux_BT, active_BT, descent.expand(ones_BC), descent.expand(gate)))
         rows.append(view.rows_BC[:, :count])
@@ -115,10 +113,6 @@ def expert_gather(
             stages.append(descent.unwind(state))
     trace = expert_trace(config, inputs, *(jnp.stack(field) for field in zip(*records, strict=True)))
     return descent.unwind(state), dataclasses.replace(trace, selected=tuple(rows)), tuple(stages)
-
-
-def _take_carried(carried: Carried | None, selection: Selection) -> Carried | None:
-    return jax.tree.map(lambda a_BCX: gather_hidden(a_BCX, selection), carried)
 
 
 def _select(ranking: jax.Array, counted: jax.Array, present: int, count: int, multiple: int) -> Selection:
@@ -141,7 +135,7 @@ def token_gather(
     length = x_BTD.shape[1]
     seats = (length,) * len(config.capacities) if warming else token_seats(config, length)
     descent, view, state, cached = Descent([], []), inputs.view, x_BTD, None
-    origin, gates, chosen, carried = x_BTD, gates_BTR, chosen_BT, inputs.carried
+    origin, gates, chosen = x_BTD, gates_BTR, chosen_BT
     valid_BC = jnp.ones(x_BTD.shape[:2], bool)
     deltas: list[jax.Array] = []
     selected, stages = [], []
@@ -152,9 +146,9 @@ def token_gather(
             slots_C = jnp.arange(selection.index_BC.shape[1])
             valid_BC = slots_C[None, :] < jnp.sum(selection.mask_BT, axis=1, keepdims=True)
             state, origin = gather_hidden(state, selection), gather_hidden(origin, selection)
-            gates, carried = gather_rows(gates, selection), _take_carried(carried, selection)
+            gates = gather_rows(gates, selection)
             chosen, view = take_rows(chosen, selection.index_BC), take_tokens(view, selection)
-        state, cached = _run_block(config, block, state, inputs, r, view, descent, cached, carried)
+        state, cached = _run_block(config, block, state, inputs, r, view, descent, cached)
         deltas.append(gated(config, whole(gates[:, :, r]), state, origin, inputs.step))
         selected.append(descent.expand(valid_BC.astype(jnp.float32)))
         if return_stages:

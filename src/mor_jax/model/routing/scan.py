@@ -49,7 +49,7 @@ def _run_block(
 ) -> tuple[jax.Array, KeyValue | None]:
     """One full-length pass; returns the block's output and recursion 1's keys and values to carry on."""
     fresh_BT = _fresh(config, r, selected_BT)
-    context = scan_context(config, inputs.view, first, fresh_BT, selected_BT, inputs.carried)
+    context = scan_context(config, inputs.view, first, fresh_BT, selected_BT)
     out_BTD, kv = block(x_BTD, context, first, unshared)
     if first is None:
         return out_BTD, None
