@@ -116,18 +116,18 @@ class Transformer(nn.Module):
             )
             x_BTD, trace, recursions = self._routed_recursions(x_BTD, inputs)
         if config.recursion.has_middle:
-            last = x_BTD = self._last(layer, params, x_BTD, context)
+            last = x_BTD = self._last(layer, x_BTD, context)
         _, hidden_BTD = RMSNorm(config, name="final_norm")(x_BTD)
         if not config.tie_embeddings:
             self.param("head", normal_init(config, "embed", "vocab"), (config.d_model, config.vocab_size))
         stages = Stages(first=first, recursions=tuple(recursions), last=last, norm=hidden_BTD)
         return TrunkOutput(hidden_BTD=hidden_BTD, trace=trace, stages=stages if self.return_stages else None)
 
-    def _last(self, layer: Any, params: Params | None, x_BTD: jax.Array, context: LayerContext) -> jax.Array:
+    def _last(self, layer: Any, x_BTD: jax.Array, context: LayerContext) -> jax.Array:
         """Apply the last layer; where memory counts, its backward pass ends before that of the recursions begins."""
-        if params is None or self.perf.remat == "none":
+        if self.is_initializing() or self.perf.remat == "none":
             return layer(self.config, self.perf, name="last")(x_BTD, context, None, None)[0]
-        own, x_BTD = gradients_together(params["last"], x_BTD)
+        own, x_BTD = gradients_together(self.variables["params"]["last"], x_BTD)
         with jax.named_scope("last"):
             detached = layer(self.config, self.perf, parent=None)
             return detached.apply({"params": own}, x_BTD, context, None, None)[0]
