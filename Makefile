@@ -3,13 +3,15 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
+NOTEBOOKS := .venv/.notebooks
 
 .PHONY: train test lint experiments-smoke notebooks clean
 train: $(READY)
 	$(BIN)/mor train demo
 
+# A worker keeps its half of the tests in their order, so that few fixtures and programs are made by both.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -32,9 +34,12 @@ experiments-smoke: $(READY)
 	env $(SMOKE) experiments/test_time_scaling/sweep.py --scale debug --depth-curve --out runs/test_time_scaling-curve
 
 # Runs notebooks/*.ipynb on a CPU and writes their pages; at these sizes optimising programs costs more than it gains.
-notebooks: $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+notebooks: $(NOTEBOOKS)
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python notebooks/render.py
+
+$(NOTEBOOKS): $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	touch $@
 
 clean:
 	rm -rf .venv .jax_cache build dist

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER, PAGES = ROOT / "notebooks", ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 MOST_SECONDS = 900
-"""Each takes under a minute on two idle cores."""
+"""The longest takes up to three minutes on two idle cores."""
 
 
 def _code(name):

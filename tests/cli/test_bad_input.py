@@ -248,9 +248,10 @@ def test_a_sweep_is_refused_before_its_first_run(mor: Mor, flags, words, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "sweep.json"]
 
 
-def test_a_sweep_loads_the_weights_that_a_run_names(mor: Mor, tmp_path, monkeypatch):
+def test_a_sweep_loads_the_weights_that_a_run_names(mor: Mor, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "sweep.json").write_text('{"runs": [{"name": "a", "set": {"init.source": "absent"}}]}')
+    changes = {"init.source": "absent", "data.source": str(corpus), "model.context_length": CONTEXT}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": [{"name": "a", "set": changes}]}))
     _refused(mor("sweep", "sweep.json"), "absent is no folder")
 
 

@@ -74,15 +74,19 @@ Case = Callable[[Random, Place], tuple[Path, Any]]
 def valid(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A prepared corpus, a Hugging Face folder and converted weights, all tiny."""
     folder = tmp_path_factory.mktemp("valid")
-    params = jax.tree.map(np.asarray, init_params(_MODEL, jax.random.key(0)))
+    params = _params(_MODEL)
     (folder / "ours").mkdir()
     weights.save(folder / "ours", _MODEL, params, Tokenizer.bytes_level(), origin="a test")
     convert.write(open_model(folder / "ours"), "hf", folder / "hf")
     (folder / "mor").mkdir()
-    params = jax.tree.map(np.asarray, init_params(_MOR, jax.random.key(0)))
+    params = _params(_MOR)
     weights.save(folder / "mor", _MOR, params, None, origin="a test")
     convert.write(open_model(folder / "mor"), "official", folder / "official")
     return Place(corpus, folder / "hf", folder / "ours", folder / "official", _indexed(folder / "hf"), folder / "work")
+
+
+def _params(model: ModelConfig) -> Any:
+    return jax.tree.map(np.asarray, jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
 
 
 def _indexed(hf: Path) -> Path:

@@ -2,13 +2,20 @@
 
 import sys
 
+import pytest
+
 from mor_jax.data.embedded import EmbeddedSource, docs_source, module_docstrings
 from mor_jax.data.spill import deal, read_bucket
 
 
-def test_standard_library():
+@pytest.fixture(scope="module")
+def documents():
+    """Parsing the standard library takes seconds."""
+    return list(EmbeddedSource().documents())
+
+
+def test_standard_library(documents):
     source = EmbeddedSource()
-    documents = list(source.documents())
     groups = [str(document.group) for document in documents]
     assert groups == sorted(groups) and len(set(groups)) == len(groups)
     assert {"json", "pydoc_data.topics.assert", "asyncio.tasks"} <= set(groups)
@@ -23,8 +30,7 @@ def test_nothing_is_imported():
     assert "antigravity" not in set(sys.modules) - before
 
 
-def test_no_module_is_on_both_sides(tmp_path):
-    documents = list(EmbeddedSource().documents())
+def test_no_module_is_on_both_sides(documents, tmp_path):
     deal(
         lambda: documents,
         None,

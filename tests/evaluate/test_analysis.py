@@ -75,7 +75,8 @@ def test_hidden_changes_are_those_of_the_states(sharing):
     rows = Rows.of_batch(batch(0))
     mode = "topk" if cfg.model.routing.kind == "none" else "threshold"
     changes = hidden_changes(weights(cfg), cfg.perf, [rows, rows], mode)
-    out = forward(cfg.model, params(cfg), rows.tokens_BT, mode=mode, positions=rows.positions_BT, return_hidden=True)
+    given = {"mode": mode, "positions": rows.positions_BT, "return_hidden": True}
+    out = jax.jit(lambda params: forward(cfg.model, params, rows.tokens_BT, **given))(params(cfg))
     assert out.hidden is not None
     before = params(cfg)["embedding"]["embedding"][rows.tokens_BT] if out.hidden.first is None else out.hidden.first
     for r, after in enumerate(out.hidden.recursions):

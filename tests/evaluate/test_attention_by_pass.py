@@ -59,15 +59,8 @@ def test_a_pass_attends_as_computed_from_the_states_before_it(kind, strategy, ac
     rows = Rows.of_batch(batch(1, padding=2))
     passes = attention_by_pass(dataclasses.replace(weights(cfg), params=tree), cfg.perf, [rows], mode)
     segments, positions = np.asarray(rows.segment_ids_BT), np.asarray(rows.positions_BT)
-    out = forward(
-        cfg.model,
-        tree,
-        rows.tokens_BT,
-        mode=mode,
-        positions=positions,
-        segment_ids=segments,
-        return_hidden=True,
-    )
+    given = {"mode": mode, "positions": positions, "segment_ids": segments, "return_hidden": True}
+    out = jax.jit(lambda params: forward(cfg.model, params, rows.tokens_BT, **given))(tree)
     assert out.hidden is not None and out.hidden.first is not None
     layer = jax.tree.map(lambda a: a[0], tree["block"])
     selected = np.ones((2, 2, T), bool) if out.trace is None else np.asarray(out.trace.selected_RBT)

@@ -1,6 +1,7 @@
 """Sliding windows against literal tables and against the trainer's validation; the cap on the passes."""
 
 import dataclasses
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -145,14 +146,17 @@ def test_a_cap_keeps_what_the_first_passes_do_not_share(kind):
     relaxation = RelaxationConfig(lora_rank=2, encoding=True)
     recursion = dataclasses.replace(cfg.model.recursion, share_norms=False, relaxation=relaxation)
     model = dataclasses.replace(cfg.model, recursion=recursion)
-    noise = lambda path, leaf: leaf + 0.1 * jax.random.normal(jax.random.key(len(str(path))), leaf.shape)  # noqa: E731
-    tree = jax.tree.map_with_path(noise, init_params(model, jax.random.key(0)))
+    noise = lambda path, leaf: leaf + 0.1 * np.random.default_rng(len(str(path))).normal(size=leaf.shape)  # noqa: E731
+    fresh = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    tree = jax.tree.map(jnp.float32, jax.tree.map_with_path(noise, fresh))
     capped = cap_depth(Weights(model, tree), 2)
     tokens_BT, mode = STREAM.tokens[None, :T], "threshold" if kind == "expert" else "topk"
-    whole, short = (
-        forward(m, p, tokens_BT, mode=mode, return_hidden=True, execution="scan").hidden
-        for m, p in ((model, tree), (capped.config, capped.params))
-    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def hidden(model: Any, params: Any) -> Any:
+        return forward(model, params, tokens_BT, mode=mode, return_hidden=True, execution="scan").hidden
+
+    whole, short = hidden(model, tree), hidden(capped.config, capped.params)
     assert whole is not None and short is not None and len(short.recursions) == 2
     for wanted, found in zip(whole.recursions[:2], short.recursions, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from decode_examples import tokens
+from decode_examples import full_forward, tokens
 
+from mor_jax.config import ModelConfig
 from mor_jax.infer.cache import kv_usage
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineOptions
@@ -76,3 +77,43 @@ def serve(engine: Any, requests: Sequence[Request], seed: int = 0) -> list[list[
     for token in engine.drain():
         found[token.request].append(token)
     return list(found.values())
+
+
+def check_greedy(
+    config: ModelConfig,
+    requests: Sequence[Request],
+    results: Sequence[Sequence[Token]],
+    margin: float = 1e-4,
+    max_depth: int | None = None,
+) -> int:
+    """Each token is the full forward pass's most likely one, with its log-probability and depth; count close calls."""
+    close = 0
+    for request, result in zip(requests, results, strict=True):
+        assert len(result) == request.max_tokens
+        assert [t.finished for t in result] == [False] * (len(result) - 1) + [True]
+        close += check_tokens(config, request, result, margin, max_depth)
+    return close
+
+
+def check_tokens(
+    config: ModelConfig,
+    request: Request,
+    result: Sequence[Token],
+    margin: float = 1e-4,
+    max_depth: int | None = None,
+) -> int:
+    """``check_greedy`` of one request that need not have come to its end."""
+    close, row = 0, np.zeros((1, LENGTH), np.int32)
+    whole = [*request.prompt, *(t.token for t in result)]
+    row[0, : len(whole)] = whole
+    logits_TV, depth_T = (np.asarray(x[0]) for x in full_forward(config, max_depth)(row))
+    for nth, token in enumerate(result):
+        place = len(request.prompt) - 1 + nth
+        logits_V = logits_TV[place].astype(np.float64)
+        log_probability = logits_V[token.token] - np.log(np.exp(logits_V).sum())
+        np.testing.assert_allclose(token.log_probability, log_probability, atol=1e-4, rtol=0)
+        assert token.depth == depth_T[place]
+        if token.token != logits_V.argmax():
+            assert logits_V.max() - logits_V[token.token] < margin
+            close += 1
+    return close

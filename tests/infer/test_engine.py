@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_examples import decode_model, full_forward, model_config
-from engine_examples import LENGTH, OPTIONS, check_empty, make_requests, serve
+from engine_examples import LENGTH, OPTIONS, check_empty, check_greedy, make_requests, serve
 
 from mor_jax.config import PartsConfig
 from mor_jax.errors import UserError
@@ -16,28 +16,6 @@ from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Alternatives, Sampled, Sampling
-
-
-def _check_greedy(config, requests, results, margin=1e-4, max_depth=None):
-    """Each token is the full forward pass's most likely one, with its log-probability and depth; count close calls."""
-    close = 0
-    for request, result in zip(requests, results, strict=True):
-        assert len(result) == request.max_tokens
-        assert [t.finished for t in result] == [False] * (len(result) - 1) + [True]
-        row = np.zeros((1, LENGTH), np.int32)
-        whole = [*request.prompt, *(t.token for t in result)]
-        row[0, : len(whole)] = whole
-        logits_TV, depth_T = (np.asarray(x[0]) for x in full_forward(config, max_depth)(row))
-        for nth, token in enumerate(result):
-            place = len(request.prompt) - 1 + nth
-            logits_V = logits_TV[place].astype(np.float64)
-            log_probability = logits_V[token.token] - np.log(np.exp(logits_V).sum())
-            np.testing.assert_allclose(token.log_probability, log_probability, atol=1e-4, rtol=0)
-            assert token.depth == depth_T[place]
-            if token.token != logits_V.argmax():
-                assert logits_V.max() - logits_V[token.token] < margin
-                close += 1
-    return close
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +35,7 @@ def test_requests_at_random_times_get_what_they_get_alone(config, engine):
     before = compilations()
     results = serve(engine, requests)
     assert compilations() == before
-    assert _check_greedy(config, requests, results) == 0
+    assert check_greedy(config, requests, results) == 0
     assert {t.depth for result in results for t in result} == {1, 2, 3}
     found, total = [result[0].found for result in results], engine.statistics
     assert total.preemptions > 8 and sum(found) > 20
@@ -82,7 +60,7 @@ def test_prompts_alone_are_read_without_dispatches(config, engine):
     assert engine.statistics.dispatches == 0
     tokens = list(engine.run())
     assert [token.request for token in tokens] == [number] * 2 and engine.statistics.dispatches > 0
-    assert _check_greedy(config, [request], [tokens]) == 0
+    assert check_greedy(config, [request], [tokens]) == 0
     # pages of what has ended are given back before others take them, and a prompt beside a running request still waits
     # for no one
     first = engine.submit(Request((3,), 20))
@@ -145,7 +123,7 @@ def test_what_few_requests_ask_for_is_what_the_full_forward_pass_says(config, en
     before = compilations()
     results = serve(engine, requests, seed=1)
     assert compilations() == before
-    assert _check_greedy(config, requests[2::5], results[2::5]) == 0
+    assert check_greedy(config, requests[2::5], results[2::5]) == 0
     for request, result in zip(requests, results, strict=True):
         whole, size = [*request.prompt, *(token.token for token in result)], len(request.prompt)
         row = np.zeros((1, LENGTH), np.int32)
@@ -197,7 +175,7 @@ def test_every_request_keeps_its_budget_of_passes_as_evaluation_does(routing, co
     requests = [dataclasses.replace(r, max_depth=1 + i % 2) for i, r in enumerate(make_requests(8, seed=4))]
     results = serve(engine, requests)
     for cap in (1, 2):
-        assert _check_greedy(config, requests[cap - 1 :: 2], results[cap - 1 :: 2], max_depth=cap) == 0
+        assert check_greedy(config, requests[cap - 1 :: 2], results[cap - 1 :: 2], max_depth=cap) == 0
         assert max(t.depth for result in results[cap - 1 :: 2] for t in result) == cap
 
 
@@ -289,7 +267,7 @@ def test_every_kind_of_model_runs_in_the_same_engine(routing, sharing, kv):
     before, requests = compilations(), make_requests(40)
     results = serve(engine, requests)
     assert compilations() == before
-    assert _check_greedy(config, requests, results) == 0
+    assert check_greedy(config, requests, results) == 0
 
 
 def test_block_slots_are_full_while_requests_wait(config):

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from decode_examples import model_config
 
 from mor_jax.infer.cache import CacheShape, init_cache, reserve
 from mor_jax.infer.exchange import Orders, _exchange
+
+_hand_over = jax.jit(_exchange, static_argnames="places")
 
 
 def _orders(drop=(), **source):
@@ -19,7 +22,7 @@ def _orders(drop=(), **source):
 
 
 def _give(pool, orders, *lengths):
-    return _exchange(pool, jnp.asarray(lengths, jnp.int32)[:, None], orders, places=2)
+    return _hand_over(pool, jnp.asarray(lengths, jnp.int32)[:, None], orders, places=2)
 
 
 def _pages(pool, row):

@@ -195,6 +195,22 @@ def test_boundaries_decide_the_depths_of_the_command_line(run, capsys, monkeypat
         LanguageModel(plain, make_params(plain), Tokenizer.bytes_level(), boundaries=(0.0, 1.0))
 
 
+def test_keys_and_values_in_int8_are_a_flag(run, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(generate, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(LanguageModel, "stream", lambda *_, **arguments: seen.update(arguments) or iter(()))
+    assert generate.run([str(run), "--prompt", "once", "--kv-dtype", "int8"]) == 0
+    assert seen["kv_dtype"] == "int8"
+
+
+def test_keys_and_values_in_int8_take_fewer_bytes(model):
+    for kv_dtype in ("model", "int8"):
+        model.stream("some text", max_tokens=3, kv_dtype=kv_dtype)
+    plain, int8 = (engine.measure().reserved for engine in list(model._engines.values())[-2:])
+    head_dim = MODEL.head_dim
+    assert plain * (head_dim + 2) == int8 * head_dim * 4
+
+
 def test_devices_that_do_not_divide_the_model_are_refused(run):
     with pytest.raises(UserError, match=r"model.vocab_size=257 is not divisible by mesh.tensor=2"):
         generate.run([str(run), "--prompt", "once", "--mesh.tensor", "2"])

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.infer.sampling import SamplingRows, _noise, sample
+from mor_jax.infer import sampling
+from mor_jax.infer.sampling import SamplingRows, _noise
 
 VOCABULARY = 40
+sample = jax.jit(sampling.sample, static_argnames=("known_tokens", "cuts"))
 
 
 def _rows(seeds, temperature=1.0, top_k=0, top_p=1.0):

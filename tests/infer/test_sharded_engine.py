@@ -94,6 +94,15 @@ def test_four_devices_unshared_norms_and_an_untied_head_give_what_one_device_giv
 
 
 @pytest.mark.slow
+def test_pools_in_int8_are_split_with_their_scales_and_give_what_one_device_gives():
+    engine = _check_model(_config("expert", num_layers=5), options=dataclasses.replace(OPTIONS, kv_dtype="int8"))
+    pools = jax.tree.leaves([(pool.keys, pool.values) for pool in engine._state.cache.pools])
+    assert {array.dtype.name for array in pools} == {"int8", "bfloat16"}
+    assert {array.sharding.spec for array in pools} == {jax.P(None, "tensor")}
+    _check_traffic(engine)
+
+
+@pytest.mark.slow
 def test_what_attends_block_by_block_gives_what_one_device_gives():
     options = dataclasses.replace(OPTIONS, max_length=2 * attention._BLOCK)
     engine = _check_model(_config("expert", num_layers=5), options=options)

@@ -110,7 +110,7 @@ def test_a_run_starts_from_the_weights_and_resumes_without_them(tmp_path):
 
 def test_the_bias_of_loss_free_balancing_comes_along(tmp_path):
     config = tiny_config(tmp_path, RoutingConfig("token", score="softmax", alpha=1.0, balancing="loss_free"))
-    params, bias_R = init_params(config.model, jax.random.key(0)), np.array([0.25, -0.25], np.float32)
+    params, bias_R = random_params(config.model), np.array([0.25, -0.25], np.float32)
     (tmp_path / "source").mkdir()
     weights.save(tmp_path / "source", config.model, {**params, ROUTER_STATE: {"bias": bias_R}}, None, origin="a test")
     config = dataclasses.replace(config, init=InitConfig(source=str(tmp_path / "source")))

@@ -84,7 +84,7 @@ def _run(backend: Any, mask: Mask, heads: int, kv_heads: int, width: int):
 # name: (queries, where they are selected; keys; documents; some not valid; query heads, key/value heads, head dim)
 CASES = {
     "causal, odd heads": (None, 200, False, False, (3, 1, 64)),
-    "documents, last unit of heads half full": (None, 263, True, False, (3, 3, 64)),
+    "documents, a program for each key/value head": (None, 263, True, False, (3, 3, 64)),
     "shared keys, some not valid": (141, 260, False, True, (1, 1, 64)),
     "shared keys, documents, wide heads": (77, 140, True, False, (2, 1, 128)),
 }
@@ -94,9 +94,9 @@ CASES = {
 def test_kernels_equal_the_plain_path(name, monkeypatch):
     queries, keys, documents, valid, sizes = CASES[name]
     make_layout: Any = tpu.make_layout
-    if "half full" in name:  # vector memory for two of three groups
+    if "each key/value head" in name:  # vector memory for two of three groups, which are no equal parts
         monkeypatch.setattr(tpu, "_ROOM", 2 * 2**20)
-        assert make_layout(keys, keys, *sizes, "float32").unit == 2
+        assert make_layout(keys, keys, *sizes, "float32").unit == 1
     view = _view(keys, documents, valid)
     mask = Mask(view) if queries is None else Mask(_selected(view, queries), view)
     assert bool(jnp.all(jnp.any(mask.dense(), axis=(1, 3))))
@@ -171,16 +171,16 @@ def test_blocks_that_nothing_is_seen_of_are_skipped():
     assert all(past == first + 1 for first, past, *_ in table(blind))
 
 
-def test_heads_are_cut_in_whole_tiles_where_they_do_not_fit_together():
+def test_heads_are_cut_into_equal_parts_where_they_do_not_fit_together():
     unit = lambda heads, kv_heads, width: make_layout(2048, 2048, heads, kv_heads, width, "bfloat16").unit  # noqa: E731
-    assert (unit(15, 5, 64), unit(9, 3, 64), unit(32, 32, 64), unit(16, 16, 128)) == (5, 3, 8, 5)
+    assert (unit(15, 5, 64), unit(9, 3, 64), unit(32, 32, 64), unit(16, 16, 128)) == (5, 3, 8, 4)
     assert [block_size(n) for n in (1, 511, 512, 683, 1024, 1365, 2048)] == [128, 128, 256, 256, 512, 512, 512]
 
 
 def test_rows_too_long_for_vector_memory_are_cut_into_equal_parts_of_whole_blocks():
     assert [key_part(keys, 64, "bfloat16") for keys in (100, 8192)] == [100, 8192]
     part = key_part(32768, 64, "bfloat16")
-    assert part == 8192 and key_part(33000, 64, "bfloat16") % 512 == 0
+    assert part == 16384 and key_part(33000, 64, "bfloat16") % 512 == 0
 
 
 def test_parts_of_the_keys_add_up(monkeypatch):
@@ -206,15 +206,15 @@ def test_where_the_kernel_runs():
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("generation", sorted(GENERATIONS))
 def test_the_kernels_compile(generation):
-    """Odd numbers of heads whose last tile is half full, an odd length, and a mask; heads in two programs; parts."""
+    """Odd numbers of heads, an odd length, and a mask; heads in several programs; parts."""
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     device = describe_topology(f"{generation}:{GENERATIONS[generation].sizes[1]}").devices[0]
     placed = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
     for tokens, heads, kv_heads, width, dtype, valid in (
         (1365, 15, 5, 64, "bfloat16", True),
-        (2048, 12, 12, 64, "bfloat16", False),
+        (2048, 32, 32, 64, "bfloat16", False),
         (300, 2, 1, 128, "float32", False),
-        (16384, 2, 1, 64, "bfloat16", False),
+        (32768, 2, 1, 64, "bfloat16", False),
     ):
 
         def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:

@@ -163,7 +163,7 @@ def test_perf_fusion_chooses_the_kernel_in_the_train_step(fusion, calls):
     perf = PerfConfig(fusion=fusion, attention_backend="xla", loss_chunk=16)
     config = Config(model=model, train=TrainConfig(batch_size=2, steps=100), perf=perf)
     batch = {name: jnp.asarray(x) for name, x in random_batch(model, 2, packed=False, seed=0).items()}
-    params = init_params(model, jax.random.key(0))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     bias_R, key = jnp.zeros(1), jax.random.key(1)
     jax.eval_shape(jax.grad(lambda params: loss_fn(config, params, bias_R, batch, key, None)[0]), params)
     assert calls == ([(32, 48)] if fusion == "triton" else [])

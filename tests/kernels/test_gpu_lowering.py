@@ -11,12 +11,13 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from mor_jax import presets
 from mor_jax.config import MeshConfig, PartsConfig, ResolvedPerf
+from mor_jax.errors import UserError
 from mor_jax.infer.cache import CacheShape, init_cache
 from mor_jax.infer.decode_model import prepare_weights
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_shape import engine_shape
 from mor_jax.infer.engine_state import empty_control, init_state
-from mor_jax.infer.paged_attention import prompts_backend
+from mor_jax.infer.paged_attention import decode_backend, prompts_backend
 from mor_jax.infer.prefill import _piece, prefill
 from mor_jax.infer.stages import dispatch
 from mor_jax.kernels import swiglu_hopper
@@ -274,11 +275,20 @@ def test_a_dispatch_of_the_engine(preset, options, gpu):
     assert set(kernels) == {"decode_attention"}
 
 
-def test_a_chunk_of_a_prompt(gpu):
+def test_int8_has_no_kernel_for_single_tokens(gpu):
+    config = presets.get("vanilla-360m").config.model
+    gpu()
+    assert [decode_backend(config, kv_dtype=kv_dtype) for kv_dtype in ("model", "int8")] == ["pallas", "xla"]
+    with pytest.raises(UserError, match=r"backend='pallas' needs kv_dtype='model', not 'int8'"):
+        decode_backend(config, "pallas", kv_dtype="int8")
+
+
+@pytest.mark.parametrize("kv_dtype", ["model", "int8"])
+def test_a_chunk_of_a_prompt(kv_dtype, gpu):
     """Every layer attends by the training's forward kernel; 32 bits do not."""
     config = dataclasses.replace(presets.get("mor-360m-expert-r3").config.model, num_layers=5)
     model = jax.eval_shape(lambda key: prepare_weights(config, init_params(config, key)), jax.random.key(0))
-    cache = jax.eval_shape(lambda: init_cache(config, CacheShape(2, 4096)))
+    cache = jax.eval_shape(lambda: init_cache(config, CacheShape(2, 4096, kv_dtype=kv_dtype)))
     rows, chunk = [_array(2, dtype="int32")] * 4, _array(2, 128, dtype="int32")
     gpu()
     kernels = _kernels(prefill, model, cache, rows[0], chunk, *rows[1:])

@@ -52,7 +52,7 @@ def _hand_nll(logits_BTV: jax.Array, labels_BT: np.ndarray) -> tuple[float, int]
 
 def test_labels_are_shifted_inside_and_the_mean_is_over_targets():
     params = _params(VANILLA)
-    output = forward(VANILLA, params, TOKENS_BT)
+    output = _forward(VANILLA, params)
     nll, count = _hand_nll(output.logits, TOKENS_BT)
     assert count == 14
     np.testing.assert_allclose(output.losses["lm"], nll / count, rtol=1e-6)

@@ -39,7 +39,7 @@ def compile_gradients(config: Config, mesh_config: MeshConfig) -> tuple[Any, Any
     count = math.prod(size for size in vars(mesh_config).values())
     mesh = make_mesh(mesh_config, jax.devices()[:count])
     shardings = params_shardings(mesh, logical_axes(config.model))
-    params = jax.device_put(init_params(config.model, jax.random.key(0)), shardings)
+    params = jax.device_put(jax.jit(lambda key: init_params(config.model, key))(jax.random.key(0)), shardings)
     batch = shard_batch(mesh, tiny_runs.make_batch(config))
 
     def loss(params: Any, batch: Any) -> Any:

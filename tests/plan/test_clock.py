@@ -22,7 +22,7 @@ PROGRAM = f"""HloModule jit_step
 
 %fused (p: bf16[8,8]) -> bf16[8,8] {{
   %p = bf16[8,8] parameter(0)
-  ROOT %dot.1 = bf16[8,8] convolution(%p, %p), dim_labels=bf_io->bf, metadata={{op_name="jit/block/ffn/dot_general"}}
+  ROOT %dot.1 = bf16[8,8] convolution(%p, %p), dim_labels=bf_io->bf, metadata={{op_name="_routed_recursions/ffn/dot"}}
 }}
 
 %body (s: (s32[], bf16[8,8])) -> (s32[], bf16[8,8]) {{

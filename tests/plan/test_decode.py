@@ -48,7 +48,7 @@ def step():
 def test_memory_is_that_of_a_real_engine(step):
     """Parameters and pages of the plan are the bytes that an engine of the same sizes holds."""
     model, memory = _config().model, step.memory
-    engine = Engine(prepare_weights(model, init_params(model, jax.random.key(0))), OPTIONS)
+    engine = Engine(prepare_weights(model, jax.jit(lambda: init_params(model, jax.random.key(0)))()), OPTIONS)
     assert memory.parameters == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.model))
     assert memory.parameters >= count_parameters(model).total * 4  # float32
     assert memory.kv_pages == engine.measure().reserved

@@ -73,8 +73,9 @@ def test_products_are_counted_by_origin_and_opaque_calls_are_named():
 
 
 def test_a_loop_without_a_constant_limit_is_named():
-    module = parse(PROGRAM.replace("s32[]{:T(128)} constant(5)", "s32[]{:T(128)} parameter(1)"))
-    assert module.unknown_loops == ("while.1",) and module.executions["body"] == 1
+    for limit in ("parameter(1)", "constant(-2147483648)"):
+        module = parse(PROGRAM.replace("s32[]{:T(128)} constant(5)", f"s32[]{{:T(128)}} {limit}"))
+        assert module.unknown_loops == ("while.1",) and module.executions["body"] == 1
 
 
 @pytest.mark.parametrize(

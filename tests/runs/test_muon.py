@@ -80,7 +80,7 @@ def loop(name: tuple[str, str], momentum: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-    return init_params(MODEL, jax.random.key(0))
+    return jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

@@ -188,7 +188,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, caplog, name)
 
 def test_a_run_of_all_of_them_resumes_also_from_an_old_configuration(tmp_path, package):
     wandb, trackio = package("wandb"), package("trackio", broken=("log",))
-    config = tiny_config(tmp_path, steps=2, trackers=("tensorboard", "wandb", "trackio"), pictures=False)
+    config = tiny_config(tmp_path, steps=2, trackers=("tensorboard", "wandb", "trackio"))
     folder = train(config, make_dataset=dataset_maker(config), devices=jax.devices()[:1])
     values = json.loads((folder / "config.json").read_text())
     del values["train"]["trackers"]

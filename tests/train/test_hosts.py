@@ -21,7 +21,7 @@ STEPS = 12
 
 
 def _start(folder: Path, count: int, **options) -> Hosts:
-    train = {"steps": STEPS, "save_every": 6, "eval_every": 6, **options.pop("train", {})}
+    train = {"steps": STEPS, "save_every": 6, "eval_every": 6, "pictures": True, **options.pop("train", {})}
     return Hosts(folder, count, DEVICES // count, mesh=MESH, train=train, **options)
 
 

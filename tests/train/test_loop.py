@@ -48,7 +48,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run of six steps without interruption, and the record of its batches."""
     folder = tmp_path_factory.mktemp("straight")
     record = folder / "batches.txt"
-    return run(tiny_config(folder, eval_every=2), record), record
+    return run(tiny_config(folder, eval_every=2, pictures=True), record), record
 
 
 def test_a_run_leaves_config_metrics_checkpoints_and_pictures(straight):
@@ -93,7 +93,7 @@ def number(request):
 
 def test_what_slurm_and_a_closed_terminal_send_saves(tmp_path, capsys, number):
     """Twice, as a closed terminal does."""
-    config = tiny_config(tmp_path, save_every=0, pictures=False)
+    config = tiny_config(tmp_path, save_every=0)
     act = lambda: [os.kill(os.getpid(), number) for _ in range(2)]  # noqa: E731
     folder = run(config, make_dataset=stopping_dataset(config, 1, act))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
@@ -102,7 +102,7 @@ def test_what_slurm_and_a_closed_terminal_send_saves(tmp_path, capsys, number):
 
 
 def test_a_finished_run_is_extended_and_says_that_its_rate_rises(tmp_path, capsys):
-    config = tiny_config(tmp_path, steps=10, pictures=False)  # the tenth step has half of the peak
+    config = tiny_config(tmp_path, steps=10)  # the tenth step has half of the peak
     run(config)
     lines = read_lines(run(with_train(config, steps=12)))
     assert capsys.readouterr().out.count("rises again: step 10 had 5.00e-03, step 11 has 1.00e-02") == 1
@@ -120,7 +120,7 @@ def test_another_configuration_is_refused_by_field_and_touches_nothing(straight)
 
 
 def test_other_data_is_refused(tmp_path):
-    config = tiny_config(tmp_path, steps=2)
+    config = tiny_config(tmp_path)
     run(config)
 
     class OtherTokenizer(NumberTokenizer):
@@ -134,7 +134,7 @@ def test_other_data_is_refused(tmp_path):
     kept = {name: (tmp_path / "tiny" / name).read_bytes() for name in ("config.json", "tokenizer.json")}
     with pytest.raises(UserError, match=r"trained on other data: .* had the hash tiny, now other"):
         run(
-            with_train(config, steps=4),
+            with_train(config, steps=8),
             make_dataset=lambda _, *, split, batch_size, **rest: Other(config, split, batch_size),
         )
     assert {name: (tmp_path / "tiny" / name).read_bytes() for name in kept} == kept
@@ -142,7 +142,7 @@ def test_other_data_is_refused(tmp_path):
 
 def test_a_folder_in_which_another_run_trains_is_refused_and_left_alone(tmp_path):
     """Two runs would write the same checkpoints, and each would take the other's save for a half-written one."""
-    config, refusals = tiny_config(tmp_path, steps=4, save_every=2), []
+    config, refusals = tiny_config(tmp_path, save_every=2), []
     half = tmp_path / "tiny" / "checkpoints" / "9.orbax-checkpoint-tmp"
 
     def start_another() -> None:
@@ -154,7 +154,7 @@ def test_a_folder_in_which_another_run_trains_is_refused_and_left_alone(tmp_path
         half.rmdir()
 
     folder = run(config, make_dataset=stopping_dataset(config, 2, start_another))
-    assert len(refusals) == 1 and [line["step"] for line in read_lines(folder)] == [1, 2, 3, 4]
+    assert len(refusals) == 1 and [line["step"] for line in read_lines(folder)] == [1, 2, 3, 4, 5, 6]
     assert run(config) == folder  # the lock went with the run
 
 
@@ -169,15 +169,15 @@ def test_a_refused_start_leaves_nothing_behind(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves behind
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(straight, tmp_path, caplog):
-    config = tiny_config(tmp_path, steps=4, save_every=2)
+    config = tiny_config(tmp_path)
     folder = run(config)
     wanted = read_lines(folder)
-    manifest = folder / "checkpoints" / "4" / "state" / "manifest.ocdbt"
+    manifest = folder / "checkpoints" / "6" / "state" / "manifest.ocdbt"
     manifest.write_bytes(manifest.read_bytes()[:20])
     run(config)
-    assert "checkpoint 4 is damaged" in caplog.text
+    assert "checkpoint 6 is damaged" in caplog.text
     assert read_lines(folder) == wanted
-    assert (folder / "checkpoints-damaged" / "4").is_dir()
+    assert (folder / "checkpoints-damaged" / "6").is_dir()
     gc.collect()
 
 

@@ -19,7 +19,7 @@ from mor_jax.train.loop import train
 
 
 def _config(runs: Path) -> Config:
-    config = with_train(tiny_config(runs), save_every=2, steps=4, pictures=False)
+    config = with_train(tiny_config(runs), save_every=2, steps=4)
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind="muon"))
 
 

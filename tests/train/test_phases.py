@@ -43,7 +43,7 @@ PLAIN = RoutingConfig(kind="expert", residual="plain", alpha=2.0)
 
 def growing(runs: Path | None = None, **train: Any) -> Config:
     """Two steps of one pass, then two of the whole model; every pass has a low-rank update of its own."""
-    fields = {"steps": 4, "growth": (GrowthStage(0.5, 1),), "eval_every": 2, "save_every": 2, "pictures": False}
+    fields = {"steps": 4, "growth": (GrowthStage(0.5, 1),), "eval_every": 2, "save_every": 2}
     routing = dataclasses.replace(PLAIN, sampling="none")  # one validation less to compile
     config = tiny_config(runs, routing, **{**fields, **train})
     relaxation = RelaxationConfig(lora_rank=1, lora_targets=("down",))

@@ -56,6 +56,7 @@ _TRAIN = {
     "save_every": 3,
     "name": "tiny",
     "trackers": (),
+    "pictures": False,  # a program and a page more for every run
 }
 
 

@@ -26,7 +26,7 @@ from mor_jax.bench.serving_setup import (
     parse_model,
     random_model,
 )
-from mor_jax.infer.cache import kv_layout
+from mor_jax.infer.cache import entry_bytes, kv_layout
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.replicas import AnyEngine, copy_meshes, make_engine
@@ -68,7 +68,9 @@ def bench_model(
     compile_seconds, compiled = time.perf_counter() - begin, compilations()
     requests = make_requests(model.config, settings)
     measured = run_requests(engine, requests)
-    taken = parameter_bytes(model) + options.max_running * settings.reserve * bytes_per_position(model.config)
+    taken = parameter_bytes(model) + options.max_running * settings.reserve * bytes_per_position(
+        model.config, settings.kv_dtype
+    )
     return {
         "match": scenario.match,
         "batch": scenario.batch,
@@ -76,7 +78,7 @@ def bench_model(
         "copies": copies,
         "in_flight": engine.max_running,
         "parameter_bytes": copies * parameter_bytes(model),
-        "kv_bytes_per_position": bytes_per_position(model.config),
+        "kv_bytes_per_position": bytes_per_position(model.config, settings.kv_dtype),
         "bytes_of_parameters_and_reserved_keys_and_values": copies * taken,
         "warm_up_seconds": compile_seconds,
         "compilations_after_warm_up": compilations() - compiled,
@@ -149,7 +151,7 @@ def _bound(model: DecodeModel, engine: AnyEngine, measured: dict[str, Any], band
     total, layout = engine.statistics, kv_layout(model.config)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     repeats = model.config.recursion.num_recursions if model.config.recursion.is_sequence else 1
-    entry = 2 * model.config.num_kv_heads * model.config.head_dim * jnp.dtype(model.config.dtype).itemsize
+    entry = entry_bytes(model.config, engine.shape.kv_dtype)
     head = model.embedding_VD if model.head_VD is None else model.head_VD
     parts = {
         "block_weights": size(model.block) * repeats * total.block_steps,

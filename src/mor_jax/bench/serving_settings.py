@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mor_jax.errors import require
-from mor_jax.infer.engine_options import EngineMesh
+from mor_jax.infer.engine_options import EngineMesh, KvDtype
 
 Match = Literal["slots", "memory"]
 
@@ -40,6 +40,8 @@ class ServeSettings:
     """Block passes per dispatch."""
     page_size: int = 16
     """Cache entries per page."""
+    kv_dtype: KvDtype = "model"
+    """Keys and values of every model, in its dtype or in int8."""
     profile: bool = False
     """Whether to trace one busy dispatch of every scenario and list its kernels."""
     calibration_rows: int = 128

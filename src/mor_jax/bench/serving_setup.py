@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mor_jax import presets
@@ -16,9 +15,9 @@ from mor_jax.config import Config, ModelConfig, PerfConfig
 from mor_jax.errors import UserError, require
 from mor_jax.evaluate.calibrate import calibrate, with_boundaries
 from mor_jax.evaluate.passes import batch_trace, evaluation_perf
-from mor_jax.infer.cache import kv_layout
+from mor_jax.infer.cache import entry_bytes, kv_layout
 from mor_jax.infer.decode_model import DecodeModel, prepare_weights
-from mor_jax.infer.engine_options import EngineOptions
+from mor_jax.infer.engine_options import EngineOptions, KvDtype
 from mor_jax.infer.replicas import copy_meshes
 from mor_jax.infer.request import Request
 from mor_jax.infer.sampling import Sampling
@@ -96,9 +95,10 @@ class Scenario:
     """Bytes of parameters and reserved keys and values that the first model takes; None for the first itself."""
 
 
-def bytes_per_position(config: ModelConfig) -> float:
+def bytes_per_position(config: ModelConfig, kv_dtype: KvDtype) -> float:
     """Bytes of keys and values per position of the text, at the training capacities."""
-    return kv_bytes_per_token(config, bytes_per_value=jnp.dtype(config.dtype).itemsize)
+    per_value = entry_bytes(config, kv_dtype) / (2 * config.num_kv_heads * config.head_dim)
+    return kv_bytes_per_token(config, bytes_per_value=1) * per_value
 
 
 def options_for(model: DecodeModel, settings: ServeSettings, scenario: Scenario) -> EngineOptions:
@@ -108,7 +108,7 @@ def options_for(model: DecodeModel, settings: ServeSettings, scenario: Scenario)
         UserError: the model's parameters alone exceed the budget.
     """
     batch, layout = scenario.batch, kv_layout(model.config)
-    per_sequence = bytes_per_position(model.config) * settings.reserve
+    per_sequence = bytes_per_position(model.config, settings.kv_dtype) * settings.reserve
     pages = -(-settings.reserve // settings.page_size)
     if layout.passes == 1:
         block = exits = exit_at = running = batch
@@ -137,6 +137,7 @@ def options_for(model: DecodeModel, settings: ServeSettings, scenario: Scenario)
         prefill_chunk=min(256, max(1, settings.prompt_length - 1)),
         block_pages=math.ceil(running * pages * groups),
         edge_pages=running * pages,
+        kv_dtype=settings.kv_dtype,
         cuts=False,
         kept=0,  # no prompt of the queue begins like another
     )

@@ -13,7 +13,7 @@ import tyro
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.errors import UserError, reason, require, require_text
-from mor_jax.infer.engine_options import EngineMesh
+from mor_jax.infer.engine_options import EngineMesh, KvDtype
 
 if TYPE_CHECKING:
     from mor_jax.infer.language_model import Completion, LanguageModel
@@ -45,6 +45,8 @@ class GenerateArguments:
     """Passes over the shared block that a token may take at most."""
     max_length: int | None = None
     """Tokens of prompt and completion; None is the model's context."""
+    kv_dtype: KvDtype = "model"
+    """Keys and values: in the model's dtype, or in int8 with a scale per entry and head."""
     boundaries: tuple[float, ...] | None = None
     """Expert-choice: raw-score boundary of every recursion, as `mor eval --calibrate` prints; None is the model's."""
     show_depth: bool = False
@@ -62,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
 
     enable_compilation_cache()
     model, speed = load(options.checkpoint, boundaries=options.boundaries, mesh=options.mesh), Speed()
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "max_depth", "max_length")
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "max_depth", "max_length", "kv_dtype")
     stream = model.stream(prompts, **{name: getattr(options, name) for name in names})
     completions = [Completion(prompt) for prompt in prompts]
     live = len(prompts) == 1 and not options.json

@@ -9,11 +9,14 @@ A page is one row of its pool, X = Z * K * H numbers wide: the heads of its firs
 so on. Devices that share the heads cut this row, and each has its share of all entries. A TPU keeps such a pool as it
 is; were entries and heads axes of their own, it would fill up their tiles, and programs would work on a copy of all.
 
+In int8 a pool has a second array, of scales, laid out likewise (``kernels.int8_pages``).
+
 Letters: S sequences (rows of the page tables), G groups, M pages per group, P pages of the pool, Z entries per page,
 B rows, T tokens, K H heads.
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -24,6 +27,8 @@ from flax import struct
 from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
+from mor_jax.infer.engine_options import KvDtype
+from mor_jax.kernels.int8_pages import Int8Pages, KeyValuePages, Pages, quantize
 from mor_jax.mesh.axes import constrain
 
 
@@ -61,9 +66,9 @@ POOL_AXES = (None, "kv_heads")
 class PagedCache:
     """One pool of pages and who holds them."""
 
-    keys: tuple[jax.Array, ...]
+    keys: tuple[Pages, ...]
     """Per layer [P, X], rotated."""
-    values: tuple[jax.Array, ...]
+    values: tuple[Pages, ...]
     """Per layer [P, X]."""
     table_SGM: jax.Array
     """int32: m-th page of a sequence's group; meaningless beyond its length."""
@@ -81,7 +86,7 @@ class PagedCache:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all its layers, keys and values."""
-        return 2 * sum(pool.nbytes // pool.shape[0] for pool in self.keys)
+        return sum(array.nbytes // array.shape[0] for array in jax.tree.leaves((self.keys, self.values)))
 
 
 @struct.dataclass
@@ -102,7 +107,7 @@ def hold_cache(cache: Cache) -> Cache:
     """Keep pools split over their heads, and their tables whole on every device; without a mesh, do nothing."""
 
     def hold(pool: PagedCache) -> PagedCache:
-        split = lambda arrays: tuple(constrain(array, *POOL_AXES) for array in arrays)  # noqa: E731
+        split = functools.partial(jax.tree.map, lambda array: constrain(array, *POOL_AXES))
         return dataclasses.replace(jax.tree.map(constrain, pool), keys=split(pool.keys), values=split(pool.values))
 
     return jax.tree.map(hold, cache, is_leaf=lambda node: isinstance(node, PagedCache))
@@ -124,6 +129,8 @@ class CacheShape:
     """Pages of the first and last layers' pool; None likewise."""
     kept: int = 0
     """Further rows of the page tables: of sequences that have ended, and whose pages may be wanted again."""
+    kv_dtype: KvDtype = "model"
+    """What keys and values are kept in."""
 
     def __post_init__(self) -> None:
         for name in ("sequences", "max_length", "page_size"):
@@ -147,8 +154,7 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> Cache:
 
     def pool(layers: int, groups: int, pages: int | None) -> PagedCache:
         pages = groups * most if pages is None else pages
-        size = (pages, shape.page_size * config.num_kv_heads * config.head_dim)
-        empty = lambda: tuple(jnp.zeros(size, config.dtype) for _ in range(layers))  # noqa: E731
+        empty = lambda: tuple(_empty_pages(config, shape, pages) for _ in range(layers))  # noqa: E731
         return PagedCache(
             keys=empty(),
             values=empty(),
@@ -162,6 +168,20 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> Cache:
 
     edge = pool(layout.edge_layers, 1, shape.edge_pages) if layout.edge_layers else None
     return Cache(block=pool(layout.block_layers, layout.groups, shape.block_pages), edge=edge)
+
+
+def _empty_pages(config: ModelConfig, shape: CacheShape, pages: int) -> Pages:
+    heads = shape.page_size * config.num_kv_heads
+    if shape.kv_dtype == "model":
+        return jnp.zeros((pages, heads * config.head_dim), config.dtype)
+    numbers_PX = jnp.zeros((pages, heads * config.head_dim), jnp.int8)
+    return Int8Pages(numbers_PX, jnp.zeros((pages, heads), jnp.bfloat16))
+
+
+def entry_bytes(config: ModelConfig, kv_dtype: KvDtype) -> int:
+    """Bytes of an entry's keys and values in one layer."""
+    of_head = config.head_dim * jnp.dtype(config.dtype).itemsize if kv_dtype == "model" else config.head_dim + 2
+    return 2 * config.num_kv_heads * of_head
 
 
 def reserve(
@@ -196,7 +216,9 @@ def reserve(
     return dataclasses.replace(cache, table_SGM=table_SGM, length_SG=length_SG, num_free=num_free), start_B
 
 
-def append(cached: KeyValue, fresh: KeyValue, table_BM: jax.Array, start_B: jax.Array, count_B: jax.Array) -> KeyValue:
+def append(
+    cached: KeyValuePages, fresh: KeyValue, table_BM: jax.Array, start_B: jax.Array, count_B: jax.Array
+) -> KeyValuePages:
     """Write new entries of one layer behind those that rows hold.
 
     Args:
@@ -211,15 +233,21 @@ def append(cached: KeyValue, fresh: KeyValue, table_BM: jax.Array, start_B: jax.
     entry_BT = start_B[:, None] + nth_T[None, :]
     page_BT = jnp.take_along_axis(table_BM, entry_BT // size, axis=1, mode="clip")
     page_BT = jnp.where(nth_T[None, :] < count_B[:, None], page_BT, pages)
-    corner_BT2 = jnp.stack([page_BT, entry_BT % size * width], axis=-1)
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
     )
 
-    def write(pool: jax.Array, new: jax.Array) -> jax.Array:
-        new_BTX = new.reshape(*new.shape[:2], width)
+    def put(pool: jax.Array, new: jax.Array) -> jax.Array:
+        new_BTX = new.reshape(*new.shape[:2], -1)
+        corner_BT2 = jnp.stack([page_BT, entry_BT % size * new_BTX.shape[2]], axis=-1)
         drop = jax.lax.GatherScatterMode.FILL_OR_DROP
         return jax.lax.scatter(pool, corner_BT2, new_BTX, dimensions, mode=drop)
+
+    def write(pages: Pages, new_BTKH: jax.Array) -> Pages:
+        if not isinstance(pages, Int8Pages):
+            return put(pages, new_BTKH)
+        numbers_BTKH, scales_BTK = quantize(new_BTKH)
+        return Int8Pages(put(pages.numbers_PX, numbers_BTKH), put(pages.scales_PY, scales_BTK))
 
     return write(cached[0], fresh[0]), write(cached[1], fresh[1])
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.infer.cache import PagedCache
 from mor_jax.infer.decode_model import DecodeModel, LayerWeights
 from mor_jax.infer.paged_attention import PagedStore
+from mor_jax.kernels.int8_pages import KeyValuePages
 from mor_jax.kernels.norm import rms_norm
 from mor_jax.kernels.rotary import Rotary, rotary_tables
 from mor_jax.mesh.axes import constrain
@@ -129,9 +129,9 @@ def _attention(
     weights: LayerWeights,
     x_BTD: jax.Array,
     context: DecodeContext,
-    cached: KeyValue,
+    cached: KeyValuePages,
     value_share: jax.Array | None,
-) -> tuple[jax.Array, KeyValue]:
+) -> tuple[jax.Array, KeyValuePages]:
     """Project by one product, attend through the store, and project back."""
     store, projection_XD, (rows, length, width) = context.store, weights.query_key_value_XD, x_BTD.shape
     if not store.writes:  # queries alone, which lie before the keys and values of each device
@@ -154,7 +154,7 @@ def _feed_forward(weights: LayerWeights, x_BTD: jax.Array, shards: int) -> jax.A
     return jnp.einsum("BTF,DF->BTD", activated_BTPF.reshape(rows, length, -1), weights.down_DF)
 
 
-def _put(cache: PagedCache, index: int, cached: KeyValue) -> PagedCache:
+def _put(cache: PagedCache, index: int, cached: KeyValuePages) -> PagedCache:
     keys, values = (
         (*pools[:index], pool, *pools[index + 1 :])
         for pools, pool in zip((cache.keys, cache.values), cached, strict=True)

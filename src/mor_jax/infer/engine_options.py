@@ -1,11 +1,12 @@
 """What a user chooses of an engine, its sizes and devices; needs no jax, so that commands can parse it at once."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mor_jax.errors import require
 
 DecodeBackend = Literal["auto", "xla", "pallas"]
+KvDtype = Literal["model", "int8"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class EngineOptions:
     kept: int = 64
     """Sequences that have ended and whose pages are kept, while nobody needs them, for prompts that begin alike; with 0
     running sequences share nothing either."""
+    kv_dtype: KvDtype = "model"
+    """Keys and values: in the model's dtype, or in int8 with a scale per entry and head: about half the bytes of
+    bfloat16. The GPU kernel for single tokens does not read it."""
     backend: DecodeBackend = "auto"
     """Decode attention."""
     cuts: bool = True
@@ -59,6 +63,8 @@ class EngineOptions:
         ):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}={value} must be positive, or None")
+        allowed = get_args(KvDtype)
+        require(self.kv_dtype in allowed, f"kv_dtype={self.kv_dtype!r} is not one of {', '.join(map(repr, allowed))}")
         for name in ("staged", "kept"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"{name}={value} must not be negative")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mor_jax.errors import require
 from mor_jax.infer.cache import CacheShape, kv_layout
 from mor_jax.infer.decode_model import DecodeModel
-from mor_jax.infer.engine_options import DecodeBackend, EngineOptions
+from mor_jax.infer.engine_options import DecodeBackend, EngineOptions, KvDtype
 from mor_jax.infer.paged_attention import decode_backend
 
 
@@ -33,6 +33,8 @@ class EngineShape:
     """See ``CacheShape``."""
     edge_pages: int | None = None
     """See ``CacheShape``."""
+    kv_dtype: KvDtype = "model"
+    """See ``CacheShape``."""
     backend: DecodeBackend = "xla"
     """Decode attention, resolved."""
     cuts: bool = True
@@ -53,7 +55,15 @@ class EngineShape:
     @property
     def cache(self) -> CacheShape:
         """Sizes of the cache."""
-        return CacheShape(self.places, self.max_length, self.page_size, self.block_pages, self.edge_pages, self.kept)
+        return CacheShape(
+            sequences=self.places,
+            max_length=self.max_length,
+            page_size=self.page_size,
+            block_pages=self.block_pages,
+            edge_pages=self.edge_pages,
+            kept=self.kept,
+            kv_dtype=self.kv_dtype,
+        )
 
 
 def engine_shape(model: DecodeModel, options: EngineOptions) -> EngineShape:
@@ -73,7 +83,8 @@ def engine_shape(model: DecodeModel, options: EngineOptions) -> EngineShape:
         page_size=options.page_size,
         block_pages=options.block_pages,
         edge_pages=options.edge_pages,
-        backend=decode_backend(model.config, options.backend, model.shards),
+        kv_dtype=options.kv_dtype,
+        backend=decode_backend(model.config, options.backend, model.shards, options.kv_dtype),
         cuts=options.cuts,
         kept=options.kept,
     )

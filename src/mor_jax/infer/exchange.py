@@ -79,8 +79,8 @@ def _exchange(cache: PagedCache, length_SG: jax.Array, orders: Orders, places: i
     new_SGM = jnp.where(gets_S1[:, :, None], taken_SGM, table_SGM)
     return dataclasses.replace(
         cache,
-        keys=tuple(map(copy, cache.keys)),
-        values=tuple(map(copy, cache.values)),
+        keys=jax.tree.map(copy, cache.keys),
+        values=jax.tree.map(copy, cache.values),
         table_SGM=new_SGM.at[row_S1, group_1G, column_SG].set(fresh_SG, mode="drop"),
         length_SG=jnp.where(gets_S1, length_SG, jnp.where(drop_S1, 0, cache.length_SG)),
         free_P=free_P,

@@ -12,7 +12,7 @@ from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
 from mor_jax.errors import UserError, require
 from mor_jax.infer.decode_model import DecodeModel, prepare_weights
-from mor_jax.infer.engine_options import ONE_DEVICE, EngineMesh, EngineOptions
+from mor_jax.infer.engine_options import ONE_DEVICE, EngineMesh, EngineOptions, KvDtype
 from mor_jax.infer.growing_text import GrowingText
 from mor_jax.infer.replicas import AnyEngine, copy_meshes, make_engine
 from mor_jax.infer.request import NOT_FINITE, Request
@@ -141,6 +141,7 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         max_depth: int | None = None,
         max_length: int | None = None,
+        kv_dtype: KvDtype = "model",
     ) -> Iterator[Piece]:
         """Generate completions of all prompts at the same time, and yield every token as it comes.
 
@@ -154,6 +155,7 @@ class LanguageModel:
             stop: a string or several that end a completion.
             max_depth: passes over the shared block that a token may take at most.
             max_length: tokens of prompt and completion; None is the model's context.
+            kv_dtype: what keys and values are kept in, `model` (its dtype) or `int8`.
 
         Raises:
             UserError: arguments out of range, or a prompt that is too long, at once; later, that the logits are not
@@ -171,7 +173,8 @@ class LanguageModel:
             f"the longest prompt and max_tokens={max_tokens} make {longest} tokens, more than max_length={limit}",
         )
         per_copy = -(-len(prompts) // len(self._copies))
-        options = EngineOptions(max_running=min(per_copy, _MOST_RUNNING), max_length=limit)
+        running = min(per_copy, _MOST_RUNNING)
+        options = EngineOptions(max_running=running, max_length=limit, kv_dtype=kv_dtype)
         engine = self.engine(options)
         requests = [
             Request(

@@ -1,10 +1,10 @@
 """The host's book of pages: what every row of the page tables holds, what rows share, and which prefixes are known.
 
 A prefix is known by a chain of hashes, one per block of ``page_size`` tokens; each covers all tokens before it, and the
-budget of passes, which changes keys and values as tokens do. What else does (weights, boundaries, attention) is one
-engine's, and so is the book. Under recursion-wise caching a block of tokens has another number of entries in every
-recursion, so the book keeps each token's depth: the entries that t tokens have in a group are the first of it, as many
-as tokens among them came that deep. Any block's end is thus a place where another sequence can begin.
+budget of passes, which changes keys and values as tokens do. What else does (weights, boundaries, attention, the pages'
+dtype) is one engine's, and so is the book. Under recursion-wise caching a block of tokens has another number of entries
+in every recursion, so the book keeps each token's depth: the entries that t tokens have in a group are the first of it,
+as many as tokens among them came that deep. Any block's end is thus a place where another sequence can begin.
 
 The device deals out pages by itself, and the host does not know their names. But it knows how many entries each group
 has, so it keeps names of its own, one for one: a count of those names is the count of pages.

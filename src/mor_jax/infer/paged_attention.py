@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.errors import require
 from mor_jax.infer.cache import POOL_AXES, append
-from mor_jax.infer.engine_options import DecodeBackend
+from mor_jax.infer.engine_options import DecodeBackend, KvDtype
 from mor_jax.kernels.attention import hopper as attention_hopper
 from mor_jax.kernels.attention.triton import flash_attention
 from mor_jax.kernels.attention.triton_kernels import Tiling
 from mor_jax.kernels.decode_attention import attend_to_pages, decode_attention
+from mor_jax.kernels.int8_pages import KeyValuePages, gather_pages
 from mor_jax.kernels.pallas_triton import is_available
 from mor_jax.kernels.rotary import Rotary, apply_rotary
 from mor_jax.mesh.axes import on_shards
@@ -65,16 +65,19 @@ def _alone(shards: int) -> tuple[str, bool]:
     return f"an engine on one device, not mesh.tensor={shards}", shards == 1
 
 
-def decode_backend(config: ModelConfig, backend: DecodeBackend = "auto", shards: int = 1) -> DecodeBackend:
+def decode_backend(
+    config: ModelConfig, backend: DecodeBackend = "auto", shards: int = 1, kv_dtype: KvDtype = "model"
+) -> DecodeBackend:
     """Choose how single tokens attend to the cache on this process's device.
 
-    `pallas` is one kernel that appends and attends; it needs a GPU of its own (``shards`` is 1) and a head_dim that is
-    a power of 2 from 16. `xla` gathers the pages first and runs everywhere.
+    `pallas` is one kernel that appends and attends; it needs a GPU of its own (``shards`` is 1), a head_dim that is a
+    power of 2 from 16, and pages in the model's dtype. `xla` gathers the pages first and runs everywhere.
 
     Raises:
         UserError: `pallas` was asked for where it cannot run.
     """
-    return _resolve("backend", backend, (_gpu(), _triton(), _alone(shards), _width(config.head_dim)))
+    plain = ("kv_dtype='model', not 'int8'", kv_dtype == "model")
+    return _resolve("backend", backend, (_gpu(), _triton(), _alone(shards), _width(config.head_dim), plain))
 
 
 def prompts_backend(dtype: str, head_dim: int) -> DecodeBackend:
@@ -135,7 +138,9 @@ class PagedStore:
     group_B: jax.Array | None = None
     """int32: the group of each row among them."""
 
-    def attend(self, projected_BTMH: jax.Array, cached: KeyValue, rotary: Rotary) -> tuple[jax.Array, KeyValue]:
+    def attend(
+        self, projected_BTMH: jax.Array, cached: KeyValuePages, rotary: Rotary
+    ) -> tuple[jax.Array, KeyValuePages]:
         """Append one layer's new entries and attend; queries that see nothing return an arbitrary finite value.
 
         Args:
@@ -155,8 +160,11 @@ class PagedStore:
                 else (self.table_YM, self.group_B)
             )
             sizes = (self.start_B, self.count_B, self.visible_BT[:, 0])
+            keys, values = cached
+            assert isinstance(keys, jax.Array), "decode_backend refuses int8"
+            assert isinstance(values, jax.Array)
             out_BNH, cached = decode_attention(
-                projected_BTMH[:, 0], angles, cached, *tables, *sizes, page_size=self.page_size
+                projected_BTMH[:, 0], angles, (keys, values), *tables, *sizes, page_size=self.page_size
             )
             return out_BNH[:, None], cached
         if not self.writes:
@@ -169,14 +177,14 @@ class PagedStore:
         cached = write(cached, (keys, values), self.table_BM, self.start_B, self.count_B)
         return self._attend(query_BTNH, cached), cached
 
-    def _attend(self, query_BTNH: jax.Array, cached: KeyValue) -> jax.Array:
+    def _attend(self, query_BTNH: jax.Array, cached: KeyValuePages) -> jax.Array:
         local = functools.partial(_gather_and_attend, page_size=self.page_size)
         attend = on_shards(local, (_HEADS, _POOLS, (), ()), _HEADS)
         return attend(query_BTNH, cached, self.table_BM, self.visible_BT)
 
 
 def _gather_and_attend(
-    query_BTNH: jax.Array, cached: KeyValue, table_BM: jax.Array, visible_BT: jax.Array, *, page_size: int
+    query_BTNH: jax.Array, cached: KeyValuePages, table_BM: jax.Array, visible_BT: jax.Array, *, page_size: int
 ) -> jax.Array:
     single = query_BTNH.shape[1] == 1
     if not single and prompts_backend(query_BTNH.dtype.name, query_BTNH.shape[-1]) == "pallas":
@@ -189,7 +197,7 @@ def _gather_and_attend(
 
 def attend_by_kernel(
     query_BTNH: jax.Array,
-    cached: KeyValue,
+    cached: KeyValuePages,
     table_BM: jax.Array,
     visible_BT: jax.Array,
     page_size: int,
@@ -214,15 +222,15 @@ def attend_by_kernel(
     """
     multiple = math.lcm(Tiling().key_multiple, page_size) // page_size
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % multiple)))  # or the copy would be copied
-    shape = (table_BM.shape[0], table_BM.shape[1] * page_size, -1, query_BTNH.shape[-1])
-    keys, values = (pool[table_BM].reshape(shape) for pool in cached)
-    if not interpret and attention_hopper.is_available(query_BTNH.dtype.name, query_BTNH.shape[-1]):
+    width, dtype = query_BTNH.shape[-1], query_BTNH.dtype
+    keys, values = (gather_pages(pages, table_BM, page_size, width, dtype) for pages in cached)
+    if not interpret and attention_hopper.is_available(dtype.name, width):
         return attention_hopper.flash_attention(query_BTNH, keys, values, None, visible_BT)
     return flash_attention(query_BTNH, keys, values, None, visible_BT, interpret=interpret)
 
 
 def attend_by_blocks(
-    query_BTNH: jax.Array, cached: KeyValue, table_BM: jax.Array, visible_BT: jax.Array, page_size: int, pages: int
+    query_BTNH: jax.Array, cached: KeyValuePages, table_BM: jax.Array, visible_BT: jax.Array, page_size: int, pages: int
 ) -> jax.Array:
     """Attend to some pages at a time, up to the last one that any query sees.
 
@@ -250,7 +258,7 @@ def attend_by_blocks(
         nth, top_BKGT, total_BKGT, sum_BKGTH = state
         first = jnp.minimum(nth * pages, last_page)
         page_BM = jax.lax.dynamic_slice_in_dim(table_BM, first, pages, axis=1)
-        keys_BXKH, values_BXKH = (pool[page_BM].reshape(rows, size, kv_heads, width) for pool in cached)
+        keys_BXKH, values_BXKH = (gather_pages(pool, page_BM, page_size, width, query_BTNH.dtype) for pool in cached)
         entry_X = first * page_size + jnp.arange(size)
         fresh_X = entry_X >= nth * size
         mask_BTX = fresh_X[None, None, :] & (entry_X[None, None, :] < visible_BT[:, :, None])

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 
 from mor_jax.array_types import KeyValue
 from mor_jax.kernels.attention.reference import plain_attention
+from mor_jax.kernels.int8_pages import KeyValuePages, gather_pages
 from mor_jax.kernels.pallas_triton import call_kernel, plt
 from mor_jax.kernels.rotary import Rotary
 
@@ -122,7 +123,7 @@ def _kernel(
 
 
 def attend_to_pages(
-    query_BTNH: jax.Array, cached: KeyValue, table_BM: jax.Array, visible_BT: jax.Array, page_size: int
+    query_BTNH: jax.Array, cached: KeyValuePages, table_BM: jax.Array, visible_BT: jax.Array, page_size: int
 ) -> jax.Array:
     """Plain attention to a paged cache: gather the pages, then attend to the leading entries.
 
@@ -136,8 +137,8 @@ def attend_to_pages(
     Returns:
         Output [B, T, N, H] in the queries' dtype.
     """
-    (rows, pages), head_dim = table_BM.shape, query_BTNH.shape[-1]
-    keys, values = (pool[table_BM].reshape(rows, pages * page_size, -1, head_dim) for pool in cached)
+    head_dim, dtype = query_BTNH.shape[-1], query_BTNH.dtype
+    keys, values = (gather_pages(pages, table_BM, page_size, head_dim, dtype) for pages in cached)
     mask_BTX = jnp.arange(keys.shape[1])[None, None, :] < visible_BT[:, :, None]
     return plain_attention(query_BTNH, keys, values, mask_BTX[:, None])
 

@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
 
 def _project(x_BCD: jax.Array, weight_DNH: jax.Array, *, flat: bool) -> jax.Array:
-    """Project to heads [B, C, N, H]; ``flat`` has them side by side in memory, as the TPU kernels take them."""
+    """Project to heads [B, C, N, H]; ``flat`` has them as one axis, as the TPU kernels take them."""
     if not flat:
         return jnp.einsum("BCD,DNH->BCNH", x_BCD, weight_DNH)
     joint_BCX = jnp.einsum("BCD,DX->BCX", x_BCD, weight_DNH.reshape(weight_DNH.shape[0], -1))

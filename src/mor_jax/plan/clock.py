@@ -21,7 +21,7 @@ KINDS = (MATMULS, KERNELS, ATTENTION, NORMS, HEAD, ROUTING, OPTIMISER, COPIES, O
 _SCOPES = (  # the first that matches the place in the traced program
     (OPTIMISER, r"optimiser"),
     (HEAD, r"head_loss|/head\b|logits"),
-    (ROUTING, r"rout|top_k|select_rows|gather_rows|scatter_rows"),
+    (ROUTING, r"routing|router|top_k|select_rows|gather_rows|scatter_rows"),
     (NORMS, r"norm"),
     (ATTENTION, r"attention|rotary"),
     (MATMULS, r"ffn|dense|mlp"),

@@ -123,7 +123,7 @@ def run_time_tables(kernel: str, shapes: tuple[tuple[int, ...], ...], rows: int)
         folded = (x.transpose(1, 0, 2) if by_key else x for x in pair)
         return {index: np.ascontiguousarray(x).reshape(shapes[0]) for index, x in enumerate(folded)}
     if kernel.startswith("mosaic_tpu_attention"):  # first block of keys, past the last, and those without a mask
-        batch, keys = shapes[2][:2]
+        batch, _, keys = shapes[2]
         blocks_q, blocks_k = shapes[0][0] // 4 // batch, -(-keys // block_size(keys))
         ends = (np.arange(blocks_q) + 1) * blocks_k / blocks_q
         past_I, full_I = np.ceil(ends).astype(int), np.floor(np.arange(blocks_q) * blocks_k / blocks_q).astype(int)

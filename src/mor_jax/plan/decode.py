@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
-from mor_jax.infer.cache import kv_layout
+from mor_jax.infer.cache import entry_bytes, kv_layout
 from mor_jax.infer.decode_model import DecodeModel, decoding_refusal, prepare_weights
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_shape import EngineShape, engine_shape
@@ -191,7 +191,7 @@ def advise_decode(config: Config, topology: Topology, options: EngineOptions) ->
     """Say in words how many sequences would fit, by estimate."""
     model, layout, generation = config.model, kv_layout(config.model), topology.generation
     weights = tree_bytes(jax.eval_shape(lambda key: _weights(model, key), jax.random.key(0)))
-    entry = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+    entry = entry_bytes(model, options.kv_dtype)
     longest = options.max_length or model.context_length
     length = -(-longest // options.page_size) * options.page_size
     per_sequence = length * entry * (layout.groups * layout.block_layers + layout.edge_layers)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mor_jax.config import ModelConfig
 from mor_jax.config import io as config_io
-from mor_jax.infer.cache import kv_layout
+from mor_jax.infer.cache import entry_bytes, kv_layout
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine_shape import EngineShape
 from mor_jax.plan.clock_report import clock_report, clock_tables
@@ -76,7 +76,7 @@ def decode_bound(weights: DecodeModel, shape: EngineShape, generation: Generatio
     """
     model, layout, shares = weights.config, kv_layout(weights.config), pass_shares(weights.config)
     repeats = model.recursion.num_recursions if model.recursion.is_sequence else 1
-    entry = 2 * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+    entry = entry_bytes(model, shape.kv_dtype)
     head = tree_bytes(weights.embedding_VD if weights.head_VD is None else weights.head_VD)
     block, edges = tree_bytes(weights.block), tree_bytes((weights.first, weights.last))
     own = model.recursion.kv_strategy == "recursion"  # a recursion's cache holds the tokens that reached it

@@ -122,7 +122,7 @@ class Module:
         if known:
             return int(known[1])
         limits = self._integer_constants(loop.attribute("condition") or "")
-        return limits[0] if len(limits) == 1 else None
+        return limits[0] if len(limits) == 1 and limits[0] >= 0 else None  # a negative one is no counter's limit
 
     def _integer_constants(self, name: str) -> list[int]:
         found = []

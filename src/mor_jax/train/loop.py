@@ -18,20 +18,18 @@ from jax.sharding import Mesh
 
 from mor_jax.config import Config
 from mor_jax.config import io as config_io
-from mor_jax.data.pipeline import NoHeldOutText
 from mor_jax.data.pipeline import make_dataset as make_prepared_dataset
-from mor_jax.errors import UserError, require
 from mor_jax.evaluate.pictures import write_loss_picture, write_run_pictures
 from mor_jax.evaluate.validation import validation_losses
 from mor_jax.kernels.attention.backend import resolve_backend
 from mor_jax.mesh.devices import Device
-from mor_jax.mesh.mesh import check_mesh, local_rows, make_mesh, shard_batch
+from mor_jax.mesh.mesh import check_mesh, make_mesh, shard_batch
 from mor_jax.mesh.processes import barrier, is_primary, primary_first
 from mor_jax.model.cut import cut_params
 from mor_jax.model.parameters import Weights
 from mor_jax.runs.checkpoint import Checkpoints
 from mor_jax.runs.folder import RunLock, check_run_folder, claim_run_folder, writing_to
-from mor_jax.runs.state import InitialWeights, TrainState, abstract_train_state, init_train_state, place_weights
+from mor_jax.runs.state import InitialWeights, TrainState
 from mor_jax.runs.trackers import make_writers
 from mor_jax.train.goodput import Ledger, Throughput
 from mor_jax.train.objective import Batch, step_arrays
@@ -39,14 +37,13 @@ from mor_jax.train.phases import Phase, phases
 from mor_jax.train.preemption import StopVote
 from mor_jax.train.progress import Reporter, describe_rising_rate, roll_call
 from mor_jax.train.signals import StopRequest
+from mor_jax.train.start import MakeDataset, begin, load_initial, open_data, restore
 from mor_jax.train.step import Metrics, compile_train_step
 from mor_jax.train.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 _GUARDED = ("loss", "grad_norm", "param_norm")
 
-MakeDataset = Callable[..., Any]
-"""Signature of ``data.pipeline.make_dataset``."""
 CompileStep = Callable[..., Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
 """Signature of ``train.step.compile_train_step``."""
 
@@ -121,16 +118,18 @@ class _Run:
         model = config.model
         self.attention = resolve_backend(config.perf.attention_backend, model.dtype, model.head_dim)
         with primary_first("open data"):  # the first to come prepares the embedded text
-            self.dataset, self.held_out = _open_data(config, make_dataset, mesh)
-        self.initial_weights = initial_weights
-        starts_anew = not (folder / "checkpoints").is_dir()
-        self.first = self._initial_weights() if starts_anew else None
+            self.dataset, self.held_out = open_data(config, make_dataset, mesh)
+        tokenizer, starts_anew = self.dataset.tokenizer, not (folder / "checkpoints").is_dir()
+        first = load_initial(config, initial_weights, tokenizer) if starts_anew else None
         watchdog.reached("restoring or initialising the state")
         lock.acquire()
         self.checkpoints = Checkpoints(
             folder / "checkpoints", keep=config.train.keep, pinned_steps=config.train.pinned_steps
         )
-        self._restore_or_init()
+        restored = restore(config, mesh, self.checkpoints, self.dataset)
+        if restored is None and not starts_anew:  # no checkpoint was completed
+            first = load_initial(config, initial_weights, tokenizer)
+        self.state, self.start = (begin(config, mesh, first), 0) if restored is None else restored
         primary, rising = is_primary(), None
         if primary:  # not before mesh, data and checkpoint have been found to fit
             if self.start:
@@ -154,45 +153,6 @@ class _Run:
             self.reporter.say(f"continued from step {self.start}")
         if rising:
             self.reporter.say(rising)
-
-    def _restore_or_init(self) -> None:
-        config = self.config
-        restored = self.checkpoints.restore(abstract_train_state(config, self.mesh))
-        if restored is None:
-            self.state, self.start = init_train_state(config, self.mesh), 0
-            first, self.first = self.first or self._initial_weights(), None
-            if first is not None:
-                self.state = place_weights(self.state, first)
-                _log.info("weights from %s", first.origin)
-            return
-        if restored.data_hash != self.dataset.hash:
-            raise UserError(
-                f"{self.folder} was trained on other data: data.source={config.data.source!r} had the hash "
-                f"{restored.data_hash}, now {self.dataset.hash} (embedded text depends on the Python version)"
-            )
-        self.state, self.start = restored.state, int(restored.state.step)
-        if self.start > config.train.steps:
-            raise UserError(f"{self.folder} is at step {self.start}, beyond train.steps={config.train.steps}")
-        self.dataset.step = restored.data_step
-        routes = config.stage_after(self.start).model.routing.keeps_boundaries
-        if routes and np.all(np.isnan(self.state.boundaries_R)):
-            _log.info("the checkpoint holds no running boundaries: they begin anew")
-
-    def _initial_weights(self) -> InitialWeights | None:
-        """Load the weights that the run starts from, before anything is written."""
-        source = self.config.init.source
-        if self.initial_weights is None:
-            require(not source, f"init.from={source!r} needs train(..., initial_weights=...)")
-            return None
-        first = self.initial_weights(self.config)
-        if first is None or first.tokenizer_hash is None:
-            return first
-        known = first.tokenizer_hash == self.dataset.tokenizer.hash
-        what = f"init.from={source!r}" if source else first.origin
-        require(known, f"{what} was trained with another tokenizer than the one of data.source")
-        if first.special is not None:
-            self.dataset.tokenizer.describe(first.special)
-        return first
 
     def train_steps(self, vote: StopVote, compile_step: CompileStep) -> bool:
         """Run the remaining steps; return whether the last one was reached."""
@@ -317,19 +277,6 @@ class _Run:
         with self.ledger.measure("checkpoint"):
             self.checkpoints.close()
         self.reporter.say(self.ledger.summary())
-
-
-def _open_data(config: Config, make_dataset: MakeDataset, mesh: Mesh) -> tuple[Any, Any]:
-    """Open the training rows, of which this process reads those on its devices, and the held-out rows, or None."""
-    shared: dict[str, Any] = {"context_length": config.model.context_length, "vocab_size": config.model.vocab_size}
-    mine = local_rows(mesh, config.train.batch_size)
-    rows = min(config.train.eval_rows, config.train.batch_size // config.train.accumulation)
-    dataset = make_dataset(config.data, split="train", batch_size=config.train.batch_size, rows=mine, **shared)
-    try:
-        return dataset, make_dataset(config.data, split="validation", batch_size=rows, **shared)
-    except NoHeldOutText as error:
-        _log.info("no validation, and no pictures of held-out text: %s", error)
-        return dataset, None
 
 
 def _to_json(metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:

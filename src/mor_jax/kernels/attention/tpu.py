@@ -1,9 +1,8 @@
 """Attention on TPUs in Pallas (Mosaic): queries, keys and values as their projections leave them, rotary inside.
 
-The arrays are [B, T, N H], so nothing is transposed, copied or rotated outside. A program takes a block of queries with
-all heads, or with as many as vector memory holds; blocks of heads are whole tiles of 128 lanes, and where the last one
-sticks out (15 heads over 5 of width 64 are seven tiles and a half) nothing fills it: tokens are turned to the lanes
-first, so that heads are rows, and rows of heads that do not exist are not walked over.
+The arrays are [B, N H, T], tokens along the lanes: so XLA lays out the results of projections whose N H is no multiple
+of 128 (15 heads of width 64), so the kernels compute, and heads are rows, whatever their number. Nothing is transposed,
+copied or rotated outside. A program takes a block of queries with all heads, or with as many as vector memory holds.
 
 Letters: B rows, T queries, S keys, N query heads, K key/value heads, H head dim, X heads side by side, I blocks of
 queries.
@@ -40,10 +39,10 @@ def takes(head_dim: int) -> bool:
 
 def key_part(keys: int, head_dim: int, dtype: Any) -> int:
     """Keys of a row that are attended to at a time: all, or equal parts of whole blocks that fit vector memory."""
-    step, size, part = max(1, _LANES // head_dim), block_size(keys), keys
+    size, part = block_size(keys), keys
     for parts in range(1, pl.cdiv(keys, size) + 1):
         part = pl.cdiv(pl.cdiv(keys, parts), size) * size if parts > 1 else keys
-        if _program_bytes(make_layout(_LANES, part, step, step, head_dim, dtype), step, dtype) <= _ROOM:
+        if _program_bytes(make_layout(_LANES, part, 1, 1, head_dim, dtype), 1, dtype) <= _ROOM:
             break
     return part
 
@@ -82,18 +81,18 @@ def _program_bytes(layout: Layout, unit: int, dtype: Any) -> int:
     """Bytes of vector memory that the backward kernel takes with so many key/value heads, about."""
     size, width, padded = jnp.dtype(dtype).itemsize, layout.head_dim, max(layout.head_dim, _LANES)
     per_key = 4 * 2 * size * width + 2 * size * padded + (size + 2 * 4) * width  # blocks twice, for the copies
-    per_query = (4 * 2 * size + 2 * size + 4) * width
+    per_query = 4 * 2 * size * width
     keys, tables = layout.blocks_k * layout.block_k, 2 * 4 * width
     return keys * (unit * per_key + tables) + unit * layout.group * layout.block_q * per_query
 
 
 def make_layout(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, dtype: Any) -> Layout:
-    """Cut a call: all heads in a program if they fit, else as many as do in whole tiles of lanes, one at least."""
+    """Cut a call: all heads in a program if they fit, else equal parts of them that do, or one."""
     sizes = (queries, keys, heads, kv_heads, head_dim, block_size(queries), block_size(keys))
-    step, layout = max(1, _LANES // head_dim), Layout(*sizes, unit=kv_heads)
-    units = [kv_heads, *(unit for unit in range(kv_heads, step, -1) if unit % step == 0)]
-    least = min(step, kv_heads)
-    return Layout(*sizes, unit=next((u for u in units if _program_bytes(layout, u, dtype) <= _ROOM), least))
+    layout = Layout(*sizes, unit=kv_heads)
+    units = (unit for unit in range(kv_heads, 0, -1) if kv_heads % unit == 0)
+    fitting = (unit for unit in units if _program_bytes(layout, unit, dtype) <= _ROOM)
+    return dataclasses.replace(layout, unit=next(fitting, 1))
 
 
 def visited_blocks(layout: Layout, runs_B2T: jax.Array, *, whole: bool = True) -> jax.Array:
@@ -161,22 +160,23 @@ def flash_attention(
         if rotary is not None:
             masks |= {"table_q": rotary[0], "table_k": pad_axis(rotary[1][:, :, start:stop], 2, layout.block_k)}
         parts.append((visited_blocks(own, masks["runs"], whole=valid_BS is None), masks))
-    flat = (x.reshape(batch, x.shape[1], -1) for x in (query_BTNH, keys_BSKH, values_BSKH))
+    flat = (x.transpose(0, 2, 3, 1).reshape(batch, -1, x.shape[1]) for x in (query_BTNH, keys_BSKH, values_BSKH))
     attention: Any = _attention
-    return attention(layout, keys, interpret, *flat, parts).reshape(query_BTNH.shape)
+    out = attention(layout, keys, interpret, *flat, parts)
+    return out.reshape(batch, heads, width, queries).transpose(0, 3, 1, 2)
 
 
 def _specs(layout: Layout) -> dict[str, tuple[pl.BlockSpec, tuple[int, ...]]]:
     """Blocks of the arrays, and their shapes without the rows; the grid is rows, units of heads, blocks of queries."""
     width, group, unit = layout.head_dim, layout.group, layout.unit
     padded_q, padded_k = layout.blocks_q * layout.block_q, layout.blocks_k * layout.block_k
-    units = pl.cdiv(layout.kv_heads, unit)
-    by_query = pl.BlockSpec((1, layout.block_q, unit * group * width), lambda b, u, i, *_: (b, i, u))
-    by_key = pl.BlockSpec((1, padded_k, unit * width), lambda b, u, i, *_: (b, 0, u))
+    units = layout.kv_heads // unit
+    by_query = pl.BlockSpec((1, unit * group * width, layout.block_q), lambda b, u, i, *_: (b, u, i))
+    by_key = pl.BlockSpec((1, unit * width, padded_k), lambda b, u, i, *_: (b, u, 0))
     along = lambda rows: pl.BlockSpec((1, rows, layout.block_q), lambda b, u, i, *_: (b, 0, i))  # noqa: E731
     whole = lambda rows: pl.BlockSpec((1, rows, padded_k), lambda b, u, i, *_: (b, 0, 0))  # noqa: E731
     lse = pl.BlockSpec((1, 1, unit * group, layout.block_q), lambda b, u, i, *_: (b, u, 0, i))
-    query, key = (layout.queries, layout.heads * width), (layout.keys, layout.kv_heads * width)
+    query, key = (layout.heads * width, layout.queries), (layout.kv_heads * width, layout.keys)
     return {
         **dict.fromkeys(("q", "o", "g", "dq"), (by_query, query)),
         **dict.fromkeys(("k", "v", "dk", "dv"), (by_key, key)),
@@ -189,16 +189,14 @@ def _specs(layout: Layout) -> dict[str, tuple[pl.BlockSpec, tuple[int, ...]]]:
 
 
 def _scratch(layout: Layout, dtype: Any, *, backward: bool, validity: bool) -> dict[str, Any]:
-    width, size, heads = layout.head_dim, layout.block_q, layout.unit * layout.group
-    keys = (layout.unit, layout.blocks_k, layout.block_k, width)
-    turned = (layout.unit, layout.blocks_k, width, layout.block_k)
+    width, blocks = layout.head_dim, (layout.unit, layout.blocks_k)
+    keys, turned = (*blocks, layout.block_k, width), (*blocks, width, layout.block_k)
     rows = {"valid_s": ((layout.blocks_k, layout.block_k, _LANES), jnp.int32)} if validity else {}
-    rows |= {"k_s": (keys, dtype), "qT_s": ((heads, width, size), dtype)}
+    rows |= {"k_s": (keys, dtype)}
     if not backward:
-        rows |= {"vT_s": (turned, dtype), "oT_s": ((heads * width, size), jnp.float32)}
+        rows |= {"vT_s": (turned, dtype)}
     else:
-        rows |= {"kT_s": (turned, dtype), "v_s": (keys, dtype), "gT_s": ((heads, width, size), dtype)}
-        rows |= {"delta_s": ((heads, 1, size), jnp.float32), "dqT_s": ((heads * width, size), jnp.float32)}
+        rows |= {"kT_s": (turned, dtype), "v_s": (keys, dtype)}
         rows |= dict.fromkeys(("dkT_s", "dvT_s"), (turned, jnp.float32))
     return {name: pltpu.VMEM(*of) for name, of in rows.items()}
 
@@ -213,7 +211,7 @@ def _call(layout: Layout, inputs: dict[str, jax.Array], blocks: jax.Array, outpu
     def body(blocks_ref: Any, *refs: Any) -> None:
         kernel(layout, blocks_ref, dict(zip(names, refs, strict=True)))
 
-    grid = (batch, pl.cdiv(layout.kv_heads, layout.unit), layout.blocks_q)
+    grid = (batch, layout.kv_heads // layout.unit, layout.blocks_q)
     shape = lambda name, dtype: jax.ShapeDtypeStruct((batch, *specs[name][1]), dtype)  # noqa: E731
     return pl.pallas_call(
         body,
@@ -240,13 +238,13 @@ def _parts(layout: Layout, keys: int, parts: Any) -> Iterator[tuple[Layout, slic
 
 
 def _merged(layout: Layout, outs: list[jax.Array], sums: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Merge what the parts of the keys gave, [B, T, N H] each, by log2 of the sums of their powers."""
+    """Merge what the parts of the keys gave, [B, N H, T] each, by log2 of the sums of their powers."""
     lse = functools.reduce(jnp.logaddexp2, sums)
-    batch, shape = lse.shape[0], (layout.queries, layout.heads, layout.head_dim)
+    batch, by_head = lse.shape[0], (layout.heads, layout.head_dim, layout.queries)
 
     def weighted(out: jax.Array, own: jax.Array) -> jax.Array:
-        rows = jnp.exp2(own - lse).reshape(batch, -1, lse.shape[-1])[:, : layout.heads, : layout.queries]
-        return out.reshape(batch, *shape).astype(jnp.float32) * rows.transpose(0, 2, 1)[..., None]
+        shares = jnp.exp2(own - lse).reshape(batch, layout.heads, 1, -1)[..., : layout.queries]
+        return out.reshape(batch, *by_head).astype(jnp.float32) * shares
 
     total = sum(map(weighted, outs, sums), start=jnp.zeros((), jnp.float32))
     return total.reshape(outs[0].shape).astype(outs[0].dtype), lse
@@ -260,7 +258,7 @@ def _attention(layout, keys, interpret, q, k, v, parts):
 def _forward(layout, keys, interpret, q, k, v, parts):
     outs, sums = [], []
     for own, at, blocks, masks in _parts(layout, keys, parts):
-        inputs = {"q": q, "k": k[:, at], "v": v[:, at], **masks}
+        inputs = {"q": q, "k": k[:, :, at], "v": v[:, :, at], **masks}
         out, lse = _call(own, inputs, blocks, {"o": q.dtype, "lse": jnp.float32}, interpret=interpret)
         outs, sums = [*outs, out], [*sums, lse]
     out, lse = _merged(layout, outs, sums) if len(outs) > 1 else (outs[0], sums[0])
@@ -272,14 +270,14 @@ def _backward(layout, keys, interpret, residuals, grad):
     q, k, v, out, lse, parts = residuals
     found = []
     for own, at, blocks, masks in _parts(layout, keys, parts):
-        inputs = {"q": q, "k": k[:, at], "v": v[:, at], "o": out, "g": grad, "lse": lse, **masks}
+        inputs = {"q": q, "k": k[:, :, at], "v": v[:, :, at], "o": out, "g": grad, "lse": lse, **masks}
         outputs = {"dq": q.dtype, "dk": k.dtype, "dv": v.dtype}
         found.append(_call(own, inputs, blocks, outputs, interpret=interpret))
     if len(found) == 1:
         return *found[0], None
     dqs, dks, dvs = zip(*found, strict=True)
     dq = sum((dq.astype(jnp.float32) for dq in dqs), start=jnp.zeros((), jnp.float32)).astype(q.dtype)
-    return dq, jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1), None
+    return dq, jnp.concatenate(dks, axis=2), jnp.concatenate(dvs, axis=2), None
 
 
 _attention.defvjp(_forward, _backward)

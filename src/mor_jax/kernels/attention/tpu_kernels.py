@@ -1,8 +1,8 @@
 """The bodies of the attention kernels for TPUs: forward, and all gradients in one (letters as in ``tpu``).
 
-Everything is held transposed, tokens along the lanes: heads are then rows of a tile (a slice of them costs nothing,
-whatever their number and width), the rotary halves are rows, too, and what a query has one of (run, maximum, sum) is
-one row, which broadcasts and is reduced into without crossing lanes. Scores are [keys, queries].
+Tokens are along the lanes: heads are then rows of a tile (a slice of them costs nothing, whatever their number and
+width), the rotary halves are rows, too, and what a query has one of (run, maximum, sum) is one row, which broadcasts
+and is reduced into without crossing lanes. Scores are [keys, queries].
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Layout:
     block_q: int
     block_k: int
     unit: int
-    """Key/value heads of a program, with the query heads of their groups."""
+    """Key/value heads of a program, with the query heads of their groups; divides them all."""
 
     @property
     def group(self) -> int:
@@ -75,22 +75,13 @@ def _rotated(x_HT: jax.Array, table_HT: jax.Array | None, *, back: bool = False)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=0)
 
 
-def _turned(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32).T
-
-
-def _within(x_XT: jax.Array, block: Any, length: int, axis: int) -> jax.Array:
+def _within(x_XT: jax.Array, block: Any, length: int) -> jax.Array:
     """Zeros beyond the end of a length: what a block reads there is anything."""
-    size = x_XT.shape[axis]
+    size = x_XT.shape[1]
     if length % size == 0:
         return x_XT
-    index = lax.broadcasted_iota(jnp.int32, x_XT.shape, axis) + block * size
+    index = lax.broadcasted_iota(jnp.int32, x_XT.shape, 1) + block * size
     return jnp.where(index < length, x_XT, 0)
-
-
-def _heads(layout: Layout, unit: Any) -> Any:
-    """Query heads of a program; the last one has fewer where the units don't divide the heads."""
-    return jnp.minimum(layout.unit, layout.kv_heads - unit * layout.unit) * layout.group
 
 
 def _table(ref: Any, block: Any, size: int) -> jax.Array | None:
@@ -117,40 +108,42 @@ def _visit(blocks: Any, at: Any, step: Callable[..., Any], carry: Any) -> Any:
     return lax.fori_loop(full, full_past, lambda j, carry: step(j, carry, masked=False), carry)
 
 
+def _rows(index: Any, size: int) -> Any:
+    return pl.ds(pl.multiple_of(index * size, size), size)
+
+
 def _prepare_keys(layout: Layout, table: Any, k_ref: Any, v_ref: Any, valid: Any, places: dict[str, Any]) -> None:
     """Rotate a row's keys, and lay keys and values out by heads and blocks as the products read them."""
     size, width = layout.block_k, layout.head_dim
 
     def one(j: Any, _: Any) -> Any:
-        rows = pl.ds(pl.multiple_of(j * size, size), size)
-        k_XS, v_XS = (_within(_turned(ref[0, rows, :]), j, layout.keys, 1) for ref in (k_ref, v_ref))
+        tokens = _rows(j, size)
         table_HS = _table(table, j, size)
         for head in range(layout.unit):
             own = slice(head * width, (head + 1) * width)
-            k_HS = _within(_rotated(k_XS[own], table_HS), j, layout.keys, 1)
-            found = {"k": k_HS.T, "kT": k_HS, "v": v_XS[own].T, "vT": v_XS[own]}
+            k_HS, v_HS = (_within(ref[0, own, tokens].astype(jnp.float32), j, layout.keys) for ref in (k_ref, v_ref))
+            k_HS = _within(_rotated(k_HS, table_HS), j, layout.keys)
             for name, ref in places.items():
-                ref[head, j] = found[name].astype(ref.dtype)
+                found = k_HS if name[0] == "k" else v_HS
+                ref[head, j] = (found if "T" in name else found.T).astype(ref.dtype)
         if valid is not None:
             ref, valid_s = valid
-            valid_s[j] = jnp.broadcast_to(ref[0, :, rows], (128, size)).T
+            valid_s[j] = jnp.broadcast_to(ref[0, :, tokens], (128, size)).T
         return 0
 
     lax.fori_loop(0, layout.blocks_k, one, 0)
 
 
-def _prepare_queries(layout: Layout, table: Any, q_ref: Any, i: Any) -> list[jax.Array]:
-    """Rotated and scaled queries, float32 [H, queries] per head."""
-    width = layout.head_dim
-    q_XT = _turned(q_ref[0])
-    table_HT, scale = None if table is None else table[0], width**-0.5 * LOG2E
-    heads = (q_XT[n * width : (n + 1) * width] for n in range(layout.unit * layout.group))
-    return [_within(_rotated(q_HT * scale, table_HT), i, layout.queries, 1) for q_HT in heads]
+def _query(layout: Layout, refs: dict[str, Any], n: Any, i: Any) -> jax.Array:
+    """Rotated and scaled queries of a head, [H, queries]."""
+    ref, table = refs["q"], refs.get("table_q")
+    q_HT = ref[0, _rows(n, layout.head_dim), :].astype(jnp.float32) * (layout.head_dim**-0.5 * LOG2E)
+    return _within(_rotated(q_HT, None if table is None else table[0]), i, layout.queries).astype(ref.dtype)
 
 
 def forward_kernel(layout: Layout, blocks: Any, refs: dict[str, Any]) -> None:
     """Attention of a block of queries, and log2 of the sum of the powers of their scores."""
-    b, unit, i = (pl.program_id(axis) for axis in range(3))
+    b, i = pl.program_id(0), pl.program_id(2)
     width, block_q = layout.head_dim, layout.block_q
     valid = refs.get("valid_s")
 
@@ -160,13 +153,10 @@ def forward_kernel(layout: Layout, blocks: Any, refs: dict[str, Any]) -> None:
         places = {"k": refs["k_s"], "vT": refs["vT_s"]}
         _prepare_keys(layout, refs.get("table_k"), refs["k"], refs["v"], validity, places)
 
-    qT_s, oT_s = refs["qT_s"], refs["oT_s"]
-    for n, q_HT in enumerate(_prepare_queries(layout, refs.get("table_q"), refs["q"], i)):
-        qT_s[n] = q_HT.astype(qT_s.dtype)
     runs_2T = refs["runs"][0]
 
     def head(n: Any, _: Any) -> Any:
-        group, q_HT = lax.div(n, jnp.int32(layout.group)), qT_s[n]
+        group, q_HT = lax.div(n, jnp.int32(layout.group)), _query(layout, refs, n, i)
 
         def step(j: Any, carry: Any, *, masked: bool) -> Any:
             top, total, out_HT = carry
@@ -182,21 +172,19 @@ def forward_kernel(layout: Layout, blocks: Any, refs: dict[str, Any]) -> None:
         row = lambda value: jnp.full((1, block_q), value, jnp.float32)  # noqa: E731
         start = (row(_LOW), row(0), jnp.zeros((width, block_q), jnp.float32))
         top, total, out_HT = _visit(blocks, b * layout.blocks_q + i, step, start)
-        oT_s[pl.ds(pl.multiple_of(n * width, width), width), :] = out_HT / total
+        refs["o"][0, _rows(n, width), :] = (out_HT / total).astype(refs["o"].dtype)
         refs["lse"][0, 0, pl.ds(n, 1), :] = top + jnp.log2(total)
         return 0
 
-    lax.fori_loop(0, _heads(layout, unit), head, 0)
-    refs["o"][0] = oT_s[...].T.astype(refs["o"].dtype)
+    lax.fori_loop(0, layout.unit * layout.group, head, 0)
 
 
 def backward_kernel(layout: Layout, blocks: Any, refs: dict[str, Any]) -> None:
     """Gradients of a block of queries, and of a row's keys and values, which are summed over its blocks of queries."""
-    b, unit, i = (pl.program_id(axis) for axis in range(3))
+    b, i = pl.program_id(0), pl.program_id(2)
     width, block_q, block_k = layout.head_dim, layout.block_q, layout.block_k
     valid, dtype = refs.get("valid_s"), refs["q"].dtype
-    names = ("k_s", "kT_s", "v_s", "qT_s", "gT_s", "delta_s", "dqT_s", "dkT_s", "dvT_s")
-    k_s, kT_s, v_s, qT_s, gT_s, delta_s, dqT_s, dkT_s, dvT_s = (refs[name] for name in names)
+    k_s, kT_s, v_s, dkT_s, dvT_s = (refs[name] for name in ("k_s", "kT_s", "v_s", "dkT_s", "dvT_s"))
 
     @pl.when(i == 0)
     def _row() -> None:
@@ -205,17 +193,14 @@ def backward_kernel(layout: Layout, blocks: Any, refs: dict[str, Any]) -> None:
         _prepare_keys(layout, refs.get("table_k"), refs["k"], refs["v"], validity, places)
         dkT_s[...], dvT_s[...] = (jnp.zeros(dkT_s.shape, jnp.float32),) * 2
 
-    g_XT, o_XT = (_within(_turned(refs[name][0]), i, layout.queries, 1) for name in ("g", "o"))
-    for n, q_HT in enumerate(_prepare_queries(layout, refs.get("table_q"), refs["q"], i)):
-        own = slice(n * width, (n + 1) * width)
-        qT_s[n], gT_s[n] = q_HT.astype(dtype), g_XT[own].astype(dtype)
-        delta_s[n] = jnp.sum(g_XT[own] * o_XT[own], axis=0, keepdims=True)
     runs_2T = refs["runs"][0]
 
     def head(n: Any, _: Any) -> Any:
-        group = lax.div(n, jnp.int32(layout.group))
-        q_HT, g_HT = qT_s[n], gT_s[n]
-        lse_1T, delta_1T = refs["lse"][0, 0, pl.ds(n, 1), :], delta_s[n]
+        group, own = lax.div(n, jnp.int32(layout.group)), _rows(n, width)
+        q_HT = _query(layout, refs, n, i)
+        g_HT, o_HT = (_within(refs[name][0, own, :].astype(jnp.float32), i, layout.queries) for name in ("g", "o"))
+        lse_1T, delta_1T = refs["lse"][0, 0, pl.ds(n, 1), :], jnp.sum(g_HT * o_HT, axis=0, keepdims=True)
+        g_HT = g_HT.astype(dtype)
 
         def step(j: Any, dq_HT: Any, *, masked: bool) -> Any:
             powers = jnp.exp2(_dot(k_s[group, j], q_HT) - lse_1T)
@@ -228,21 +213,20 @@ def backward_kernel(layout: Layout, blocks: Any, refs: dict[str, Any]) -> None:
 
         dq_HT = _visit(blocks, b * layout.blocks_q + i, step, jnp.zeros((width, block_q), jnp.float32))
         table_HT = None if refs.get("table_q") is None else refs["table_q"][0]
-        dqT_s[pl.ds(pl.multiple_of(n * width, width), width), :] = _rotated(dq_HT * width**-0.5, table_HT, back=True)
+        refs["dq"][0, own, :] = _rotated(dq_HT * width**-0.5, table_HT, back=True).astype(dtype)
         return 0
 
-    lax.fori_loop(0, _heads(layout, unit), head, 0)
-    refs["dq"][0] = dqT_s[...].T.astype(refs["dq"].dtype)
+    lax.fori_loop(0, layout.unit * layout.group, head, 0)
 
     @pl.when(i == layout.blocks_q - 1)
     def _sums() -> None:
         def one(j: Any, _: Any) -> Any:
-            rows = pl.ds(pl.multiple_of(j * block_k, block_k), block_k)
-            table_HS = _table(refs.get("table_k"), j, block_k)
-            dk = [_rotated(dkT_s[head, j] * (1 / LOG2E), table_HS, back=True) for head in range(layout.unit)]
-            dv = [dvT_s[head, j] for head in range(layout.unit)]
-            for name, found in (("dk", dk), ("dv", dv)):
-                refs[name][0, rows, :] = jnp.concatenate(found, axis=0).T.astype(refs[name].dtype)
+            tokens, table_HS = _rows(j, block_k), _table(refs.get("table_k"), j, block_k)
+            for head in range(layout.unit):
+                own = slice(head * width, (head + 1) * width)
+                dk_HS = _rotated(dkT_s[head, j] * (1 / LOG2E), table_HS, back=True)
+                refs["dk"][0, own, tokens] = dk_HS.astype(dtype)
+                refs["dv"][0, own, tokens] = dvT_s[head, j].astype(dtype)
             return 0
 
         lax.fori_loop(0, layout.blocks_k, one, 0)
