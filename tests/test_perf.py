@@ -12,7 +12,16 @@ import pytest
 from mor_jax import perf as perf_module
 from mor_jax import presets
 from mor_jax.bench.measure import random_batch
-from mor_jax.config import PLAIN, Config, ModelConfig, PerfConfig, RecursionConfig, RoutingConfig, TrainConfig
+from mor_jax.config import (
+    PLAIN,
+    Config,
+    ModelConfig,
+    PerfConfig,
+    RecursionConfig,
+    RematPolicy,
+    RoutingConfig,
+    TrainConfig,
+)
 from mor_jax.errors import UserError
 from mor_jax.kernels import pallas_triton, swiglu_hopper
 from mor_jax.mesh.mesh import make_mesh
@@ -100,10 +109,12 @@ def test_compiler_options_are_what_xla_takes():
 
 def test_rematerialisation_is_the_least_that_fits():
     config = presets.get("vanilla-360m").config
-    for rows, memory, wanted in ((16, 75 << 30, "none"), (32, 75 << 30, "names"), (128, 75 << 30, "full")):
+    cases = ((16, "none"), (32, "names"), (64, "projections"), (160, "attention"), (240, "full"))
+    for rows, wanted in cases:
         batch = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
-        assert resolve_perf(batch, _mesh("a GPU", "tpu", memory)).remat == wanted
-    sizes = [activation_bytes(config.model, 16, remat) for remat in ("none", "dots", "names", "full")]
+        assert resolve_perf(batch, _mesh("a TPU", "tpu", 75 << 30)).remat == wanted
+    kinds: tuple[RematPolicy, ...] = ("none", "dots", "names", "projections", "attention", "full")
+    sizes = [activation_bytes(config.model, 16, remat) for remat in kinds]
     assert sizes == sorted(sizes, reverse=True)
     assert resolve_perf(config, _mesh("unheard of", "tpu")).remat == "none"
 

@@ -46,6 +46,8 @@ _WHOLE_BLOCK = 0.1
 _MOSAIC_REMAT: tuple[RematPolicy, ...] = ("none", "full")
 """Rematerialisation beside SwiGLU in epilogues: others keep named tensors or XLA's products, which the results
 of those kernels are not, and would run them again as a whole."""
+_TPU_REMAT: tuple[RematPolicy, ...] = ("none", "names", "projections", "attention")
+"""From what recomputes least to what recomputes most, short of `full`: each keeps what the next keeps, and more."""
 _CHUNK_TOKENS = 4096
 """Positions x rows of one loss chunk on a GPU: products that fill the chip, logits that stay small."""
 _TPU_CHUNK_TOKENS = 1024
@@ -166,15 +168,20 @@ def kept_values(model: ModelConfig, remat: RematPolicy) -> int:
     """Values per token and layer application that the forward pass keeps for the backward pass, by estimate.
 
     `none`: two norms' inputs and outputs (4 D), queries before and after rotation and the attention's output (3 N H),
-    keys and values (4 K H), gate, up and their product (3 F), and 2 D for what XLA keeps in float32. `names`: the named
-    tensors and the layer's input. `dots`: every product's result. `full`: the layer's input.
+    keys and values (4 K H), gate, up and their product (3 F), and 2 D for what XLA keeps in float32. `dots`: every
+    product's result. `full`: the layer's input. `attention`: that, and attention's output with float32 sums of its
+    powers; `projections`: queries, keys and values, too; `names`: gate and up, too.
     """
     d, f = model.d_model, model.d_ff
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    attention = d + heads + 2 * model.num_heads
+    projections = attention + heads + 2 * kv
     return {
         "none": 6 * d + 3 * heads + 4 * kv + 3 * f,
         "dots": 3 * d + 2 * heads + 2 * kv + 2 * f,
-        "names": d + 2 * heads + 2 * kv + 2 * f,
+        "names": projections + 2 * f,
+        "projections": projections,
+        "attention": attention,
         "full": d,
     }[remat]
 
@@ -205,7 +212,7 @@ def _whole_block_fits(config: Config, device: Device) -> bool:
 
 
 def _least_remat(config: Config, rows: float, device: Device, *, whole_block: bool) -> RematPolicy:
-    """The least rematerialisation whose estimate fits; `none` where the memory is not known."""
+    """The policy that recomputes the fewest FLOPs of those whose estimate fits; `none` if the memory is not known."""
     memory = memory_bytes(device)
     if memory is None:
         return "none"
@@ -214,6 +221,8 @@ def _least_remat(config: Config, rows: float, device: Device, *, whole_block: bo
     if whole_block and config.mesh.fsdp > 1 and config.model.recursion.repeats_block:
         left -= _whole_block_bytes(config)
     candidates: tuple[RematPolicy, ...] = ("none",) if config.perf.fusion == "mosaic" else ("none", "names")
+    if device.platform == "tpu":  # whose kernels alone leave nothing of attention to be made again
+        candidates = _TPU_REMAT
     for remat in candidates:
         if activation_bytes(config.model, rows, remat) <= left:
             return remat

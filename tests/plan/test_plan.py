@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+from typing import get_args
 
 import jax
 import pytest
 
 from mor_jax import presets
 from mor_jax.cli.plan import PlanFlags
-from mor_jax.config import Config, GrowthStage, MeshConfig, ModelConfig
+from mor_jax.config import Config, GrowthStage, MeshConfig, ModelConfig, RematPolicy
 from mor_jax.errors import UserError
 from mor_jax.mesh.devices import GIB
 from mor_jax.model.flops import count_parameters, run_flops, train_flops_per_token
@@ -133,10 +134,12 @@ def test_rematerialisation_counts_what_runs_again():
     config = _config("mor-360m-expert-r3")
     flops = {
         remat: step_flops(dataclasses.replace(config, perf=dataclasses.replace(config.perf, remat=remat)))
-        for remat in ("none", "names", "full")
+        for remat in get_args(RematPolicy)
     }
     assert flops["none"].model == flops["full"].model
-    assert flops["none"].executed < flops["names"].executed < flops["full"].executed < 4 / 3 * flops["none"].executed
+    kinds: tuple[RematPolicy, ...] = ("none", "names", "projections", "attention", "full")
+    order = [flops[remat].executed for remat in kinds]
+    assert order == sorted(set(order)) and order[-1] < 4 / 3 * order[0]
     assert flops["none"].executed > flops["none"].model  # the kernel makes its scores again
 
 
@@ -159,7 +162,9 @@ def test_estimates_follow_the_mesh():
     assert estimate_received(config, whole)[0] < estimate_received(config, split)[0]
     two_slices = {**split, "slice": 2, "data": 2}
     assert estimate_received(config, split)[1] == 0 < estimate_received(config, two_slices)[1]
-    order = [kept_values(config.model, remat) for remat in ("full", "names", "dots", "none")]
+    order = [
+        kept_values(config.model, remat) for remat in ("full", "attention", "projections", "names", "dots", "none")
+    ]
     assert order == sorted(order)
 
 

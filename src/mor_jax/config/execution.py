@@ -12,7 +12,7 @@ from mor_jax.errors import require
 
 Execution = Literal["gather", "scan"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "mosaic", "mosaic_tpu"]
-RematPolicy = Literal["none", "full", "dots", "names"]
+RematPolicy = Literal["none", "full", "dots", "names", "projections", "attention"]
 Remat = Literal["auto", RematPolicy]
 Kernels = Literal["xla", "triton", "mosaic"]
 Fusion = Literal["auto", Kernels]
@@ -68,8 +68,10 @@ class PerfConfig:
     attention_backend: AttentionBackend = "auto"
     """Attention kernel; `auto` chooses by device and mask and logs its choice."""
     remat: Remat = "auto"
-    """Rematerialisation of layers in the backward pass: of nothing, of everything (`full`), of all but matrix products
-    (`dots`) or but the named tensors that are costly to make (`names`); `auto` the least that fits the memory."""
+    """What of the layers is made again in the backward pass rather than kept: nothing, everything but a layer's input
+    (`full`), or all but what is named: attention's output (`attention`), with it queries, keys and values
+    (`projections`), with them gate and up (`names`); `dots` keeps all matrix products. `auto` is the least that fits
+    the memory."""
     scan_unroll: int | None = None
     """Layers unrolled per step of the layer scan; 0 unrolls all; None is all on a GPU, 1 elsewhere."""
     loss_chunk: int | None = None

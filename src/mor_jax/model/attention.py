@@ -73,9 +73,8 @@ class Attention(nn.Module):
         fresh = fresh if fresh is None else mix_values(fresh, context.first_values_BCX, value_share)
         query_BCNH = constrain(query_BCNH, "batch", "sequence", "heads", "head_dim")
         keys, values = _mixed(fresh, cached, context)
-        query_BCNH, keys, values = (
-            checkpoint_name(a, n) for a, n in ((query_BCNH, "query"), (keys, "key"), (values, "value"))
-        )
+        named = ((query_BCNH, "query"), (keys, "key"), (values, "value"))
+        query_BCNH, keys, values = (_named(x, name, flat=inside) for x, name in named)
         if context.observe is not None:
             turned = (query_BCNH, keys)
             if inside:
@@ -84,10 +83,11 @@ class Attention(nn.Module):
             context.observe(*turned)
         with jax.named_scope("attend"):
             out_BCNH = attend(query_BCNH, keys, values, context.mask, backend, context.rotary_rows if inside else None)
-        out_BCNH = checkpoint_name(constrain(out_BCNH, "batch", "sequence", "heads", "head_dim"), "attention")
-        if inside:
+        out_BCNH = constrain(out_BCNH, "batch", "sequence", "heads", "head_dim")
+        if inside:  # named by the kernel, with what its gradient needs beside it
             out_BCD = jnp.einsum("BCX,XD->BCD", out_BCNH.reshape(*x_BCD.shape[:2], -1), output.reshape(-1, width))
         else:
+            out_BCNH = checkpoint_name(out_BCNH, "attention")
             out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)
         out_BCD = out_BCD + low_rank(config, lora, "output", out_BCNH)
         return out_BCD, (keys, values) if context.keep_kv else None
@@ -108,6 +108,13 @@ def _project(x_BCD: jax.Array, weight_DNH: jax.Array, *, flat: bool) -> jax.Arra
         return jnp.einsum("BCD,DNH->BCNH", x_BCD, weight_DNH)
     joint_BCX = jnp.einsum("BCD,DX->BCX", x_BCD, weight_DNH.reshape(weight_DNH.shape[0], -1))
     return joint_BCX.reshape(*x_BCD.shape[:2], *weight_DNH.shape[1:])
+
+
+def _named(x_BCNH: jax.Array, name: str, *, flat: bool) -> jax.Array:
+    """Name what rematerialisation may keep; ``flat`` keeps heads side by side, as the TPU kernels take them."""
+    if not flat:
+        return checkpoint_name(x_BCNH, name)
+    return checkpoint_name(x_BCNH.reshape(*x_BCNH.shape[:2], -1), name).reshape(x_BCNH.shape)
 
 
 def _fuses_qkv(config: ModelConfig, fusion: Kernels, lora: Any) -> bool:

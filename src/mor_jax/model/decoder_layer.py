@@ -1,20 +1,27 @@
 """The pre-norm Transformer layer and its rematerialisation."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from mor_jax.array_types import KeyValue
-from mor_jax.config import ModelConfig, ResolvedPerf
+from mor_jax.array_types import KeyValue, Params
+from mor_jax.config import ModelConfig, RematPolicy, ResolvedPerf
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.attention import Attention
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, SwiGLU
 from mor_jax.model.relaxation import Unshared
 
-_SAVED_NAMES = ("query", "key", "value", "attention", "gate_up")
+_PROJECTIONS = ("attention", "query", "key", "value")
+_KEPT: Mapping[RematPolicy, tuple[str, ...]] = {
+    "attention": ("attention",),
+    "projections": _PROJECTIONS,
+    "names": (*_PROJECTIONS, "gate_up"),
+}
+"""Named tensors that a policy keeps."""
 
 
 class DecoderLayer(nn.Module):
@@ -62,16 +69,30 @@ class DecoderLayer(nn.Module):
         return x_BCD, None if shares else kv
 
 
-def remat_layer(perf: ResolvedPerf, *, in_loop: bool) -> Any:
-    """The layer, rematerialised as `perf` says."""
-    policies = jax.checkpoint_policies
-    policy = {
-        "full": None,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "names": policies.save_only_these_names(*_SAVED_NAMES),
-    }
+def remat_layer(perf: ResolvedPerf, *, loops: int) -> Any:
+    """The layer, rematerialised as `perf` says, for a place in so many loops one after the other (0: outside any)."""
     if perf.remat == "none":
         return DecoderLayer
-    # a loop keeps the recomputation apart from what it repeats; layers outside one, or unrolled, need barriers
-    loops = in_loop and perf.scan_unroll == 1
-    return nn.remat(DecoderLayer, policy=policy[perf.remat], prevent_cse=not loops)
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if perf.remat == "dots" else None
+    if perf.remat in _KEPT:
+        policy = policies.save_only_these_names(*_KEPT[perf.remat])
+    # A loop keeps the recomputation apart from what it repeats; layers outside one, or unrolled, need barriers. So do
+    # several loops: XLA peels an iteration off each and would recompute all of them before the first gradient is there.
+    alone = loops == 1 and perf.scan_unroll == 1
+    return nn.remat(DecoderLayer, policy=policy, prevent_cse=not alone)
+
+
+@jax.custom_vjp
+def gradients_together(params: Params, x_BCD: jax.Array) -> tuple[Params, jax.Array]:
+    """Return a layer's parameters and its input, whose gradient goes on only when the parameters' are made.
+
+    XLA would make the parameters' gradients when the optimiser needs them, and keep what they are made of until then.
+    """
+    return params, x_BCD
+
+
+gradients_together.defvjp(
+    lambda params, x_BCD: ((params, x_BCD), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)

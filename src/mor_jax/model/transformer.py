@@ -17,7 +17,8 @@ from mor_jax.config import PLAIN, Mode, ModelConfig, ResolvedPerf
 from mor_jax.errors import require
 from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
-from mor_jax.model.decoder_layer import remat_layer
+from mor_jax.model.decoder_layer import gradients_together, remat_layer
+from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, normal_init
 from mor_jax.model.modern_parts import first_values
 from mor_jax.model.parameters import Weights, compute_copy, from_tree, to_tree
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
             x_BTD = jnp.take(table_VD, constrain(rows.tokens_BT, "batch", "sequence"), axis=0, mode="clip")
             x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
         view = rows.view(config)
-        layer, context = remat_layer(self.perf, in_loop=False), make_context(config, view)
+        layer, context = remat_layer(self.perf, loops=0), make_context(config, view)
         first = last = trace = None
         unshared = self._unshared()
         if config.recursion.has_middle:
@@ -115,19 +116,30 @@ class Transformer(nn.Module):
             )
             x_BTD, trace, recursions = self._routed_recursions(x_BTD, inputs)
         if config.recursion.has_middle:
-            last = x_BTD = layer(config, self.perf, name="last")(x_BTD, context, None, None)[0]
+            last = x_BTD = self._last(layer, x_BTD, context)
         _, hidden_BTD = RMSNorm(config, name="final_norm")(x_BTD)
         if not config.tie_embeddings:
             self.param("head", normal_init(config, "embed", "vocab"), (config.d_model, config.vocab_size))
         stages = Stages(first=first, recursions=tuple(recursions), last=last, norm=hidden_BTD)
         return TrunkOutput(hidden_BTD=hidden_BTD, trace=trace, stages=stages if self.return_stages else None)
 
+    def _last(self, layer: Any, x_BTD: jax.Array, context: LayerContext) -> jax.Array:
+        """Apply the last layer; where memory counts, its backward pass ends before that of the recursions begins."""
+        if self.is_initializing() or self.perf.remat == "none":
+            return layer(self.config, self.perf, name="last")(x_BTD, context, None, None)[0]
+        own, x_BTD = gradients_together(self.variables["params"]["last"], x_BTD)
+        with jax.named_scope("last"):
+            detached = layer(self.config, self.perf, parent=None)
+            return detached.apply({"params": own}, x_BTD, context, None, None)[0]
+
     def _block(self) -> Any:
         """The shared block: L layers scanned over stacked parameters."""
         config = self.config
+        recursion = config.recursion
+        repeats, loops = (recursion.num_recursions, 1) if recursion.is_sequence else (1, recursion.num_recursions)
         scan: Any = nn.scan  # its annotation knows one axis for all arguments only
         stack = scan(
-            remat_layer(self.perf, in_loop=True),
+            remat_layer(self.perf, loops=loops),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),
@@ -136,7 +148,6 @@ class Transformer(nn.Module):
             unroll=self.perf.scan_unroll or config.block_depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        repeats = config.recursion.num_recursions if config.recursion.is_sequence else 1
         return stack(config, self.perf, repeats=repeats, name="block")
 
     def _unshared(self) -> Any:

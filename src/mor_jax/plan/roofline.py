@@ -8,19 +8,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mor_jax.config import Config, RematPolicy
+from mor_jax.config import Config, ModelConfig, RematPolicy
 from mor_jax.model.flops import layer_passes, train_flops, train_flops_per_token
 from mor_jax.model.optimizer_costs import optimizer_costs
 from mor_jax.plan.memory import tokens_per_device
 from mor_jax.plan.topology import Generation
-
-_AGAIN: Mapping[RematPolicy, tuple[str, ...]] = {
-    "none": (),
-    "names": ("attention",),
-    "dots": ("attention",),
-    "full": ("block", "attention", "router"),
-}
-"""Parts of the forward pass that each policy computes again: kernels are no named tensors and no dots."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,14 @@ class Roofline:
         return max(times, key=lambda name: getattr(self, name)).replace("_", " ")
 
 
+def block_again(model: ModelConfig, remat: RematPolicy) -> float:
+    """Share of the block's matrix products that the backward pass makes again."""
+    d, heads, kv = model.d_model, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    layer = 2 * d * (heads + kv) + 3 * d * model.d_ff
+    again = {"full": layer, "attention": layer, "projections": layer - d * (heads + 2 * kv), "names": d * heads}
+    return again.get(remat, 0) / layer
+
+
 def step_flops(config: Config, *, fused_attention: bool = True) -> StepFlops:
     """Count the FLOPs of one optimiser step.
 
@@ -78,7 +78,10 @@ def step_flops(config: Config, *, fused_attention: bool = True) -> StepFlops:
     execution, remat = config.perf.execution, config.perf.resolved().remat
     parts = train_flops(model, execution=execution, attention="flash" if fused_attention else "full")
     factors = {name: 3.5 if name == "attention" and fused_attention else 3.0 for name in parts}
-    again = sum(parts[name] / factors[name] for name in _AGAIN[remat])
+    shares = {"block": block_again(model, remat), "router": float(remat == "full")}
+    kept = remat == "none" or (fused_attention and remat in ("names", "projections", "attention"))
+    shares["attention"] = 0.0 if kept else 1.0
+    again = sum(share * parts[name] / factors[name] for name, share in shares.items() if name in parts)
     per_token = train_flops_per_token(model)
     return StepFlops(
         model=per_token * rows * model.context_length,
@@ -102,7 +105,7 @@ def memory_traffic(config: Config, sizes: Mapping[str, int]) -> float:
     model, tensor = config.model, sizes["tensor"]
     width = 2 if model.dtype == "bfloat16" else 4
     passes = layer_passes(model, model.context_length, config.perf.execution)
-    again = 1 if config.perf.remat == "full" else 0
+    again = block_again(model, config.perf.resolved().remat)
     d, f = model.d_model, model.d_ff
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer_weights = 2 * d * (heads + kv) + 3 * d * f
