@@ -102,7 +102,7 @@ def test_figures_of_a_mesh_are_those_of_all_its_devices(monkeypatch):
             {"router": "", **result}
         )
     shapes = jax.eval_shape(lambda: init_params(models["vanilla"], jax.random.key(0)))
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(shapes))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     assert first["in_flight"] == 8 and first["parameter_bytes"] == pytest.approx(2 * weights / 2, rel=0.1)  # bfloat16
     budget = first["bytes_of_parameters_and_reserved_keys_and_values"]
     assert first["parameter_bytes"] < memory["bytes_of_parameters_and_reserved_keys_and_values"] <= budget
