@@ -124,7 +124,7 @@ def mix_joint_values(
         return projected_BCMH
     *lead, heads, head_dim = projected_BCMH.shape
     by_shard = projected_BCMH.reshape(*lead, shards, heads // shards, head_dim)
-    others, values = jnp.split(by_shard, [-(config.num_kv_heads // shards)], axis=-2)
+    others, values = jnp.split(by_shard, [(heads - config.num_kv_heads) // shards], axis=-2)
     values = _mixed(values, first_BCX.reshape(values.shape), share)
     return jnp.concatenate([others, values], axis=-2).reshape(projected_BCMH.shape)
 

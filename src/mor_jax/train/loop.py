@@ -36,8 +36,8 @@ from mor_jax.train.objective import Batch, step_arrays
 from mor_jax.train.phases import Phase, phases
 from mor_jax.train.preemption import StopVote
 from mor_jax.train.progress import Reporter, describe_rising_rate, roll_call
+from mor_jax.train.run_start import MakeDataset, begin, load_initial, open_data, restore
 from mor_jax.train.signals import StopRequest
-from mor_jax.train.start import MakeDataset, begin, load_initial, open_data, restore
 from mor_jax.train.step import Metrics, compile_train_step
 from mor_jax.train.watchdog import Watchdog
 
