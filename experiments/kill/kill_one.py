@@ -15,13 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kill_rounds import checkpoints_of, lines_of, run_config
+from kill_rounds import RecordedBatches, checkpoints_of, checksum_of, lines_of, run_config
 
 from mor_jax.compilation_cache import enable_compilation_cache
 from mor_jax.config import Config, DistributedConfig, MeshConfig
@@ -29,7 +28,7 @@ from mor_jax.data.pipeline import make_dataset
 from mor_jax.mesh.processes import initialize
 from mor_jax.train.loop import train
 
-STEPS, SAVE_EVERY, PAUSE = 18, 6, 0.1
+STEPS, SAVE_EVERY = 18, 6
 PHASES = {"training": (5, 8), "saving": (3, 12)}
 """In which phase which process is killed, and after how many steps at the earliest."""
 AGREE = 1e-5
@@ -44,35 +43,18 @@ def config_of(folder: Path) -> Config:
     return dataclasses.replace(config, train=settings, mesh=MeshConfig(fsdp=2))
 
 
-class RecordedRows:
+class RecordedRows(RecordedBatches):
     """A data set that notes "step row checksum" of every row that it gives to this process."""
 
+    pause = 0.1
+
     def __init__(self, dataset: Any, rows: Sequence[int], record: Path) -> None:
-        self._dataset, self._rows, self._record = dataset, rows, record
+        super().__init__(dataset, record)
+        self._rows = rows
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dataset, name)
-
-    @property
-    def step(self) -> int:
-        """Number of the next batch."""
-        return self._dataset.step
-
-    @step.setter
-    def step(self, step: int) -> None:
-        self._dataset.step = step
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return self
-
-    def __next__(self) -> Mapping[str, Any]:
-        step, batch = self._dataset.step, next(self._dataset)
-        with self._record.open("a") as file:
-            for place, row in enumerate(self._rows):
-                checksum = zlib.crc32(b"".join(batch[name][place].tobytes() for name in sorted(batch)))
-                file.write(f"{step} {row} {checksum}\n")
-        time.sleep(PAUSE)
-        return batch
+    def _notes(self, batch: Mapping[str, Any]) -> list[str]:
+        names = sorted(batch)
+        return [f"{row} {checksum_of(batch[name][n] for name in names)}" for n, row in enumerate(self._rows)]
 
 
 def work(folder: Path, index: int) -> None:

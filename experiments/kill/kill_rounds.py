@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,9 @@ def run_config(folder: Path, *, keep: int) -> Config:
 class RecordedBatches:
     """A data set that notes "step checksum" of every batch that it gives."""
 
+    pause = PAUSE
+    """Seconds after every batch: time to be killed in."""
+
     def __init__(self, dataset: Any, record: Path) -> None:
         self._dataset, self._record = dataset, record
 
@@ -70,11 +73,18 @@ class RecordedBatches:
 
     def __next__(self) -> Mapping[str, Any]:
         step, batch = self._dataset.step, next(self._dataset)
-        checksum = zlib.crc32(b"".join(batch[name].tobytes() for name in sorted(batch)))
         with self._record.open("a") as file:
-            file.write(f"{step} {checksum}\n")
-        time.sleep(PAUSE)
+            file.writelines(f"{step} {note}\n" for note in self._notes(batch))
+        time.sleep(self.pause)
         return batch
+
+    def _notes(self, batch: Mapping[str, Any]) -> list[str]:
+        return [checksum_of(batch[name] for name in sorted(batch))]
+
+
+def checksum_of(arrays: Iterable[Any]) -> str:
+    """Return the checksum of some arrays' bytes."""
+    return str(zlib.crc32(b"".join(array.tobytes() for array in arrays)))
 
 
 def work(folder: Path, keep: int) -> None:

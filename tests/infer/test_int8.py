@@ -64,6 +64,7 @@ def _check_alone(config, requests, results):
     itself does; 3 in 100 are allowed to.
     """
     model, off, off_without = decode_model(config), [], []
+    passes = [token.depth for result in results for token in result]
     empty = functools.partial(init_cache, config, CacheShape(1, LENGTH, OPTIONS.page_size, kv_dtype="int8"))
     one, zero = jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32)
     for request, result in zip(requests, results, strict=True):
@@ -77,9 +78,9 @@ def _check_alone(config, requests, results):
             errors += [says_V[t.token] - t.log_probability for says_V, t in zip(says_TV, result, strict=False)]
             if errors is off:
                 assert [t.token for t in result] == says_TV[: len(result)].argmax(1).tolist()
-    off, off_without = np.abs(off), np.abs(off_without)
+    off, off_without = np.abs(off), np.abs(off_without)[np.array(passes) > 0]  # others may read no keys at all
     assert np.mean(off < 1e-4) > 0.97 and off.max() < 0.05
-    assert off_without.max() > 1e-3  # not the median: tokens that no recursion takes read no keys
+    assert np.median(off_without) > 1e-3
 
 
 def test_the_engine_gives_every_request_what_int8_gives_it_alone():
