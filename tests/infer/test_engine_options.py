@@ -54,8 +54,8 @@ def test_long_texts_have_a_program_of_one_row(rows, max_length, context, alone):
 
 
 def test_the_compiler_knows_what_a_gpu_is_asked_for():
-    assert dispatch_program("cpu") is dispatch_program("tpu") is dispatch
-    assert dispatch_program("gpu") is not dispatch
+    assert dispatch_program("cpu", 32) is dispatch_program("tpu", 32) is dispatch_program("gpu", 8) is dispatch
+    assert dispatch_program("gpu", 32) is not dispatch
     doubled = jax.jit(lambda x: 2 * x).lower(1.0).compile(compiler_options=dict(GPU_OPTIONS))
     assert doubled(1.0) == 2.0
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):

@@ -44,9 +44,9 @@ class Engine:
         platform = target_platform()
         options = with_prefill_chunk(options, platform, model.config.context_length)
         self.model, self.options = model, options
-        self._program = dispatch_program(platform)
         self._reads_alone = reads_alone(options, model.config.context_length)
         self.shape = engine_shape(model, options)
+        self._program = dispatch_program(platform, self.shape.block_slots)
         self.statistics = EngineStatistics()
         self._state = make_state(model, self.shape)
         pages, layout = [pool.free_P.shape[0] for pool in self._state.cache.pools], kv_layout(model.config)
