@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rows import PREFIX, context_of
+from rows import PREFIX
 from tasks import task_of
 
 from mor_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PerfConfig, TrainConfig
@@ -137,7 +137,7 @@ def _vanilla(scale: Scale, task: str, layers: int) -> Config:
         num_kv_heads=width // scale.head_dim,
         head_dim=scale.head_dim,
         d_ff=64 * max(1, round(width / 24)),
-        context_length=context_of(task_of(task)),
+        context_length=task_of(task).row_length,
         init_std=0.02 if width > 64 else 0.04,
         attend_across_documents=False,
         dtype=scale.dtype,
