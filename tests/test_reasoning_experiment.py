@@ -49,12 +49,13 @@ def test_pointers_are_followed():
     seen = set()
     for row in _rows("pointer-8"):
         words, answers, reads = zip(*row, strict=True)
-        edges = dict(zip(words[:32:2], words[1:32:2], strict=True))
-        assert len(edges) == 16 and not any(reads[:32]) and not any(reads[32::2])
-        for hops, node, answer, read in zip(words[32::2], words[33::2], answers[33::2], reads[33::2], strict=True):
-            for _ in range(int(hops[1:])):
+        edges = dict(word.split(">") for word in words[:16])
+        assert len(edges) == 16 and not any(reads[:16])
+        for asked, answer, read in zip(words[16:], answers[16:], reads[16:], strict=True):
+            node, hops = asked.split("+")
+            for _ in range(int(hops)):
                 node = edges[node]
-            assert answer == node and read == int(hops[1:])
+            assert answer == node and read == int(hops)
             seen.add(read)
     assert seen == set(range(1, 9))
 
@@ -102,7 +103,7 @@ def test_no_held_out_row_is_trained_on(name):
     def contents(**options):
         for row in _rows(name, **options):
             words = [word for word, _, _ in row]
-            yield tuple(sorted(zip(words[:32:2], words[1:32:2], strict=True))) if "pointer" in name else tuple(words)
+            yield tuple(sorted(words[:16])) if "pointer" in name else tuple(words)
 
     trained = {content for seed in range(3) for content in contents(seed=seed, rows=500)}
     held_out = set(contents(seed=9, held_out=True))
@@ -110,26 +111,26 @@ def test_no_held_out_row_is_trained_on(name):
 
 
 def test_batches_are_a_function_of_their_number():
-    options = {"context_length": 64, "vocab_size": 160, "batch_size": 4}
+    options = {"context_length": 48, "vocab_size": 544, "batch_size": 4}
     dataset = ROWS.make_dataset(DataConfig(source="reasoning:pointer-8", seed=3), **options)
     first = [next(dataset) for _ in range(3)]
     dataset.step = 1
     np.testing.assert_equal(next(dataset), first[1])
     some = ROWS.make_dataset(DataConfig(source="reasoning:pointer-8", seed=3), **options, rows=[1, 3])
     np.testing.assert_equal(some.batch(2), {name: array[[1, 3]] for name, array in first[2].items()})
-    assert {array.shape for array in first[0].values()} == {(4, 65)}
+    assert {array.shape for array in first[0].values()} == {(4, 49)}
     assert (first[0]["tokens"] != first[1]["tokens"]).any()
     tokenizer = dataset.tokenizer
-    text = "? h3 n4 e5 n10"
+    text = "? 3 n4 e5 n10>n3 n10+2"
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size == len(TASKS.WORDS)
     with pytest.raises(UserError, match=r"data.source='reasoning:maze-3': 'maze-3' is not KIND-LARGEST"):
         ROWS.make_dataset(DataConfig(source="reasoning:maze-3"), **options)
-    with pytest.raises(UserError, match=r"model.context_length=64 must be 80 for 'reasoning:addition-20'"):
+    with pytest.raises(UserError, match=r"model.context_length=48 must be 80 for 'reasoning:addition-20'"):
         ROWS.make_dataset(DataConfig(source="reasoning:addition-20"), **options)
 
 
 def test_answers_are_labels_where_they_are_asked():
-    dataset = ROWS.make_dataset(DataConfig(source="reasoning:s3-4"), context_length=8, vocab_size=160, batch_size=4)
+    dataset = ROWS.make_dataset(DataConfig(source="reasoning:s3-4"), context_length=8, vocab_size=544, batch_size=4)
     batch = dataset.batch(0)
     asked_BT = batch["difficulty"][:, 1:] > 0
     np.testing.assert_array_equal(asked_BT, batch["labels"][:, 1:] != -100)
@@ -198,8 +199,8 @@ def test_passes_beyond_training_are_the_unrolled_model():
     assert (longer.config.num_layers, longer.config.unrolled_depth) == (made.num_layers, made.unrolled_depth) == (6, 6)
     same, own = (ANSWERS.answers_of(w, config.perf, batches) for w in (ANSWERS.with_passes(weights, 2), weights))
     np.testing.assert_array_equal(same.correct_X, own.correct_X)
-    assert own.passes_X is None and len(own.row_X) == 32 and set(own.difficulty_X) == {1, 2}
-    np.testing.assert_array_equal(own.row_X, np.repeat(np.arange(8), 4))
+    assert own.passes_X is None and len(own.row_X) == 64 and set(own.difficulty_X) == {1, 2}
+    np.testing.assert_array_equal(own.row_X, np.repeat(np.arange(8), 8))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rows import PREFIX
-from tasks import task_of
+from tasks import WORDS, task_of
 
 from mor_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PerfConfig, TrainConfig
 from mor_jax.config.model import Dtype
@@ -19,6 +19,7 @@ from mor_jax.errors import UserError, suggest
 from mor_jax.sweep.recipes import at_flops_of, quiet
 from mor_jax.sweep.runs import with_overrides
 
+VOCABULARY = -(-len(WORDS) // 32) * 32
 DRAWN = "reasoning-drawn"
 """Preset of the models whose number of passes is drawn for every training step (`drawn.py`)."""
 _ROUTED: Mapping[str, Mapping[str, Any]] = {
@@ -130,7 +131,7 @@ def configured(scale: Scale, task: str, family: str, recursions: int, *, equal_f
 def _vanilla(scale: Scale, task: str, layers: int) -> Config:
     width = scale.widths[task]
     model = ModelConfig(
-        vocab_size=160,
+        vocab_size=VOCABULARY,
         num_layers=layers,
         d_model=width,
         num_heads=width // scale.head_dim,

@@ -18,13 +18,14 @@ KINDS: tuple[Kind, ...] = ("pointer", "s3", "s5", "addition")
 MOST_HOPS = 8
 END, UNKNOWN, ASK = "<|endoftext|>", "<unk>", "?"
 DIGITS = tuple("0123456789")
-HOPS = tuple(f"h{count}" for count in range(1, MOST_HOPS + 1))
-NODES = tuple(f"n{node}" for node in range(2 * MOST_HOPS))
 ELEMENTS = tuple(f"e{element}" for element in range(120))
-WORDS = (END, UNKNOWN, ASK, *DIGITS, *HOPS, *NODES, *ELEMENTS)
+NODES = tuple(f"n{node}" for node in range(2 * MOST_HOPS))
+EDGES = tuple(f"{start}>{end}" for start in NODES for end in NODES)
+HOPS = tuple(f"{start}+{hops}" for start in NODES for hops in range(1, MOST_HOPS + 1))
+WORDS = (END, UNKNOWN, ASK, *DIGITS, *ELEMENTS, *NODES, *EDGES, *HOPS)
 """The vocabulary; a token's id is its place."""
 ID = {word: token for token, word in enumerate(WORDS)}
-_DIGIT, _HOP, _NODE, _ELEMENT = ID[DIGITS[0]], ID[HOPS[0]] - 1, ID[NODES[0]], ID[ELEMENTS[0]]
+_DIGIT, _ELEMENT, _NODE, _EDGE, _HOP = (ID[words[0]] for words in (DIGITS, ELEMENTS, NODES, EDGES, HOPS))
 _HELD_OUT_ONE_OF = np.uint64(8)
 
 Generator = np.random.Generator
@@ -64,20 +65,21 @@ def _drawn(draw: Callable[[int], np.ndarray], count: int, held_out: bool) -> np.
 
 @dataclass(frozen=True)
 class Pointer:
-    """A cycle through 2 x ``largest`` nodes, told in any order, then questions: how many hops to go, and from where.
+    """A cycle through 2 x ``largest`` nodes, its edges in any order, then questions: from where, and how many hops.
 
-    One cycle: no start comes back to itself, so every hop counts. A cycle is held out as a whole.
+    An edge is one word, so that a hop is one look-up; so is a question. One cycle: no start comes back to itself, so
+    every hop counts. A cycle is held out as a whole.
     """
 
     largest: int
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row: two for every edge, and two for each of as many questions."""
-        return 8 * self.largest
+        """Tokens of a row: the edges, and twice as many questions."""
+        return 6 * self.largest
 
     def rows(self, generator: Generator, count: int, held_out: bool) -> Rows:
-        """Return ``n3 n10 n5 n3 ... h2 n5 h1 n3``; the answer at a question's node is the node that is meant."""
+        """Return ``n3>n10 n5>n3 ... n5+2 n3+1``; a question's answer is the node that is meant."""
         nodes = np.arange(2 * self.largest)
 
         def draw(wanted: int) -> np.ndarray:
@@ -86,23 +88,15 @@ class Pointer:
 
         cycle = _drawn(draw, count, held_out)
         order = generator.permuted(np.tile(nodes, (count, 1)), axis=1)
-        places = generator.integers(len(nodes), size=cycle.shape)
-        hops = generator.integers(1, self.largest + 1, size=cycle.shape)
-        ends = [np.take_along_axis(side, order, axis=1) + _NODE for side in (cycle, np.roll(cycle, -1, axis=1))]
-        asked = [hops + _HOP, np.take_along_axis(cycle, places, axis=1) + _NODE]
-        answers = np.take_along_axis(cycle, (places + hops) % len(nodes), axis=1) + _NODE
-        none = np.zeros_like(hops)
-        return (
-            _side_by_side(*ends, *asked),
-            _side_by_side(none, none, none, answers),
-            _side_by_side(none, none, none, hops),
-        )
-
-
-def _side_by_side(*columns: np.ndarray) -> np.ndarray:
-    """Two by two in turn: edges, then questions, [N, 2 x two of them]."""
-    pairs = (np.stack(pair, axis=2).reshape(len(pair[0]), -1) for pair in (columns[:2], columns[2:]))
-    return np.concatenate(list(pairs), axis=1)
+        start, end = (np.take_along_axis(side, order, axis=1) for side in (cycle, np.roll(cycle, -1, axis=1)))
+        edges = _EDGE + len(NODES) * start + end
+        places = generator.integers(len(nodes), size=(count, 2 * len(nodes)))
+        hops = generator.integers(1, self.largest + 1, size=places.shape)
+        asked = _HOP + MOST_HOPS * np.take_along_axis(cycle, places, axis=1) + hops - 1
+        answers = _NODE + np.take_along_axis(cycle, (places + hops) % len(nodes), axis=1)
+        none = np.zeros_like(edges)
+        beside = ((edges, asked), (none, answers), (none, hops))
+        return tuple(np.concatenate(parts, axis=1) for parts in beside)
 
 
 @dataclass(frozen=True)
