@@ -50,9 +50,7 @@ class QuestionBatches:
         mine: which rows of a batch to give.
     """
 
-    def __init__(
-        self, task: Task, part: Part, seed: int, batch_size: int, mine: Sequence[int]
-    ) -> None:
+    def __init__(self, task: Task, part: Part, seed: int, batch_size: int, mine: Sequence[int]) -> None:
         self._task, self._part, self._seed = task, part, seed
         self._batch_size, self._mine = batch_size, list(mine)
 
