@@ -33,7 +33,9 @@ def _rows(name, seed=0, rows=200, held_out=False):
     task = TASKS.task_of(name)
     for row in zip(*task.rows(np.random.default_rng(seed), rows, held_out), strict=True):
         assert {len(part) for part in row} == {task.row_length}
-        yield [(TASKS.WORDS[token], TASKS.WORDS[answer] if read else None, read) for token, answer, read in zip(*row)]
+        tokens, answers, reads = row
+        told = [TASKS.WORDS[answer] if read else None for answer, read in zip(answers, reads, strict=True)]
+        yield list(zip((TASKS.WORDS[token] for token in tokens), told, reads, strict=True))
 
 
 def _questions(row):

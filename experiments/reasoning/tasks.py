@@ -101,7 +101,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Word:
-    """Words of 1 to ``largest`` elements of the symmetric group on ``degree`` letters; the answer is the product so far.
+    """Words of 1 to ``largest`` elements of the symmetric group on ``degree`` letters; answers are products so far.
 
     At an element as many are composed as the word has up to there.
     """
