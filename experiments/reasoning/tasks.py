@@ -95,8 +95,10 @@ class Pointer:
         asked = _HOP + MOST_HOPS * np.take_along_axis(cycle, places, axis=1) + hops - 1
         answers = _NODE + np.take_along_axis(cycle, (places + hops) % len(nodes), axis=1)
         none = np.zeros_like(edges)
-        beside = ((edges, asked), (none, answers), (none, hops))
-        return tuple(np.concatenate(parts, axis=1) for parts in beside)
+        tokens, labels, difficulties = (
+            np.concatenate(parts, axis=1) for parts in ((edges, asked), (none, answers), (none, hops))
+        )
+        return tokens, labels, difficulties
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,10 @@ class Addition:
         asked, none = first < 0, np.zeros_like(first)
         tokens = [np.where(asked, ID[ASK], side + _DIGIT) for side in (first, second)]
         answers = np.where(asked, 0, digits + _DIGIT)
-        return tuple(np.stack(pair, axis=2).reshape(count, length) for pair in (tokens, (none, answers), (none, read)))
+        row, labels, difficulties = (
+            np.stack(pair, axis=2).reshape(count, length) for pair in (tokens, (none, answers), (none, read))
+        )
+        return row, labels, difficulties
 
 
 def added(first_NP: np.ndarray, second_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
