@@ -109,7 +109,7 @@ def measure(name: str, config: Config) -> dict[str, Any]:
     weights = {"opened": run.weights, "calibrated": calibrated(run, CALIBRATION_ROWS).weights}
     if config.model.routing.sampling != "none":
         weights["boundary_0"] = dataclasses.replace(run.weights, boundaries_R=None)
-    dataset = held_out(run.config)
+    dataset = held_out(run)
     losses = {n: validation_losses(w, run.config.perf, dataset, config.train.eval_rows) for n, w in weights.items()}
     dataset.close()
     return {

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -87,6 +88,14 @@ def test_a_run_can_be_evaluated_again(run, monkeypatch, state):
     restored, losses = inspect.evaluate_run(run)
     assert losses == validation_losses(restored.weights, restored.config.perf, HeldOut(batch(0), batch(1)), 4)
     assert inspect.evaluate_run(run, rows=2)[1]["validation_tokens"] == losses["validation_tokens"] // 2
+
+
+def test_data_of_another_tokenizer_than_the_runs_are_refused(run, monkeypatch):
+    other = HeldOut(batch(0))
+    other.tokenizer = SimpleNamespace(hash="another")
+    monkeypatch.setattr(inspect, "make_dataset", lambda data, **rest: other)
+    with pytest.raises(UserError, match=r"data.source='.*' gives tokens of another tokenizer than the run's"):
+        inspect.evaluate_run(run)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "checkpoints"])

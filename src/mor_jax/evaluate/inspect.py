@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.config import Config
+from mor_jax.data.manifest import Split
 from mor_jax.data.packing import Row, cut_row, expand_row
 from mor_jax.data.pipeline import make_dataset
 from mor_jax.errors import require
@@ -46,7 +46,7 @@ def inspect_run(
         batches = text_batches(tokens, config.model.context_length)
         packed = text_rows(tokens, config.model.context_length) if analysis else []
     else:
-        packed = list(first_rows(held_out(config), config.train.eval_rows))
+        packed = list(first_rows(held_out(run), config.train.eval_rows))
         batches = [Rows.of_batch(batch) for batch in packed]
     metrics = read_metrics(run_folder / "metrics.jsonl")
     title = run_title(run_folder, config)
@@ -81,14 +81,14 @@ def evaluate_run(
         (the run, with calibrated boundaries if asked for; what ``validation_losses`` gives for it).
 
     Raises:
-        UserError: no run or no good checkpoint there, or no held-out text.
+        UserError: no run or no good checkpoint there, no held-out text, or data of another tokenizer.
     """
     run = open_run(run_folder)
     if calibration_rows:
         run = calibrated(run, calibration_rows)
     wanted = run.config.train.eval_rows if rows is None else rows
     weights = run.weights if max_depth is None else cap_depth(run.weights, max_depth)
-    dataset = held_out(run.config)
+    dataset = held_out(run)
     return run, validation_losses(weights, run.config.perf, dataset, wanted, within_documents=within_documents)
 
 
@@ -96,13 +96,7 @@ def calibrated(run: RestoredRun, rows: int) -> RestoredRun:
     """Return a run whose boundaries are calibrated on ``rows`` rows of its training text."""
     config = run.config
     batch_size = min(rows, config.train.batch_size)
-    dataset = make_dataset(
-        config.data,
-        split="train",
-        context_length=config.model.context_length,
-        vocab_size=config.model.vocab_size,
-        batch_size=batch_size,
-    )
+    dataset = _rows_of(run, "train", batch_size)
     boundaries = calibrate(run.weights, config.perf, (dataset.batch(step) for step in range(-(-rows // batch_size))))
     dataset.close()
     return dataclasses.replace(run, config=with_boundaries(config, boundaries))
@@ -146,12 +140,24 @@ def _document_rows(tokens_BT: np.ndarray) -> Rows:
     return Rows(*arrays)
 
 
-def held_out(config: Config) -> Any:
-    """Open the held-out rows of a run, as the trainer does."""
-    return make_dataset(
+def held_out(run: RestoredRun) -> Any:
+    """Open the held-out rows of a run, as the trainer does; raise UserError if its data are not what they were."""
+    train = run.config.train
+    return _rows_of(run, "validation", min(train.eval_rows, train.batch_size // train.accumulation))
+
+
+def _rows_of(run: RestoredRun, split: Split, batch_size: int) -> Any:
+    config = run.config
+    dataset = make_dataset(
         config.data,
-        split="validation",
+        split=split,
         context_length=config.model.context_length,
         vocab_size=config.model.vocab_size,
-        batch_size=min(config.train.eval_rows, config.train.batch_size // config.train.accumulation),
+        batch_size=batch_size,
     )
+    require(
+        dataset.tokenizer.hash == run.tokenizer.hash,
+        f"data.source={config.data.source!r} gives tokens of another tokenizer than the run's: its text was prepared "
+        "again since the training, or by another Python, whose standard library is another text",
+    )
+    return dataset

@@ -62,7 +62,7 @@ def depth_losses(run: RestoredRun, rows: int | None = None) -> list[dict[str, An
     Returns:
         ``max_depth``, ``nll``, ``bits_per_byte`` and, with a router, ``mean_depth`` by cap.
     """
-    dataset, curve = held_out(run.config), []
+    dataset, curve = held_out(run), []
     prefix = "validation_" if run.config.model.routing.kind == "none" else "validation_threshold_"
     for cap in range(1, run.config.model.recursion.num_recursions + 1):
         weights, wanted = cap_depth(run.weights, cap), rows or run.config.train.eval_rows
@@ -80,7 +80,7 @@ def calibrated_losses(run: RestoredRun, calibration_rows: int, texts: Sequence[P
     """Measure the causal losses, held-out and on given texts, with boundaries calibrated on training text."""
     run = calibrated(run, calibration_rows)
     config = run.config
-    dataset = held_out(config)
+    dataset = held_out(run)
     losses = validation_losses(run.weights, config.perf, dataset, config.train.eval_rows)
     dataset.close()
     figures: dict[str, Any] = {"nll": losses["validation_threshold_nll"], "gap": losses["validation_gap"]}
