@@ -4,9 +4,11 @@ from typing import Any
 
 import jax
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
+from mor_jax.mesh.devices import target_platform
 
 ROUTER_STATE = "router_state"
 """Entry of imported trees beside the trained ones, for what no gradient reaches: the loss-free bias of token-choice
@@ -79,3 +81,18 @@ def compute_copy(config: ModelConfig, params: Params) -> Params:
         return leaf if keeps else leaf.astype(config.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def fill_tiles(params: Params) -> Params:
+    """Lay the block's gate and up [L, D, 2, F] out one after the other, where the program is for a TPU.
+
+    As they are stored, the loop over layers would cut and write tiles of 2 x 128, at a third of the memory's speed.
+    The gradient goes back to the layout that weights and moments are stored in: one copy instead of three.
+    """
+    if target_platform() != "tpu" or "block" not in params:
+        return params
+    ffn = params["block"]["ffn"]
+    gate_up_LDXF = ffn["gate_up"]
+    for order in ((0, 1, 2, 3), (0, 2, 1, 3)):
+        gate_up_LDXF = with_layout_constraint(gate_up_LDXF, Layout(major_to_minor=order))
+    return {**params, "block": {**params["block"], "ffn": {**ffn, "gate_up": gate_up_LDXF}}}
