@@ -10,7 +10,10 @@ from mor_jax.kernels.tokens_innermost import project_down
 
 
 def _random(*shapes):
-    return [jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(3), 4), shapes)]
+    return [
+        jax.random.normal(key, shape)
+        for key, shape in zip(jax.random.split(jax.random.key(3), 4), shapes, strict=False)
+    ]
 
 
 def test_feed_forward(monkeypatch):
