@@ -213,7 +213,7 @@ def _whole_block_fits(config: Config, device: Device) -> bool:
 
 
 def _least_remat(config: Config, rows: float, device: Device, *, whole_block: bool) -> RematPolicy:
-    """The candidate that recomputes the fewest FLOPs of those whose estimate fits; `none` if the memory is not known."""
+    """The candidate that recomputes the fewest FLOPs and fits by estimate; `none` if the memory is not known."""
     memory = memory_bytes(device)
     if memory is None:
         return "none"
