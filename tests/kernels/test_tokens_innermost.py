@@ -16,14 +16,18 @@ def _random(*shapes):
     ]
 
 
+def _layer(x, gate_up, down):
+    return feed_forward(x, gate_up, down, "xla")
+
+
 def test_feed_forward(monkeypatch):
     """Values and gradients, also where gate and up are computed over again or kept by name."""
     x, gate_up, down, grad = _random((2, 7, 12), (12, 2, 20), (20, 12), (2, 7, 12))
-    plain, pull_plain = jax.vjp(lambda *a: feed_forward(*a, "xla"), x, gate_up, down)
+    plain, pull_plain = jax.vjp(_layer, x, gate_up, down)
     monkeypatch.setattr(swiglu, "target_platform", lambda: "tpu")
     policy = jax.checkpoint_policies.save_only_these_names("gate_up")
     for remat in (lambda f: f, jax.checkpoint, lambda f: jax.checkpoint(f, policy=policy)):
-        out, pull = jax.vjp(remat(lambda *a: feed_forward(*a, "xla")), x, gate_up, down)
+        out, pull = jax.vjp(remat(_layer), x, gate_up, down)
         np.testing.assert_allclose(out, plain, atol=1e-5)
         for ours, theirs in zip(pull(grad), pull_plain(grad), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
@@ -35,7 +39,7 @@ def test_named_products_are_kept(monkeypatch):
     x, gate_up, down = _random((1, 8, 16), (16, 2, 32), (32, 16))
 
     def products(policy):
-        layer = jax.checkpoint(lambda *a: jnp.sum(feed_forward(*a, "xla") ** 2), policy=policy)
+        layer = jax.checkpoint(lambda *a: jnp.sum(_layer(*a) ** 2), policy=policy)
         return str(jax.make_jaxpr(jax.grad(layer, (0, 1, 2)))(x, gate_up, down)).count("dot_general")
 
     kept = products(jax.checkpoint_policies.save_only_these_names("gate_up"))
