@@ -46,8 +46,9 @@ _WHOLE_BLOCK = 0.1
 _MOSAIC_REMAT: tuple[RematPolicy, ...] = ("none", "full")
 """Rematerialisation beside SwiGLU in epilogues: others keep named tensors or XLA's products, which the results
 of those kernels are not, and would run them again as a whole."""
-_TPU_REMAT: tuple[RematPolicy, ...] = ("none", "names", "projections", "attention")
-"""From what recomputes least to what recomputes most, short of `full`: each keeps what the next keeps, and more."""
+_TPU_REMAT: tuple[RematPolicy, ...] = ("none", "names", "attention")
+"""From what recomputes least to what recomputes most, short of `full`: each keeps what the next keeps, and more.
+Not `projections`: what it keeps costs more to write and cut out than to make (experiments/tpu_clock/LOG.md)."""
 _CHUNK_TOKENS = 4096
 """Positions x rows of one loss chunk on a GPU: products that fill the chip, logits that stay small."""
 _TPU_CHUNK_TOKENS = 1024
@@ -212,7 +213,7 @@ def _whole_block_fits(config: Config, device: Device) -> bool:
 
 
 def _least_remat(config: Config, rows: float, device: Device, *, whole_block: bool) -> RematPolicy:
-    """The policy that recomputes the fewest FLOPs of those whose estimate fits; `none` if the memory is not known."""
+    """The candidate that recomputes the fewest FLOPs and fits by estimate; `none` if the memory is not known."""
     memory = memory_bytes(device)
     if memory is None:
         return "none"

@@ -1,4 +1,4 @@
-"""The gated feed-forward (SwiGLU): plain, its gradient in Pallas (Triton), or all of it in ``swiglu_hopper``.
+"""The gated feed-forward (SwiGLU): plain, its gradient in Pallas (Triton), all of it in ``swiglu_hopper``, or for TPU.
 
 XLA reads gate and up twice in the gradient; the kernel reads and writes every tensor once. Letters: B rows, C tokens of
 a row, M tokens of all rows, D model, X gate and up, F feed-forward.
@@ -13,11 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from mor_jax.config import Kernels
-from mor_jax.kernels import swiglu_hopper
+from mor_jax.kernels import swiglu_hopper, tokens_innermost
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.padding import pad_axis
 from mor_jax.kernels.pallas_triton import call_kernel, fuses
 from mor_jax.mesh.axes import on_shards
+from mor_jax.mesh.devices import target_platform
 
 ROWS = 8
 """Rows of a program of the gradient."""
@@ -39,7 +40,8 @@ def feed_forward(
         down_FD: in x's dtype.
         fusion: a resolved ``perf.fusion``.
         update: what is added to the product by the weights of a name (`gate_up`, `down`) with an input; None is
-            nothing. It needs the products, which the kernels of `mosaic` keep to themselves, so it keeps them apart.
+            nothing. It needs the products, which the kernels of `mosaic` keep to themselves, so it keeps them apart;
+            a TPU then takes the plain form.
 
     Returns:
         [B, C, D].
@@ -47,6 +49,8 @@ def feed_forward(
     if fusion == "mosaic" and update is None:
         log_kernel("feed-forward", "Mosaic, SwiGLU in the epilogues of its matmuls")
         return swiglu_hopper.feed_forward(x_BCD, gate_up_DXF, down_FD)
+    if target_platform() == "tpu" and update is None:
+        return tokens_innermost.feed_forward(x_BCD, gate_up_DXF, down_FD)
     update = update or (lambda *_: 0.0)
     hidden_BCXF = jnp.einsum("BCD,DXF->BCXF", x_BCD, gate_up_DXF) + update("gate_up", x_BCD)
     hidden_BCXF = checkpoint_name(hidden_BCXF, "gate_up")

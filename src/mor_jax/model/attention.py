@@ -12,6 +12,7 @@ from mor_jax.config import Kernels, ModelConfig, ResolvedPerf
 from mor_jax.kernels.attention.backend import TPU_KERNELS, attend, resolve_backend
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.kernels.rotary import Rotary, apply_rotary, rotary_of_rows, rotates_jointly, split_rotate
+from mor_jax.kernels.tokens_innermost import project_down
 from mor_jax.mesh.axes import axis_size, constrain
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import compute_weight, normal_init
@@ -85,7 +86,8 @@ class Attention(nn.Module):
             out_BCNH = attend(query_BCNH, keys, values, context.mask, backend, context.rotary_rows if inside else None)
         out_BCNH = constrain(out_BCNH, "batch", "sequence", "heads", "head_dim")
         if inside:  # named by the kernel, with what its gradient needs beside it
-            out_BCD = jnp.einsum("BCX,XD->BCD", out_BCNH.reshape(*x_BCD.shape[:2], -1), output.reshape(-1, width))
+            out_BXC = jnp.swapaxes(out_BCNH.reshape(*x_BCD.shape[:2], -1), 1, 2)
+            out_BCD = project_down(out_BXC, output.reshape(-1, width))
         else:
             out_BCNH = checkpoint_name(out_BCNH, "attention")
             out_BCD = jnp.einsum("BCNH,NHD->BCD", out_BCNH, output)

@@ -4,9 +4,11 @@ from typing import Any
 
 import jax
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mor_jax.array_types import Params
 from mor_jax.config import ModelConfig
+from mor_jax.mesh.devices import target_platform
 
 ROUTER_STATE = "router_state"
 """Entry of imported trees beside the trained ones, for what no gradient reaches: the loss-free bias of token-choice
@@ -79,3 +81,28 @@ def compute_copy(config: ModelConfig, params: Params) -> Params:
         return leaf if keeps else leaf.astype(config.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def fill_tiles(params: Params) -> Params:
+    """Lay the block's gate and up [L, D, 2, F] out one after the other, where the program is for a TPU.
+
+    As they are stored, the loop over layers would cut and write tiles of 2 x 128, at a third of the memory's speed.
+    """
+    if target_platform() != "tpu" or "block" not in params:
+        return params
+    ffn = params["block"]["ffn"]
+    return {**params, "block": {**params["block"], "ffn": {**ffn, "gate_up": _parts_first(ffn["gate_up"])}}}
+
+
+@jax.custom_vjp
+def _parts_first(weight_LDXF: jax.Array) -> jax.Array:
+    return with_layout_constraint(weight_LDXF, Layout(major_to_minor=(0, 2, 1, 3)))
+
+
+def _parts_first_backward(_: None, grad_LDXF: jax.Array) -> tuple[jax.Array]:
+    """Bring the gradient back to how the weight is stored: else weight and both moments would be copied."""
+    grad_LDXF = jax.lax.optimization_barrier(_parts_first(grad_LDXF))
+    return (with_layout_constraint(grad_LDXF, Layout(major_to_minor=(0, 1, 2, 3))),)
+
+
+_parts_first.defvjp(lambda weight_LDXF: (_parts_first(weight_LDXF), None), _parts_first_backward)

@@ -21,7 +21,7 @@ from mor_jax.model.decoder_layer import gradients_together, remat_layer
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, normal_init
 from mor_jax.model.modern_parts import first_values
-from mor_jax.model.parameters import Weights, compute_copy, from_tree, to_tree
+from mor_jax.model.parameters import Weights, compute_copy, fill_tiles, from_tree, to_tree
 from mor_jax.model.recurse import make_context, recurse, recurse_scan
 from mor_jax.model.relaxation import collect_unshared
 from mor_jax.model.routing.boundaries import boundaries_of, boundary_refusal
@@ -261,7 +261,7 @@ def apply_trunk(
         step is None or isinstance(step, int) or perf.execution == "scan",
         "step is traced, but perf.execution='gather' needs the static shapes that a concrete step gives",
     )
-    variables = from_tree(_gather_block(config, perf, compute_copy(config, weights.params)))
+    variables = from_tree(fill_tiles(_gather_block(config, perf, compute_copy(config, weights.params))))
     trunk = Transformer(config, perf, mode, return_stages)
     state = {name: getattr(weights, name) for name in ("router_bias_R", "boundaries_R", "max_depth")}
     output = trunk.apply(variables, rows, **state, step=step, key=key)
