@@ -140,7 +140,8 @@ class Transformer(nn.Module):
             return RMSNorm(self.config, name="final_norm")(x_BTD)[1]
         own, x_BTD = gradients_together(self.variables["params"]["final_norm"], x_BTD)
         with jax.named_scope("final_norm"):
-            return RMSNorm(self.config, parent=None).apply({"params": own}, x_BTD)[1]
+            detached: Any = RMSNorm(self.config, parent=None)
+            return detached.apply({"params": own}, x_BTD)[1]
 
     def _block(self) -> Any:
         """The shared block: L layers scanned over stacked parameters."""
