@@ -48,11 +48,11 @@ def test_a_cpu_keeps_the_plain_execution_and_overrides_stay():
     assert (perf.remat, perf.scan_unroll, compiler_options(perf)) == ("full", 0, {"a": "b=c"})
 
 
-def test_a_tpu_rounds_its_logits_and_takes_short_chunks():
+def test_a_tpu_rounds_its_logits_and_takes_short_chunks_and_whole_tiles_of_slots():
     config = presets.get("vanilla-360m").config
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16))
     perf = resolve_perf(config, _mesh("a TPU", "tpu"))
-    assert (perf.loss_chunk, perf.logits_dtype) == (64, "bfloat16")
+    assert (perf.loss_chunk, perf.logits_dtype, perf.slot_multiple) == (64, "bfloat16", 16)
     single = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     assert resolve_perf(single, _mesh("a TPU", "tpu")).logits_dtype == "float32"
 

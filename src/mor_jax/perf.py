@@ -94,7 +94,7 @@ def _defaults(config: Config, mesh: Mesh) -> ResolvedPerf:
         remat=remat,
         scan_unroll=0 if on_gpu else 1,
         loss_chunk=max(1, (_TPU_CHUNK_TOKENS if device.platform == "tpu" else _CHUNK_TOKENS) // rows),
-        slot_multiple=8 if on_gpu else 1,
+        slot_multiple={"gpu": 8, "tpu": 16}.get(device.platform, 1),
         logits_dtype="bfloat16" if half else "float32",
         fusion=_fusion(config, mesh, remat),
         whole_block=whole_block,

@@ -10,10 +10,16 @@ MESH = MeshConfig(data=2, fsdp=4)
 RECURSIONS = 2
 
 
-def block_bytes(whole_block: bool | None) -> tuple[int, int]:
-    """Bytes that a device receives of (weights, gradients) of the block's feed-forward, per step."""
+def feed_forward_bytes(whole_block: bool | None, *, middle: bool = False) -> tuple[int, int]:
+    """Bytes that a device receives of (weights, gradients) of feed-forwards, per step; of a block, or with its ends."""
     config = config_of("none", recursions=RECURSIONS)
-    config = dataclasses.replace(config, perf=dataclasses.replace(config.perf, whole_block=whole_block))
+    perf = dataclasses.replace(config.perf, whole_block=whole_block)
+    if middle:
+        perf, model = dataclasses.replace(perf, remat="full"), config.model
+        recursion = dataclasses.replace(model.recursion, sharing="middle_cycle")
+        model = dataclasses.replace(model, num_layers=RECURSIONS + 2, recursion=recursion)
+        config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, perf=perf)
     found, _ = traffic(config, MESH)
     width, hidden = config.model.d_model, config.model.d_ff
     shard, whole = width * 2 * hidden // MESH.fsdp, width * 2 * hidden
@@ -27,8 +33,16 @@ def block_bytes(whole_block: bool | None) -> tuple[int, int]:
 
 def test_a_shared_block_is_gathered_once_for_all_recursions():
     """At every use: two recursions, forward and backward. Gradients are summed as before."""
-    once, gradients = block_bytes(None)
-    each_use, gradients_before = block_bytes(False)
+    once, gradients = feed_forward_bytes(None)
+    each_use, gradients_before = feed_forward_bytes(False)
     assert once > 0
     assert each_use == 2 * RECURSIONS * once
+    assert gradients == gradients_before > 0
+
+
+def test_the_last_layer_is_gathered_once_where_layers_are_made_again():
+    """Of eight gathers, for four layer applications forward and backward, four are left: block, first twice, last."""
+    once, gradients = feed_forward_bytes(None, middle=True)
+    each_use, gradients_before = feed_forward_bytes(False, middle=True)
+    assert each_use == 2 * once > 0
     assert gradients == gradients_before > 0

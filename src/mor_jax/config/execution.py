@@ -78,7 +78,7 @@ class PerfConfig:
     """Positions per chunk of the fused cross-entropy; None chooses by device and batch."""
     slot_multiple: int | None = None
     """`gather`: computed lengths are filled up to a multiple of this with slots that hold no selected token, because
-    kernels like round lengths; exactly k tokens count in any case. None is 8 on a GPU, 1 elsewhere."""
+    kernels like round lengths; exactly k tokens count in any case. None is 8 on a GPU, 16 on a TPU, 1 elsewhere."""
     logits_dtype: LogitsDtype = "auto"
     """How the loss keeps the logits of a chunk; softmax and sums are float32 in any case. `auto` is bfloat16 for a
     bfloat16 model on a GPU or TPU (as the release rounds them), float32 elsewhere."""

@@ -39,3 +39,8 @@ def sum_head_gradient(grad_VD: jax.Array) -> jax.Array:
         grad_VD = jax.lax.psum_scatter(grad_VD, "fsdp", scatter_dimension=1, tiled=True)
     axes = _split(*(axis for axis in BATCH_AXES if axis != "fsdp"), "context")
     return jax.lax.psum(grad_VD, axes) if axes else grad_VD
+
+
+def summed_together(grad_BTD: jax.Array, grad_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Let the hidden states' gradient go on when that of a gathered head is summed and cut: whole, it is float32."""
+    return jax.lax.optimization_barrier((grad_BTD, grad_VD)) if _split("fsdp") else (grad_BTD, grad_VD)

@@ -117,7 +117,7 @@ class Transformer(nn.Module):
             x_BTD, trace, recursions = self._routed_recursions(x_BTD, inputs)
         if config.recursion.has_middle:
             last = x_BTD = self._last(layer, x_BTD, context)
-        _, hidden_BTD = RMSNorm(config, name="final_norm")(x_BTD)
+        hidden_BTD = self._final_norm(x_BTD)
         if not config.tie_embeddings:
             self.param("head", normal_init(config, "embed", "vocab"), (config.d_model, config.vocab_size))
         stages = Stages(first=first, recursions=tuple(recursions), last=last, norm=hidden_BTD)
@@ -128,9 +128,20 @@ class Transformer(nn.Module):
         if self.is_initializing() or self.perf.remat == "none":
             return layer(self.config, self.perf, name="last")(x_BTD, context, None, None)[0]
         own, x_BTD = gradients_together(self.variables["params"]["last"], x_BTD)
+        if _gathers_block(self.config, self.perf):  # once, since its backward pass comes next
+            own = _whole(self.config, "last", own)
         with jax.named_scope("last"):
             detached = layer(self.config, self.perf, parent=None)
             return detached.apply({"params": own}, x_BTD, context, None, None)[0]
+
+    def _final_norm(self, x_BTD: jax.Array) -> jax.Array:
+        """Apply the final norm, in whose backward pass the same holds."""
+        if self.is_initializing() or self.perf.remat == "none":
+            return RMSNorm(self.config, name="final_norm")(x_BTD)[1]
+        own, x_BTD = gradients_together(self.variables["params"]["final_norm"], x_BTD)
+        with jax.named_scope("final_norm"):
+            detached: Any = RMSNorm(self.config, parent=None)
+            return detached.apply({"params": own}, x_BTD)[1]
 
     def _block(self) -> Any:
         """The shared block: L layers scanned over stacked parameters."""
@@ -214,12 +225,15 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
 
 
-def _gather_block(config: ModelConfig, perf: ResolvedPerf, params: Params) -> Params:
-    """Gather what several recursions use once for all of them, unless `perf` says otherwise."""
-    if not perf.whole_block or not config.recursion.repeats_block or axis_size("fsdp") == 1:
-        return params
-    axes = logical_axes(config)["block"]
-    return {**params, "block": jax.tree.map(lambda w, names: whole_width(w, *names), params["block"], axes)}
+def _gathers_block(config: ModelConfig, perf: ResolvedPerf) -> bool:
+    """Whether what several recursions use is gathered once for all of them."""
+    return perf.whole_block and config.recursion.repeats_block and axis_size("fsdp") > 1
+
+
+def _whole(config: ModelConfig, name: str, params: Params) -> Params:
+    """Gather the width of a part of the parameter tree."""
+    axes = logical_axes(config)[name]
+    return jax.tree.map(lambda weight, names: whole_width(weight, *names), params, axes)
 
 
 def apply_trunk(
@@ -261,7 +275,10 @@ def apply_trunk(
         step is None or isinstance(step, int) or perf.execution == "scan",
         "step is traced, but perf.execution='gather' needs the static shapes that a concrete step gives",
     )
-    variables = from_tree(fill_tiles(_gather_block(config, perf, compute_copy(config, weights.params))))
+    params = compute_copy(config, weights.params)
+    if _gathers_block(config, perf):
+        params = {**params, "block": _whole(config, "block", params["block"])}
+    variables = from_tree(fill_tiles(params))
     trunk = Transformer(config, perf, mode, return_stages)
     state = {name: getattr(weights, name) for name in ("router_bias_R", "boundaries_R", "max_depth")}
     output = trunk.apply(variables, rows, **state, step=step, key=key)

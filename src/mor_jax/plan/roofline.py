@@ -172,6 +172,7 @@ def estimate_received(config: Config, sizes: Mapping[str, int]) -> tuple[float, 
     applications = sum(p.layers for p in passes)
     once = recursion.repeats_block and config.perf.resolved().whole_block
     gathers = 2 * applications - (model.block_depth * (2 * recursion.num_recursions - 1) if once else 0)
+    gathers -= once and recursion.has_middle and config.perf.remat != "none"  # the last layer's
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer_weights = 2 * model.d_model * (heads + kv) + 3 * model.d_model * model.d_ff
     embeddings = 2 * model.vocab_size * model.d_model
