@@ -81,7 +81,7 @@ def test_without_its_table_a_kernel_says_what_it_guessed(program):
 
 def test_loops_kinds_and_what_is_left_out():
     module = hlo.parse(PROGRAM)
-    clock = read_clock(module, {})
+    clock = read_clock(module, {}, GENERATIONS["v5e"])
     assert clock.by_kind == {"block matmuls": 3 * 100, "copies and layout": 3 * 7}
     assert [(o.name, o.times) for o in clock.operations] == [("fusion.1", 3), ("copy.1", 3)]
     assert clock.left_out == {"collective all-reduce": 1, "kernel dyn_kernel": 1}
@@ -94,7 +94,7 @@ def test_a_kernel_is_found_under_the_name_of_its_equal():
     cost = costs["dyn_kernel.2"]
     assert cost.memory_cycles == round(524_800 / 819e9 * 1.5e9) == 961
     assert cost.cycles == max(cost.bundles, 961)
-    report = clock_report(read_clock(module, costs), v5e)
+    report = clock_report(read_clock(module, costs, v5e), v5e)
     assert report["cycles_by_kind"]["attention kernels"] == cost.cycles
     assert report["seconds"] == (3 * 107 + cost.cycles) / 1.5e9
 

@@ -123,7 +123,7 @@ def _read(config: Config, topology: "Topology", flags: PlanFlags, command: list[
     planned, mesh = plan_mesh(config, topology)
     sizes, module = {str(axis): size for axis, size in mesh.shape.items()}, hlo.parse(text.read_text())
     rows = tokens_per_device(planned, sizes) // planned.model.context_length
-    clock = read_clock(module, kernel_costs(module, folder, topology.generation, rows))
+    clock = read_clock(module, kernel_costs(module, folder, topology.generation, rows), topology.generation)
     plan = {
         "command": shlex.join(command),
         "preset": config.preset,

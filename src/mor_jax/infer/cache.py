@@ -216,6 +216,7 @@ def reserve(
     return dataclasses.replace(cache, table_SGM=table_SGM, length_SG=length_SG, num_free=num_free), start_B
 
 
+@jax.named_scope("cache_pages")
 def append(
     cached: KeyValuePages, fresh: KeyValue, table_BM: jax.Array, start_B: jax.Array, count_B: jax.Array
 ) -> KeyValuePages:

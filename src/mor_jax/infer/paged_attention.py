@@ -138,6 +138,7 @@ class PagedStore:
     group_B: jax.Array | None = None
     """int32: the group of each row among them."""
 
+    @jax.named_scope("attend")
     def attend(
         self, projected_BTMH: jax.Array, cached: KeyValuePages, rotary: Rotary
     ) -> tuple[jax.Array, KeyValuePages]:
