@@ -112,7 +112,7 @@ def read_clock(module: Module, kernels: Mapping[str, KernelCost], generation: Ge
         generation: of the device.
     """
     found, left_out = [], Counter()
-    device = _Device(module, kernels, generation)
+    device, places = _Device(module, kernels, generation), _places(module)
     for computation, instruction, times in module.executed():
         if computation.name in device.fused:
             continue
@@ -121,7 +121,7 @@ def read_clock(module: Module, kernels: Mapping[str, KernelCost], generation: Ge
             if reason := _left_out(instruction):
                 left_out[reason] += times
         elif cycles:
-            kind, source = _classify(module, instruction)
+            kind, source = _classify(module, instruction, places.get(computation.name, ""))
             row = (cycles * times, times, instruction.name, instruction.opcode, kind, _shape(instruction), source)
             found.append(Operation(*row))
         if wait := device.waits(computation).get(instruction.name):
@@ -185,6 +185,13 @@ def _fused(module: Module) -> set[str | None]:
     return {_called(i) for c in module.computations.values() for i in c.instructions.values() if i.opcode == "fusion"}
 
 
+def _places(module: Module) -> dict[str, str]:
+    """Where loops come from, by their body: the compiler makes up loops whose instructions do not tell."""
+    instructions = (i for computation in module.computations.values() for i in computation.instructions.values())
+    loops = (i for i in instructions if i.opcode == "while")
+    return {(loop.attribute("body") or "").lstrip("%"): loop.op_name for loop in loops}
+
+
 def _called(instruction: Instruction) -> str | None:
     found = re.search(r"\bcalls=%?([\w.\-]+)", instruction.attributes)
     return found[1] if found else None
@@ -220,9 +227,15 @@ def _left_out(instruction: Instruction) -> str | None:
     return opcode if sum(shape.elements for shape in instruction.shapes) > _SCALAR else None
 
 
-def _classify(module: Module, instruction: Instruction) -> tuple[str, str]:
-    """Kind and place of an instruction: a fusion is what its matrix product is, or else what most of it is."""
-    source = instruction.op_name
+def _classify(module: Module, instruction: Instruction, place: str) -> tuple[str, str]:
+    """Kind and place of an instruction: a fusion is what its matrix product is, or else what most of it is.
+
+    Args:
+        module: the program.
+        instruction: one with cycles.
+        place: of the loop that it stands in, for what has none of its own.
+    """
+    source = instruction.op_name or place
     if instruction.opcode == "custom-call":
         return (KERNELS if _scope(source) == ATTENTION else _scope(source)), source
     inner = [part for _, part in _inner(module, instruction)]
