@@ -17,7 +17,6 @@ B rows, T tokens, K H heads.
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 
 import jax

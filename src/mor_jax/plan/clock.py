@@ -21,6 +21,8 @@ PAGES, HEAD, SAMPLING, ROUTING = "cache pages", "head and loss", "sampling", "ro
 OPTIMISER, COPIES, WAITS, OTHER = "optimiser", "copies and layout", "waiting for transfers", "other"
 KINDS = (MATMULS, KERNELS, ATTENTION, NORMS, PAGES, HEAD, SAMPLING, ROUTING, OPTIMISER, COPIES, WAITS, OTHER)
 """What the cycles of a step go into."""
+COMMUNICATION = "communication"
+"""What has no cycles here."""
 _SCOPES = (  # the first that matches the place in the traced program
     (OPTIMISER, r"optimiser"),
     (PAGES, r"cache_pages"),
@@ -129,6 +131,22 @@ def read_clock(module: Module, kernels: Mapping[str, KernelCost], generation: Ge
             row = (instruction.name, instruction.opcode, WAITS, _shape(instruction), user.op_name)
             found.append(Operation(wait * times, times, *row))
     return Clock(tuple(sorted(found, key=lambda operation: -operation.cycles)), left_out, kernels)
+
+
+def kinds_of(module: Module) -> dict[str, str]:
+    """Kind of every instruction that takes time, by name: those of ``read_clock``, and ``COMMUNICATION``."""
+    found, fused, places = {}, _fused(module), _places(module)
+    for computation, instruction, _ in module.executed():
+        if computation.name in fused or instruction.opcode in _FREE:
+            continue
+        if instruction.opcode.startswith(_COLLECTIVES) or instruction.name.startswith(_COLLECTIVES):
+            kind = COMMUNICATION
+        elif instruction.opcode in _TRANSFERS or instruction.opcode.endswith("-done"):
+            kind = WAITS
+        else:
+            kind = _classify(module, instruction, places.get(computation.name, ""))[0]
+        found[instruction.name] = kind
+    return found
 
 
 class _Device:

@@ -156,7 +156,7 @@ def decode_report(step: CompiledDecode, command: list[str]) -> dict[str, Any]:
 def _beside_the_bytes(
     clock: dict[str, Any], bound: DecodeBound, shape: EngineShape, generation: Generation
 ) -> dict[str, Any]:
-    """What a dispatch would take if it only read weights, keys and values: like the clock, an exit step in every step."""
+    """What a dispatch takes to read weights, keys and values alone, every step with an exit step, as in the clock."""
     read = bound.block_weights + bound.block_entries + bound.exit_weights + bound.exit_entries
     return {
         "steps": shape.steps,
