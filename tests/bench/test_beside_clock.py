@@ -1,5 +1,7 @@
 """A TPU's trace beside its compiler's clock: events made by hand, a program whose cycles are known."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 from jax.sharding import Mesh
