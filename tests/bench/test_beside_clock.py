@@ -33,7 +33,7 @@ ENTRY %main (p: bf16[8,8]) -> bf16[8,8] {{
 """
 OPS = (  # name of the event, microseconds
     ("%fusion.1 = bf16[8,8]{1,0} fusion(%p), kind=kOutput", 6.0),
-    ("done", 1.0),
+    ("done", 1.5),
     ("%all-reduce.2 = bf16[8,8] all-reduce(%fusion.1)", 4.0),
     ("copy.3", 0.5),
     ("%all-gather.9 = bf16[8,8] all-gather(%x)", 2.0),
@@ -65,19 +65,19 @@ def test_measured_beside_predicted_by_hand(tmp_path, monkeypatch, one_device):
     assert {kind: micro(pair) for kind, pair in beside["kinds"].items()} == {
         "block matmuls": (6.0, 2.0),
         "copies and layout": (0.5, 1.0),
-        "waiting for transfers": (1.0, 0.0),
+        "waiting for transfers": (1.5, 0.0),
         "communication": (6.0, 0.0),  # one of another program, by its name
         "not in the program": (0.25, 0.0),
     }
-    assert micro(beside["together"]) == (7.5, 3.0)
+    assert micro(beside["together"]) == (8.0, 3.0)
     assert [row["name"] for row in beside["operations"]] == ["fusion.1", "done", "copy.3"]
     lines = [line.split() for line in clock_table("tiny", beside).splitlines()]
     assert ["block", "matmuls", "0.006", "0.002", "3.00"] in lines
-    assert ["together,", "of", "what", "has", "a", "clock", "0.007", "0.003", "2.50"] in lines
+    assert ["together,", "of", "what", "has", "a", "clock", "0.008", "0.003", "2.67"] in lines
 
 
 def test_without_a_clock_the_log_says_so(tmp_path, one_device, caplog):
     config = presets.get("debug").config
     with caplog.at_level("INFO"):
         assert beside_clock((), PROGRAM, tmp_path, config, one_device, 2) is None
-    assert "no clock to compare with: only programs for v5e, v5p, v6e, tpu7x" in caplog.text
+    assert "cpu: no clock to compare with; programs for v5e, v5p, v6e, tpu7x carry cycles" in caplog.text
