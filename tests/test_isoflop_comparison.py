@@ -207,9 +207,17 @@ def test_what_was_not_run_says_so(unfolded, tmp_path):
     assert "1 unfinished" in text and f"Not finished, by rank: {rest[0].name}" in text
     assert "| grown less vanilla | not run | not run |" in text
     empty = OUTCOME.Measured(comparison, {})
-    assert "Not fitted: the law has 6 constants: 0 runs do not determine them." in TABLES.tables(empty)
+    assert "Not fitted: runs at one budget do not tell" in TABLES.tables(empty)
     assert OUTCOME.figures(empty, tmp_path) == []
     assert OUTCOME.first_screen(tmp_path) == OUTCOME._NOT_MEASURED
+    path = tmp_path / "comparison.json"
+    path.write_text(json.dumps({"scale": "full", "results": list(part.values())}))
+    _, behind = TABLES.at_smallest(half)
+    best = min(less for group, less in behind.items() if group.startswith(("mor", "grown")))
+    says = f"the better MoR is {abs(best):.3f} nats {'behind' if best > 0 else 'ahead of'} vanilla"
+    screen = OUTCOME.first_screen(tmp_path)
+    assert says in screen and "are not run" in screen
+    assert {group.split("-")[0] for group in behind} == {"vanilla", "mor", "grown", "recursive"}
 
 
 def test_a_run_starts_only_if_it_can_end_in_time_from_where_it_stands(unfolded, tmp_path):

@@ -28,36 +28,37 @@ TASKS, ROWS, FAMILIES, DRAWN, RANKING, ANSWERS, TABLES, FIGURES = (load_script(f
 NAMES = ("pointer-8", "s3-32", "s5-32", "addition-20")
 
 
-def _rows(name, seed=0, rows=200, **options):
-    """Rows as lists of words with the difficulty of each."""
+def _rows(name, seed=0, rows=200, held_out=False):
+    """Rows as lists of (word, answer, difficulty); no answer where the difficulty is 0."""
     task = TASKS.task_of(name)
-    options = {"held_out": False, **options}
-    made = TASKS.make_rows(task, np.random.default_rng(seed), rows, task.longest_row, **options)
-    for tokens, difficulties, length in zip(*made, strict=True):
-        assert not tokens[length:].any() and not difficulties[length:].any()
-        yield [TASKS.WORDS[token] for token in tokens[:length]], difficulties[:length].tolist()
+    for row in zip(*task.rows(np.random.default_rng(seed), rows, held_out), strict=True):
+        assert {len(part) for part in row} == {task.row_length}
+        tokens, answers, reads = row
+        told = [TASKS.WORDS[answer] if read else None for answer, read in zip(answers, reads, strict=True)]
+        yield list(zip((TASKS.WORDS[token] for token in tokens), told, reads, strict=True))
 
 
-def _questions(words, difficulties):
-    starts = [place for place, word in enumerate(words) if word == "?"]
-    assert len(starts) == 2
-    for start, end in zip(starts, [starts[1], len(words)], strict=True):
-        asked = words[start + 1 : end]
-        split = asked.index("=")
-        assert not any(difficulties[start : start + split + 2])
-        yield asked[:split], asked[split + 1 :], difficulties[start + split + 2 : end]
+def _questions(row):
+    """The parts of a row of words that a mark begins."""
+    starts = [place for place, (word, _, _) in enumerate(row) if word == "?"]
+    assert starts[0] == 0
+    for start, end in itertools.pairwise([*starts, len(row)]):
+        assert row[start][1] is None
+        yield row[start + 1 : end]
 
 
 def test_pointers_are_followed():
     seen = set()
-    for words, difficulties in _rows("pointer-8"):
-        edges = dict(zip(words[:32:2], words[1:32:2], strict=True))
-        assert len(edges) == 16 and not any(difficulties[:32])
-        for (hops, node), answer, difficulty in _questions(words, difficulties):
-            for _ in range(int(hops[1:])):
+    for row in _rows("pointer-8"):
+        words, answers, reads = zip(*row, strict=True)
+        edges = dict(word.split(">") for word in words[:16])
+        assert len(edges) == 16 and not any(reads[:16])
+        for asked, answer, read in zip(words[16:], answers[16:], reads[16:], strict=True):
+            node, hops = asked.split("+")
+            for _ in range(int(hops)):
                 node = edges[node]
-            assert answer == [node] and difficulty == [int(hops[1:])]
-            seen.add(int(hops[1:]))
+            assert answer == node and read == int(hops)
+            seen.add(read)
     assert seen == set(range(1, 9))
 
 
@@ -65,61 +66,54 @@ def test_pointers_are_followed():
 def test_words_are_composed(name, degree):
     elements = sorted(itertools.permutations(range(degree)))
     lengths = set()
-    for words, difficulties in _rows(name):
-        for word, answer, difficulty in _questions(words, difficulties):
+    for row in _rows(name):
+        for question in _questions(row):
             places = tuple(range(degree))
-            for element in word:
+            for count, (element, answer, read) in enumerate(question, 1):
                 places = tuple(elements[int(element[1:])][place] for place in places)
-            assert answer == [f"e{elements.index(places)}"] and difficulty == [len(word)]
-            lengths.add(len(word))
-    assert lengths == set(range(1, 33))
+                assert answer == f"e{elements.index(places)}" and read == count
+            lengths.add(len(question))
+    assert lengths - {0} == set(range(1, 33))
 
 
 def test_sums_are_right_and_their_digits_need_the_pairs_that_they_are_said_to_need():
-    """A digit stays what it is whatever stands below the pairs that it needs, and not if one pair less were enough."""
+    """A digit stays what it is whatever stands before the pairs that it needs, and not if one pair less were enough."""
     chains = set()
-    for words, difficulties in _rows("addition-20", rows=60):
-        for asked, answer, read in _questions(words, difficulties):
-            split = asked.index("+")
-            first, second = asked[:split], asked[split + 1 :]
-            assert int("".join(first)) + int("".join(second)) == int("".join(answer)) and len(answer) == len(first) + 1
-            for place, needed in enumerate(read):
-                last = place - 1 + needed if place else needed  # pairs before this one decide, from its own on
-                for below in ("0", "9"):
-                    numbers = [int("".join(n[:last]) + below * (len(n) - last)) for n in (first, second)]
-                    changed = str(sum(numbers)).zfill(len(answer))
-                    if changed[:place] == "".join(answer[:place]):  # what was answered before is known
-                        assert changed[place] == answer[place]
-            chains |= set(read)
+    for row in _rows("addition-20", rows=60):
+        pairs = list(zip(row[::2], row[1::2], strict=True))
+        marks = [place for place, pair in enumerate(pairs) if pair[0][0] == "?"]
+        for start, end in itertools.pairwise([*marks, len(pairs)]):
+            numbers = [[int(side[0]) for side in pair] for pair in pairs[start + 1 : end]]
+            for place, ((_, none, _), (_, answer, read)) in enumerate(pairs[start + 1 : end]):
+                assert none is None and answer == _digit(numbers[: place + 1]) and 1 <= read <= place + 1
+                needed = numbers[place + 1 - read : place + 1]
+                before = [[[0, 0]], [[9, 9]]] if read <= place else [[]]
+                assert {_digit(pairs + needed) for pairs in before} == {answer}
+                fewer = {_digit(pairs + needed[1:]) for pairs in ([[0, 0]], [[9, 9]])}
+                assert read == 1 or len(fewer) == 2
+                chains.add(read)
     assert {1, 2, 3, 5, 8} <= chains and max(chains) > 12
-    assert TASKS.added(np.array([[5, 9, 9, 9, 9]]), np.array([[4, 0, 0, 3, 9]]), np.array([4]))[1].tolist() == [
-        [4, 1, 1, 1, 1, 0]
-    ]
+
+
+def _digit(pairs):
+    first, second = (int("".join(str(pair[side]) for pair in reversed(pairs))) for side in (0, 1))
+    return str(first + second)[-len(pairs) :][0] if len(str(first + second)) >= len(pairs) else "0"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_held_out_question_is_trained_on(name):
+def test_no_held_out_row_is_trained_on(name):
     def contents(**options):
-        for words, difficulties in _rows(name, **options):
-            if name.startswith("pointer"):
-                yield tuple(sorted(zip(words[:32:2], words[1:32:2], strict=True)))
-            else:
-                yield from (tuple(asked) for asked, *_ in _questions(words, difficulties) if len(asked) > 1)
+        for row in _rows(name, **options):
+            words = [word for word, _, _ in row]
+            yield tuple(sorted(words[:16])) if "pointer" in name else tuple(words)
 
     trained = {content for seed in range(3) for content in contents(seed=seed, rows=500)}
     held_out = set(contents(seed=9, held_out=True))
     assert not trained & held_out and len(held_out) > 100
 
 
-def test_easy_and_hard_rows_hold_one_of_each_in_both_orders():
-    orders = set()
-    for words, difficulties in _rows("pointer-8", easy_and_hard=True, held_out=True, rows=50):
-        orders.add(tuple(difficulty for *_, (difficulty,) in _questions(words, difficulties)))
-    assert orders == {(1, 8), (8, 1)}
-
-
 def test_batches_are_a_function_of_their_number():
-    options = {"context_length": 48, "vocab_size": 160, "batch_size": 4}
+    options = {"context_length": 48, "vocab_size": 544, "batch_size": 4}
     dataset = ROWS.make_dataset(DataConfig(source="reasoning:pointer-8", seed=3), **options)
     first = [next(dataset) for _ in range(3)]
     dataset.step = 1
@@ -129,12 +123,21 @@ def test_batches_are_a_function_of_their_number():
     assert {array.shape for array in first[0].values()} == {(4, 49)}
     assert (first[0]["tokens"] != first[1]["tokens"]).any()
     tokenizer = dataset.tokenizer
-    text = "? h3 n4 = n10"
+    text = "? 3 n4 e5 n10>n3 n10+2"
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size == len(TASKS.WORDS)
     with pytest.raises(UserError, match=r"data.source='reasoning:maze-3': 'maze-3' is not KIND-LARGEST"):
         ROWS.make_dataset(DataConfig(source="reasoning:maze-3"), **options)
-    with pytest.raises(UserError, match=r"model.context_length=48 is below 127 of 'reasoning:addition-20'"):
+    with pytest.raises(UserError, match=r"model.context_length=48 must be 80 for 'reasoning:addition-20'"):
         ROWS.make_dataset(DataConfig(source="reasoning:addition-20"), **options)
+
+
+def test_answers_are_labels_where_they_are_asked():
+    dataset = ROWS.make_dataset(DataConfig(source="reasoning:s3-4"), context_length=8, vocab_size=544, batch_size=4)
+    batch = dataset.batch(0)
+    asked_BT = batch["difficulty"][:, 1:] > 0
+    np.testing.assert_array_equal(asked_BT, batch["labels"][:, 1:] != -100)
+    np.testing.assert_array_equal(asked_BT, batch["tokens"][:, :-1] != TASKS.ID["?"])
+    assert (batch["labels"][:, 0] == -100).all()
 
 
 def test_families_have_equal_parameters_or_equal_flops():
@@ -192,14 +195,14 @@ def test_passes_beyond_training_are_the_unrolled_model():
     config = FAMILIES.configured(scale, "pointer-2", "recursive", 2)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     weights = Weights(config.model, init_train_state(config, mesh).params)
-    batches = ANSWERS.held_out_batches(config, "validation", 8)
+    batches = ANSWERS.held_out_batches(config, 8)
     longer = ANSWERS.with_passes(weights, 4)
     made = FAMILIES.configured(scale, "pointer-2", "recursive", 4).model
     assert (longer.config.num_layers, longer.config.unrolled_depth) == (made.num_layers, made.unrolled_depth) == (6, 6)
     same, own = (ANSWERS.answers_of(w, config.perf, batches) for w in (ANSWERS.with_passes(weights, 2), weights))
     np.testing.assert_array_equal(same.correct_X, own.correct_X)
-    assert own.passes_X is None and len(own.row_X) == 16 and set(own.difficulty_X) == {1, 2}
-    np.testing.assert_array_equal(own.row_X, np.repeat(np.arange(8), 2))
+    assert own.passes_X is None and len(own.row_X) == 64 and set(own.difficulty_X) == {1, 2}
+    np.testing.assert_array_equal(own.row_X, np.repeat(np.arange(8), 8))
 
 
 @pytest.mark.slow

@@ -67,13 +67,13 @@ class Measured:
     def _by_group(self) -> Iterator[list[float]]:
         groups: dict[str, list[float]] = {}
         for result in self.all_done():
-            groups.setdefault(result["group"], []).append(_reported(result))
+            groups.setdefault(result["group"], []).append(reported(result))
         return iter(groups.values())
 
     def points(self, family: Name, budget: int) -> list[tuple[float, float]]:
         """Return (parameters without embedding, loss of seed 0) of a family's sizes at a budget."""
         found = self.done(self.comparison.sizes(self.results, family, budget))
-        return [(result["non_embedding"], _reported(result)) for result in found]
+        return [(result["non_embedding"], reported(result)) for result in found]
 
     def isoflop(self, family: Name) -> tuple[IsoFlopFit | None, dict[float, str]]:
         """Return the fit of a family over the budgets that have an optimum inside, and why the others have none."""
@@ -92,10 +92,11 @@ class Measured:
                 kept[budget] = points
             else:
                 refused[budget] = why
-        try:
-            return (fit_isoflop(kept, noise=self.noise) if kept else None), refused
-        except UserError as error:
-            return None, refused | dict.fromkeys(kept, str(error))
+        if not kept:
+            return None, refused
+        if self.noise is None and all(len(points) == 3 for points in kept.values()):
+            return fit_isoflop(kept, noise=0.0, samples=0), refused  # nothing says how far seeds spread: no bands
+        return fit_isoflop(kept, noise=self.noise), refused
 
     def fits(self) -> dict[Name, IsoFlopFit]:
         """Return the isoFLOP fits that there are."""
@@ -109,19 +110,25 @@ class Measured:
             for budget in range(len(self.comparison.budgets))
             for run in self.comparison.sizes(self.results, family, budget)
         }
-        points = [law_point(result) for result in self.done(list(runs.values()))]
+        finished = self.done(list(runs.values()))
+        if len({_budget(result) for result in finished}) < 2:
+            return "runs at one budget do not tell what size brings from what text brings"
+        points = [law_point(result) for result in finished]
         try:
             return fit_loss_law(points, samples=samples)
         except UserError as error:
             return str(error)
 
     def frontiers(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
-        """Return (cost, loss) of every finished run by kind of cost and family."""
+        """Return (cost, loss) by kind of cost and family, of every run at a budget that all families have runs at."""
+        at = {family: {_budget(r) for r in self.all_done() if family_of(r) == family} for family in FAMILIES}
+        shared = set.intersection(*at.values())
+        runs = [result for result in self.all_done() if _budget(result) in shared]
         return {
             label: {
-                family: points
+                family: [(_cost(r, key), reported(r)) for r in runs if family_of(r) == family]
                 for family in FAMILIES
-                if (points := [(r[key], _reported(r)) for r in self.all_done() if family_of(r) == family])
+                if shared
             }
             for label, key in COSTS.items()
         }
@@ -163,8 +170,8 @@ class Measured:
         if not base:
             return None
         best = min(base, key=lambda result: result["nll"])  # chosen on `choose`
-        same = [_reported(result) for result in base if result["group"] == best["group"]]
-        mean = statistics.fmean(map(_reported, ours)) - statistics.fmean(same)
+        same = [reported(result) for result in base if result["group"] == best["group"]]
+        mean = statistics.fmean(map(reported, ours)) - statistics.fmean(same)
         if self.noise is None:
             return best, PairedDifference(mean, None, 1)
         freedom = sum(len(losses) - 1 for losses in self._by_group())
@@ -172,10 +179,19 @@ class Measured:
         return best, PairedDifference(mean, float(student_t.ppf(0.975, freedom)) * error, min(len(ours), len(same)))
 
 
-def _reported(result: Result) -> float:
+def reported(result: Result) -> float:
+    """Return the causal loss on `report`."""
     loss = loss_on(result, "report")
     assert loss is not None
     return loss
+
+
+def _budget(result: Result) -> float:
+    return float(f"{result['train_flops']:.1e}")
+
+
+def _cost(result: Result, key: str) -> float:
+    return _budget(result) if key == "train_flops" else result[key]  # steps are whole: a budget is met within 0.1%
 
 
 def family_of(result: Result) -> str:
@@ -195,4 +211,4 @@ def law_point(result: Result) -> LawPoint:
     model = config_io.from_dict(Config, result["config"]).model
     shared = 0 if model.recursion.sharing == "none" else block_parameters(model)
     once, passes = result["non_embedding"] - shared, mean_passes(result)
-    return LawPoint(once, shared, passes, result["tokens"], _reported(result), family_of(result))
+    return LawPoint(once, shared, passes, result["tokens"], reported(result), family_of(result))

@@ -6,6 +6,7 @@ Figures (PNG and SVG) go to docs/images. ``first_screen`` is how docs/results.md
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ablation import FIRST, FRESH, PARTS, Ablation
 from choices import paired
 from comparison import Comparison
 from measured import COSTS, Measured
-from outcome_tables import markdown, mean_of, tables, with_seeds
+from outcome_tables import at_smallest, markdown, mean_of, tables, with_seeds
 
 from mor_jax.sweep.isoflop_plots import plot_frontiers, plot_isoflop, plot_losses
 from mor_jax.sweep.runs import SweepRun
@@ -65,7 +66,7 @@ def first_screen(folder: Path = RESULTS.parent) -> str:
     leader = measured.comparison.leader(measured.results)
     ours = measured.at_best(leader) if leader else []
     if leader is None or not ours:
-        return "Not measured yet: the runs at the largest budget are not finished.\n"
+        return _at_smallest(measured) + _so_far(folder / "ablation.json")
     lead = measured.comparison.lead(measured.results, "report")
     budget = measured.comparison.budgets[-1]
     rows = [
@@ -84,6 +85,23 @@ def first_screen(folder: Path = RESULTS.parent) -> str:
         ratio, band = flops
         text += f"\nVanilla needs {ratio:.2f} [{band.low:.2f}, {band.high:.2f}] times the FLOPs for MoR's loss.\n"
     return text
+
+
+def _at_smallest(measured: Measured) -> str:
+    """Say what there is while the largest budget is not finished."""
+    table, behind = at_smallest(measured)
+    if not table:
+        return "Not measured yet: no budget is finished.\n"
+    done, budgets = len(measured.all_done()), measured.comparison.budgets
+    ours = min((less for group, less in behind.items() if group.startswith(("mor", "grown"))), default=math.nan)
+    return (
+        f"A first part of the answer ([isoflop](../experiments/isoflop/OUTCOME.md), {done} runs): at the smallest of "
+        f"three budgets, {budgets[0]:.2g}\ntraining FLOPs each, every family at its own best depth, width and rate, "
+        "one seed, causal loss in nats on held-out works that\nnothing was chosen on. **Here the better MoR is "
+        f"{abs(ours):.3f} nats {'behind' if ours > 0 else 'ahead of'} vanilla.** `vanilla-l4` has as many layers as "
+        f"MoR with\nN_r = 3 has unique ones. The larger budgets, and with them seeds and intervals, are not run.\n\n"
+        + table
+    )
 
 
 _ABLATED = (
@@ -123,7 +141,7 @@ def _so_far(path: Path) -> str:
         rows.append([f"{family}, width {first['config']['model']['d_model']}", f"{size / 1e6:.2f}M", each])
         rows[-1] += [f"{costs[0] / 1e6:.1f}M", f"{costs[1]:.0f}"]
     return (
-        "\nWhat there is meanwhile, from the [ablation](../experiments/isoflop/ABLATION.md): MoR (expert-choice, three "
+        "\nFrom the [ablation](../experiments/isoflop/ABLATION.md): MoR (expert-choice, three "
         "recursions)\nagainst vanilla in nats, paired seeds, on held-out works that nothing was chosen on; above zero "
         "MoR is behind. Each\nis at the best of three widths and of three rates; the highest rate was best for both, so"
         f" neither is at its best yet.\n\n{markdown(compared)}\n"
@@ -143,7 +161,7 @@ def figures(measured: Measured, folder: Path) -> list[Path]:
             if budget in fit.parabolas
         }
         written += plot_isoflop(folder / f"isoflop-{family}", points, fit, f"{family}, held-out half `report`")
-    if fits:
+    if any(fit.losses is not None for fit in fits.values()):
         written += plot_losses(folder / "isoflop-losses", {str(family): fit for family, fit in fits.items()})
     if measured.all_done():
         written += plot_frontiers(folder / "isoflop-frontiers", measured.frontiers())

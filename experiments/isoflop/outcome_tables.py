@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from choices import INNER, paired
 from comparison import STAGES
-from families import FAMILIES, Name
-from measured import Measured, Result, mean_passes
+from families import FAMILIES, VARIANTS, Name
+from measured import Measured, Result, family_of, mean_passes, reported
 
 PLAIN_LOOPING = 0.46
 """Value of a pass in plain looping, arXiv 2604.21106."""
@@ -96,6 +96,7 @@ def _isoflop(measured: Measured) -> str:
         if fit is not None and fit.path is not None and fit.losses is not None:
             of_size = _with_band(fit.path.exponent, fit.exponent_band, "{:.3f}")
             exponents.append([family, of_size, _with_band(fit.losses.exponent, fit.loss_exponent_band, "{:.4f}")])
+    exponents = exponents if len(exponents) > 1 else [["exponents need two budgets"]]
     noise = "" if measured.noise is None else f"\nSeeds of a run spread by {measured.noise:.4f} (pooled), as the bands "
     return markdown(rows) + "\n" + markdown(exponents) + (noise and noise + "assume. Parabolas are of seed 0.\n")
 
@@ -123,6 +124,32 @@ def _best(measured: Measured) -> str:
     ]
     rows += [_model_row(measured.at_best(family)) or [family, _NOT_RUN, *[""] * 7] for family in FAMILIES]
     return f"At {measured.comparison.budgets[-1]:.2g} training FLOPs:\n\n{markdown(rows)}"
+
+
+def at_smallest(measured: Measured) -> tuple[str, dict[str, float]]:
+    """Tell every family's best size at the smallest budget, and the best plain model of MoR's unique layers (N_r = 3).
+
+    Returns:
+        (table, loss less vanilla's on `report` by the run's group); nothing while vanilla has no best size.
+    """
+    comparison, results = measured.comparison, measured.results
+    plain = comparison.some_sizes(results, VARIANTS["vanilla-l4"], 0, INNER)
+    best: list[Result] = []
+    for runs in (*(comparison.at_best(results, family, budget=0) for family in FAMILIES), plain):
+        best += sorted(measured.done(runs), key=lambda result: result["nll"])[:1]
+    if not best or family_of(best[0]) != "vanilla":
+        return "", {}
+    behind: dict[str, float] = {}
+    rows = [["model", "unique parameters without embedding", "tokens for each", "mean passes", "serving FLOPs/token"]]
+    rows[0] += ["KV bytes/token", "causal loss", "less vanilla"]
+    for result in best:
+        loss = reported(result)
+        behind[result["group"]] = loss - reported(best[0])
+        size, passes = result["non_embedding"], f"{mean_passes(result):.2f}"
+        costs = (f"{result['serving_flops_per_token'] / 1e6:.1f}M", f"{result['kv_bytes_per_token']:.0f}")
+        rows.append([result["group"], f"{size / 1e6:.2f}M", f"{result['tokens'] / size:.1f}", passes, *costs])
+        rows[-1] += [f"{loss:.4f}", f"{behind[result['group']]:+.4f}"]
+    return markdown(rows), behind
 
 
 def _model_row(seeds: Sequence[Result]) -> list[str]:

@@ -1,7 +1,4 @@
-"""What a trained model answers, causally, and how many passes its answers take (letters: X answer tokens, B, T).
-
-The passes of an answer are those of the token before it, whose state predicts it.
-"""
+"""What a trained model answers, causally, and how many passes its answers take (letters: X answers, B, T)."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from rows import Part, make_dataset
+from rows import make_dataset
 from scipy.stats import rankdata
 
 from mor_jax.config import Config, PerfConfig
@@ -30,7 +27,7 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Answers:
-    """Every answer token of some rows, arrays [X]."""
+    """Every answer of some rows, arrays [X]."""
 
     row_X: np.ndarray
     """int: number of its row."""
@@ -39,14 +36,14 @@ class Answers:
     correct_X: np.ndarray
     """bool: whether the most likely token is right."""
     passes_X: np.ndarray | None
-    """int: passes of the token that predicts it; None without a router."""
+    """int: passes of the token that it is asked at; None without a router."""
 
 
-def held_out_batches(config: Config, part: Part, rows: int) -> list[Batch]:
+def held_out_batches(config: Config, rows: int) -> list[Batch]:
     """Return held-out rows of a run's task as batches."""
     dataset = make_dataset(
         config.data,
-        split=part,
+        split="validation",
         context_length=config.model.context_length,
         vocab_size=config.model.vocab_size,
         batch_size=min(rows, _BATCH_ROWS),
@@ -55,7 +52,7 @@ def held_out_batches(config: Config, part: Part, rows: int) -> list[Batch]:
 
 
 def answers_of(weights: Weights, perf: PerfConfig, batches: Iterable[Batch], *, traced: bool = True) -> Answers:
-    """Let a model answer, each token given the right ones before it.
+    """Let a model answer the rows.
 
     Args:
         weights: the model.
@@ -73,7 +70,7 @@ def answers_of(weights: Weights, perf: PerfConfig, batches: Iterable[Batch], *, 
         columns = [
             begin + row_X,
             batch["difficulty"][row_X, place_X + 1],
-            greedy_X == batch["tokens"][row_X, place_X + 1],
+            greedy_X == batch["labels"][row_X, place_X + 1],
         ]
         if routed:
             trace = batch_trace(weights, how, mode, Rows.of_batch(batch), jax.random.key(0))
@@ -189,14 +186,13 @@ def easy_and_hard(answers: Answers) -> dict[str, Any]:
 def measure(run: RestoredRun, rows: int) -> dict[str, Any]:
     """Measure a run on ``rows`` held-out rows: see the functions above."""
     weights, perf = run.weights, run.config.perf
-    batches = held_out_batches(run.config, "validation", rows)
+    batches = held_out_batches(run.config, rows)
     answers = answers_of(weights, perf, batches)
     accuracy = by_difficulty(answers.correct_X, answers.difficulty_X)
     found: dict[str, Any] = {"accuracy": accuracy, "mean_accuracy": mean_accuracy(accuracy)}
     if answers.passes_X is not None:
         found |= routing_report(answers)
-    pairs = answers_of(weights, perf, held_out_batches(run.config, "easy_and_hard", rows))
-    found["easy_and_hard"] = easy_and_hard(pairs)
+    found["easy_and_hard"] = easy_and_hard(answers)
     if run.config.model.recursion.repeats_block:
         found["by_passes"] = by_passes(weights, perf, batches)
     return found

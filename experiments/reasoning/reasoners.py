@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rows import PREFIX, context_of
-from tasks import task_of
+from rows import PREFIX
+from tasks import WORDS, task_of
 
 from mor_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PerfConfig, TrainConfig
 from mor_jax.config.model import Dtype
@@ -19,6 +19,7 @@ from mor_jax.errors import UserError, suggest
 from mor_jax.sweep.recipes import at_flops_of, quiet
 from mor_jax.sweep.runs import with_overrides
 
+VOCABULARY = -(-len(WORDS) // 32) * 32
 DRAWN = "reasoning-drawn"
 """Preset of the models whose number of passes is drawn for every training step (`drawn.py`)."""
 _ROUTED: Mapping[str, Mapping[str, Any]] = {
@@ -57,14 +58,14 @@ SCALES = {
         {"pointer-8": 128, "s3-32": 128, "addition-20": 192, "s5-32": 256},
         block=2,
         recursions=(4, 2, 6, 3, 5),
-        steps=4000,
+        steps=3000,
         batch_size=256,
         rate=2e-3,
         head_dim=32,
         measured_rows=2048,
     ),
     "notebook": Scale(
-        {"s3-3": 48},
+        {"s3-8": 48},
         block=1,
         recursions=(3,),
         steps=500,
@@ -130,14 +131,14 @@ def configured(scale: Scale, task: str, family: str, recursions: int, *, equal_f
 def _vanilla(scale: Scale, task: str, layers: int) -> Config:
     width = scale.widths[task]
     model = ModelConfig(
-        vocab_size=160,
+        vocab_size=VOCABULARY,
         num_layers=layers,
         d_model=width,
         num_heads=width // scale.head_dim,
         num_kv_heads=width // scale.head_dim,
         head_dim=scale.head_dim,
         d_ff=64 * max(1, round(width / 24)),
-        context_length=context_of(task_of(task)),
+        context_length=task_of(task).row_length,
         init_std=0.02 if width > 64 else 0.04,
         attend_across_documents=False,
         dtype=scale.dtype,

@@ -9,25 +9,20 @@ from typing import Literal
 
 import grain
 import numpy as np
-from tasks import END, ID, UNKNOWN, WORDS, Task, make_rows, task_of
+from tasks import END, ID, UNKNOWN, WORDS, Task, task_of
 
 from mor_jax.config import DataConfig
 from mor_jax.data.pipeline import Dataset
 from mor_jax.data.tokenizer import Tokenizer
 from mor_jax.errors import UserError, require
+from mor_jax.model.loss import IGNORED
 
 PREFIX = "reasoning:"
-Part = Literal["train", "validation", "easy_and_hard"]
-PARTS: tuple[Part, ...] = ("train", "validation", "easy_and_hard")
+Part = Literal["train", "validation"]
+PARTS: tuple[Part, ...] = ("train", "validation")
 HELD_OUT_ROWS = 1 << 14
-"""Rows of a pass over a held-out part."""
+"""Rows of a pass over the held-out part."""
 _ENDLESS = 1 << 40
-_MULTIPLE = 8
-
-
-def context_of(task: Task) -> int:
-    """Return the context length that holds any row of a task."""
-    return -(-(task.longest_row - 1) // _MULTIPLE) * _MULTIPLE
 
 
 def tokenizer() -> Tokenizer:
@@ -52,37 +47,26 @@ class QuestionBatches:
         part: of PARTS.
         seed: of the rows.
         batch_size: rows of a batch over all hosts; other sizes are other rows.
-        row_length: tokens of a row.
         mine: which rows of a batch to give.
     """
 
-    def __init__(
-        self, task: Task, part: Part, seed: int, batch_size: int, row_length: int, mine: Sequence[int]
-    ) -> None:
+    def __init__(self, task: Task, part: Part, seed: int, batch_size: int, mine: Sequence[int]) -> None:
         self._task, self._part, self._seed = task, part, seed
-        self._batch_size, self._row_length, self._mine = batch_size, row_length, list(mine)
+        self._batch_size, self._mine = batch_size, list(mine)
 
     def __len__(self) -> int:
         return _ENDLESS if self._part == "train" else HELD_OUT_ROWS // self._batch_size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         generator = np.random.default_rng((self._seed, PARTS.index(self._part), index))
-        tokens, difficulties, lengths_N = make_rows(
-            self._task,
-            generator,
-            self._batch_size,
-            self._row_length,
-            held_out=self._part != "train",
-            easy_and_hard=self._part == "easy_and_hard",
-        )
-        columns = np.arange(self._row_length)
-        inside = columns < lengths_N[:, None]
+        tokens, answers, difficulties = self._task.rows(generator, self._batch_size, self._part != "train")
+        answered = np.where(difficulties > 0, answers, IGNORED)
         arrays = {
-            "tokens": tokens,
-            "segment_ids": inside,
-            "positions": np.where(inside, columns, 0),
-            "target_mask": difficulties > 0,
-            "difficulty": difficulties,
+            "tokens": np.pad(tokens, ((0, 0), (0, 1)), constant_values=ID[END]),  # stands for no input
+            "segment_ids": np.ones((self._batch_size, tokens.shape[1] + 1)),
+            "positions": np.tile(np.arange(tokens.shape[1] + 1), (self._batch_size, 1)),
+            "labels": np.pad(answered, ((0, 0), (1, 0)), constant_values=IGNORED),
+            "difficulty": np.pad(difficulties, ((0, 0), (1, 0))),
         }
         return {name: values[self._mine].astype(np.int32) for name, values in arrays.items()}
 
@@ -100,8 +84,8 @@ def make_dataset(
 
     Args:
         config: source and seed; the held-out parts are the same for every seed.
-        split: ``train`` is endless; the others are one pass over questions that it never makes.
-        context_length: at least ``context_of`` the task.
+        split: ``train`` is endless; ``validation`` is one pass over rows that it never makes.
+        context_length: the task's ``row_length``.
         vocab_size: at least the vocabulary's.
         batch_size: rows per step over all hosts; divides the held-out rows.
         rows: which rows of every batch to make; None is all.
@@ -114,14 +98,14 @@ def make_dataset(
         task = task_of(config.source.removeprefix(PREFIX))
     except ValueError as error:
         raise UserError(f"data.source={config.source!r}: {error}") from error
-    least = task.longest_row - 1
-    require(context_length >= least, f"model.context_length={context_length} is below {least} of {config.source!r}")
+    length = task.row_length
+    require(context_length == length, f"model.context_length={context_length} must be {length} for {config.source!r}")
     require(vocab_size >= len(WORDS), f"model.vocab_size={vocab_size} is below the {len(WORDS)} words of the tasks")
     whole = split == "train" or HELD_OUT_ROWS % batch_size == 0
     require(whole, f"{HELD_OUT_ROWS} held-out rows are no whole batches of {batch_size}")
     seed = config.seed if split == "train" else 0
     mine = range(batch_size) if rows is None else rows
-    batches = QuestionBatches(task, split, seed, batch_size, context_length + 1, mine)
+    batches = QuestionBatches(task, split, seed, batch_size, mine)
     return Dataset(
         grain.MapDataset.source(batches),
         step=0,

@@ -145,14 +145,15 @@ def test_options_that_the_compiler_refuses_are_named():
         compile_train_step(dataclasses.replace(config, perf=perf), mesh)
 
 
-def test_a_target_mask_leaves_targets_out():
+def test_labels_say_what_is_predicted_and_where():
     """Of the loss, its share per token and its gradient, on two devices and in two micro-batches; without a router."""
     config = with_train(tiny_config(routing=RoutingConfig()), batch_size=4, accumulation=2)
     batch = make_batch(config)
-    mask = np.ones_like(batch["tokens"])
-    mask[2:] = 0  # whole rows, so that the loss is that of the others alone
-    kept = {name: jnp.asarray(x[:2]) for name, x in batch.items()}
-    masked = batch | {"target_mask": mask, "difficulty": mask * 5}
+    other = (np.asarray(batch["tokens"]) + 1) % config.model.vocab_size
+    labels = other.copy()
+    labels[2:] = -100  # whole rows, so that the loss is that of the others alone
+    kept = {name: jnp.asarray(x[:2]) for name, x in (batch | {"labels": other}).items()}
+    masked = batch | {"labels": labels, "difficulty": labels * 5}
     state = _state(config)
     expected, _ = jax.jit(lambda s: loss_fn(config, s.params, s.router_bias_R, kept, s.key, None))(state)
     arrays = step_arrays(masked)

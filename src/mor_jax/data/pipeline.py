@@ -30,8 +30,8 @@ class Dataset:
 
     Made by ``make_dataset``, or of a Grain MapDataset of one's own. Each batch is ``{"tokens", "segment_ids",
     "positions"}``, int32 ``[rows, context_length + 1]``: segment ids are 1-based (0 = padding), positions restart with
-    every document. Rows of one's own may add, in the same shape, ``target_mask`` (0 where a token is no target of
-    training and validation) and ``difficulty``, which only their own evaluation reads.
+    every document. Rows of one's own may add, in the same shape, ``labels`` (see ``model.loss.batch_labels``) and
+    ``difficulty``, which only their own evaluation reads.
 
     Args:
         batches: a Grain MapDataset of batches.

@@ -17,7 +17,7 @@ from mor_jax.array_types import Params
 from mor_jax.config import PLAIN, Mode, PerfConfig, ResolvedPerf
 from mor_jax.evaluate.text_bytes import target_bytes
 from mor_jax.mesh.mesh import batch_sharding, batch_shards
-from mor_jax.model.loss import batch_targets, token_nll
+from mor_jax.model.loss import batch_labels, token_nll
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.trace import RoutingTrace
 from mor_jax.model.rows import Rows
@@ -133,23 +133,22 @@ def batch_totals(
         weights: the model.
         perf: of ``evaluation_perf``.
         mode: selection mode.
-        batch: int32 [B, T+1] arrays ``tokens``, ``segment_ids``, ``positions`` and, if it has one, ``target_mask``.
+        batch: int32 [B, T+1] arrays ``tokens``, ``segment_ids``, ``positions`` and, if it has them, ``labels``.
         lengths_2V: of ``token_lengths``.
         key: of a random router.
         within_documents: see ``target_mask``.
     """
-    targets_BT, segment_ids = batch["tokens"][:, 1:], batch["segment_ids"]
+    labels_BT, counted_BT = batch_labels(weights.config, batch, within_documents=within_documents)
     output = apply_trunk(weights, perf, Rows.of_batch(batch), mode=mode, key=key)
     head_VD = head_matrix(weights.config, weights.params)
-    nll_BT = token_nll(output.hidden_BTD, head_VD, targets_BT, chunk=perf.loss_chunk)
-    mask_BT = batch_targets(weights.config, batch, within_documents=within_documents)
+    nll_BT = token_nll(output.hidden_BTD, head_VD, labels_BT, chunk=perf.loss_chunk)
     bytes_BT = target_bytes(lengths_2V, batch["tokens"], batch["positions"])
-    trace, counted_BT = output.trace, segment_ids[:, :-1] > 0
+    trace, routed_BT = output.trace, batch["segment_ids"][:, :-1] > 0
     return BatchTotals(
-        nll_sum=jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)),
-        tokens=jnp.sum(mask_BT, dtype=jnp.int32),
-        bytes=jnp.sum(jnp.where(mask_BT, bytes_BT, 0), dtype=jnp.int32),
-        routing=None if trace is None else _routing_totals(trace, counted_BT),
+        nll_sum=jnp.sum(jnp.where(counted_BT, nll_BT, 0.0)),
+        tokens=jnp.sum(counted_BT, dtype=jnp.int32),
+        bytes=jnp.sum(jnp.where(counted_BT, bytes_BT, 0), dtype=jnp.int32),
+        routing=None if trace is None else _routing_totals(trace, routed_BT),
     )
 
 

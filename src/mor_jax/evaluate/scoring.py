@@ -20,7 +20,7 @@ from mor_jax.evaluate.passes import evaluation_perf, spread
 from mor_jax.evaluate.validation import threshold_refusal
 from mor_jax.mesh.mesh import make_mesh, replicated
 from mor_jax.mesh.processes import to_host
-from mor_jax.model.loss import token_scores
+from mor_jax.model.loss import batch_labels, token_scores
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk
@@ -115,6 +115,7 @@ class Scorer:
         return self._weights.config
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> TokenScores:
-        """Score a batch of rows, int32 [B, T+1] ``tokens``, ``segment_ids`` and ``positions``: numpy [B, T]."""
+        """Score a batch of rows, int32 [B, T+1] as ``batch_totals`` takes them: numpy [B, T]."""
         batch = spread(self._weights.params, batch)
-        return to_host(score_rows(self._weights, self._perf, self.mode, Rows.of_batch(batch), batch["tokens"][:, 1:]))
+        labels_BT, _ = batch_labels(self.model, batch)
+        return to_host(score_rows(self._weights, self._perf, self.mode, Rows.of_batch(batch), labels_BT))

@@ -18,7 +18,8 @@ import numpy as np
 from mor_jax.config import Execution, ModelConfig
 from mor_jax.data.packing import Row, expand_row
 from mor_jax.interop import official
-from mor_jax.model.forward import IGNORED, ModelOutput, forward
+from mor_jax.model.forward import ModelOutput, forward
+from mor_jax.model.loss import IGNORED
 from mor_jax.model.routing.capacity import warmup_steps
 
 Arrays = Mapping[str, np.ndarray]

@@ -12,15 +12,12 @@ from jax.typing import ArrayLike
 from mor_jax.array_types import Params
 from mor_jax.config import Execution, Mode, ModelConfig, ResolvedPerf
 from mor_jax.errors import require
-from mor_jax.model.loss import target_mask
+from mor_jax.model.loss import IGNORED, target_mask
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.capacity import routed_tokens
 from mor_jax.model.routing.trace import RoutingTrace
 from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import Stages, apply_trunk
-
-IGNORED = -100
-"""Label of a position that is not predicted."""
 
 
 @struct.dataclass

@@ -26,6 +26,9 @@ from mor_jax.model.loss_shards import (
     whole_width,
 )
 
+IGNORED = -100
+"""Label of a token after which nothing is predicted."""
+
 
 @struct.dataclass
 class CrossEntropy:
@@ -59,19 +62,23 @@ def target_mask(model: ModelConfig, segment_ids: Any, *, within_documents: bool 
     return (targets != 0) if crosses else (targets != 0) & (inputs == targets)
 
 
-def batch_targets(model: ModelConfig, batch: Mapping[str, Any], *, within_documents: bool = False) -> Any:
-    """Which targets of a batch count: those of ``target_mask``, but for what the batch's own mask leaves out.
+def batch_labels(model: ModelConfig, batch: Mapping[str, Any], *, within_documents: bool = False) -> tuple[Any, Any]:
+    """What is to be predicted after every token but the last, and where it counts.
 
     Args:
         model: of ``target_mask``.
-        batch: int [B, T+1] ``segment_ids`` and, if it has one, ``target_mask``: nonzero where a token is a target.
+        batch: int [B, T+1] ``tokens``, ``segment_ids`` and, if other tokens than the next ones are to be predicted,
+            ``labels``: its entry t+1 after token t, IGNORED where there is none.
         within_documents: of ``target_mask``.
 
     Returns:
-        bool [B, T].
+        (int [B, T], 0 where a label is IGNORED; bool [B, T]: those of ``target_mask`` that are not).
     """
     mask_BT = target_mask(model, batch["segment_ids"], within_documents=within_documents)
-    return mask_BT & (batch["target_mask"][:, 1:] != 0) if "target_mask" in batch else mask_BT
+    if "labels" not in batch:
+        return batch["tokens"][:, 1:], mask_BT
+    labels_BT = batch["labels"][:, 1:]
+    return labels_BT * (labels_BT != IGNORED), mask_BT & (labels_BT != IGNORED)
 
 
 def _chunked(x_BTX: jax.Array, chunk: int) -> jax.Array:

@@ -14,7 +14,7 @@ from flax import struct
 from mor_jax.array_types import Params
 from mor_jax.config import Config, ResolvedPerf
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.loss import batch_targets, fused_cross_entropy
+from mor_jax.model.loss import batch_labels, fused_cross_entropy
 from mor_jax.model.parameters import Weights, head_matrix
 from mor_jax.model.routing.losses import RoutingLosses, RoutingStatistics
 from mor_jax.model.routing.trace import RoutingTrace
@@ -23,7 +23,7 @@ from mor_jax.model.transformer import apply_trunk
 
 Batch = Mapping[str, jax.Array]
 """int32 [B, T+1] arrays `tokens`, `segment_ids` (1-based, 0 = padding), `positions` (restarting per document) and, if
-not every token is a target, `target_mask` (0 where a token is none)."""
+others than the next tokens are to be predicted, `labels` (see ``batch_labels``)."""
 ARRAYS = ("tokens", "segment_ids", "positions")
 """Arrays that every batch has."""
 
@@ -53,12 +53,12 @@ class LossParts:
 
 def step_arrays(batch: Mapping[str, Any]) -> tuple[str, ...]:
     """Return which arrays of a batch a training step reads; a dataset may give more."""
-    return (*ARRAYS, "target_mask") if "target_mask" in batch else ARRAYS
+    return (*ARRAYS, "labels") if "labels" in batch else ARRAYS
 
 
 def count_targets(config: Config, batch: Batch) -> jax.Array:
     """Return how many targets of the batch count, float32 scalar."""
-    return jnp.sum(batch_targets(config.model, batch), dtype=jnp.float32)
+    return jnp.sum(batch_labels(config.model, batch)[1], dtype=jnp.float32)
 
 
 def loss_fn(
@@ -103,11 +103,12 @@ def loss_fn(
     targets = count_targets(config, batch) if targets is None else targets
     weights, rows = Weights(model, params, router_bias_R, boundaries_R), Rows.of_batch(batch)
     output = apply_trunk(weights, perf, rows, step=step, key=key)
+    labels_BT, counted_BT = batch_labels(model, batch)
     entropy = fused_cross_entropy(
         output.hidden_BTD,
         head_matrix(model, params),
-        constrain(batch["tokens"][:, 1:], "batch", None),  # rows are whole: no border to shift targets across
-        constrain(batch_targets(model, batch).astype(jnp.float32), "batch", None),
+        constrain(labels_BT, "batch", None),  # rows are whole: no border to shift targets across
+        constrain(counted_BT.astype(jnp.float32), "batch", None),
         chunk=perf.loss_chunk,
         z_coefficient=config.train.logit_z_loss,
         logits_dtype=perf.logits_dtype,
