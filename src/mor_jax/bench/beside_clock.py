@@ -4,7 +4,7 @@ The clock was written without a TPU: where it is wrong, this table says so.
 """
 
 import logging
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def beside_clock(
     clock, hertz = read_clock(module, costs, generation), generation.chip.clock_hz
     assert hertz is not None
     shared_by = steps * len(mesh.local_devices)
-    seconds = Counter[str]()
+    seconds: dict[str, float] = defaultdict(float)
     for event in events:
         seconds[event.operation] += event.seconds / shared_by
     return compare(seconds, kinds_of(module), clock, hertz)
@@ -71,7 +71,7 @@ def compare(seconds: Mapping[str, float], kinds: Mapping[str, str], clock: Clock
         ``kinds``, ``together`` (of those that have a clock) and ``operations`` (where the two differ most), each with
         ``measured_seconds`` and ``predicted_seconds``; ``left_out`` of the clock.
     """
-    predicted = Counter[str]()
+    predicted: dict[str, float] = defaultdict(float)
     sources = {}
     for operation in clock.operations:
         predicted[operation.name] += operation.cycles / hertz
@@ -80,7 +80,7 @@ def compare(seconds: Mapping[str, float], kinds: Mapping[str, str], clock: Clock
     rows = []
     for name in dict.fromkeys((*seconds, *predicted)):
         kind = kinds.get(name, COMMUNICATION if collective_kind(name) else _UNKNOWN)
-        pair = (seconds.get(name, 0.0), predicted[name])
+        pair = (seconds.get(name, 0.0), predicted.get(name, 0.0))
         sums[kind] = [total + part for total, part in zip(sums[kind], pair, strict=True)]
         if kind in KINDS:
             rows.append({"name": name, "kind": kind, "source": sources.get(name, ""), **_pair(*pair)})
