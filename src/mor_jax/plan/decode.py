@@ -181,7 +181,10 @@ def tokens_held(shape: EngineShape) -> int:
 
 
 def _compile(lower: Any, topology: Topology, dump: Path | None, blocks: float) -> Program:
-    """Compile a program whose attention reads so many blocks of entries, and whose rows are sampled greedily."""
+    """Compile a program whose attention reads so many blocks of entries, and whose rows are sampled greedily.
+
+    The other loop of unknown length, over the pieces of a chunk of prompts, has the same number in the clock: mostly 1.
+    """
     start = time.monotonic()
     with jax.set_mesh(Mesh(topology.devices[:1], ("data",))):  # what `target_platform` goes by
         compiled = lower().compile()
