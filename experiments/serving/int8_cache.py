@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 from mor_jax.config import ModelConfig
+from mor_jax.errors import require
 from mor_jax.evaluate.inspect import held_out
 from mor_jax.infer.cache import CacheShape, entry_bytes, init_cache, kv_layout
 from mor_jax.infer.decode_model import DecodeModel, prepare_weights
@@ -157,6 +158,8 @@ def measure(folder: Path, settings: Settings) -> dict[str, Any]:
     """Measure one run."""
     run = open_run(folder)
     dataset, rows = held_out(run.config), []
+    same = dataset.tokenizer.hash == run.tokenizer.hash
+    require(same, f"{folder}: its data were prepared again, with another tokenizer (by another Python)")
     while len(rows) < settings.rows:
         rows += list(dataset.batch(len(rows) // settings.at_once)["tokens"][:, :-1])
     dataset.close()

@@ -11,7 +11,8 @@ from engine_examples import LENGTH, OPTIONS, check_empty, check_greedy, make_req
 
 from mor_jax.config import PartsConfig
 from mor_jax.errors import UserError
-from mor_jax.infer import stages
+from mor_jax.infer import engine as engine_module
+from mor_jax.infer import prefill_chunk, stages
 from mor_jax.infer.compilations import compilations
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.request import Request
@@ -25,7 +26,11 @@ def config():
 
 @pytest.fixture(scope="module")
 def engine(config):
-    engine = Engine(decode_model(config), OPTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            prefill_chunk, "_LONG_TEXTS", LENGTH - 1
+        )  # a text that nobody reads beside has a program of its own
+        engine = Engine(decode_model(config), OPTIONS)
     engine.warm_up()
     return engine
 
@@ -50,9 +55,12 @@ def test_nothing_stays_behind(engine):
     check_empty(engine)
 
 
-def test_prompts_alone_are_read_without_dispatches(config, engine):
+def test_prompts_alone_are_read_without_dispatches(config, engine, monkeypatch):
     test_nothing_stays_behind(engine)
     engine.reset_statistics()
+    programs, rows_of = [], engine_module.prompt_rows
+    note = lambda texts, rows, *sizes: programs.append((len(texts), rows)) or rows_of(texts, rows, *sizes)  # noqa: E731
+    monkeypatch.setattr(engine_module, "prompt_rows", note)
     request = Request(make_requests(1)[0].prompt[:1] * 22, 2)
     number = engine.submit(request)
     for nth in range(5):  # 21 tokens in chunks of 5
@@ -71,6 +79,7 @@ def test_prompts_alone_are_read_without_dispatches(config, engine):
     assert engine.statistics.dispatches == before + 1
     engine.cancel(first)
     assert {token.request for token in engine.run()} == {first + 1}
+    assert set(programs) == {(1, 1)}
     test_nothing_stays_behind(engine)
 
 

@@ -4,13 +4,16 @@ import dataclasses
 import subprocess
 import sys
 
+import jax
 import pytest
 from decode_examples import decode_model, model_config
 
+from mor_jax.infer.dispatch_program import GPU_OPTIONS, dispatch_program
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_shape import engine_shape
-from mor_jax.infer.prefill_chunk import with_prefill_chunk
+from mor_jax.infer.prefill_chunk import reads_alone, with_prefill_chunk
+from mor_jax.infer.stages import dispatch
 
 
 def test_options_of_the_commands_are_there_without_jax():
@@ -40,6 +43,23 @@ def test_sizes_left_open_follow_from_the_model():
 def test_the_chunk_follows_from_device_and_length(platform, asked, max_length, context, chunk):
     options = EngineOptions(prefill_chunk=asked, max_length=max_length)
     assert with_prefill_chunk(options, platform, context) == dataclasses.replace(options, prefill_chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_length", "context", "alone"),
+    [(4, 4096, 65536, False), (4, 4097, 512, True), (2, None, 32768, True), (1, None, 32768, False)],
+)
+def test_long_texts_have_a_program_of_one_row(rows, max_length, context, alone):
+    assert reads_alone(EngineOptions(prefill_rows=rows, max_length=max_length), context) == alone
+
+
+def test_the_compiler_knows_what_a_gpu_is_asked_for():
+    assert dispatch_program("cpu", 32) is dispatch_program("tpu", 32) is dispatch_program("gpu", 8) is dispatch
+    assert dispatch_program("gpu", 32) is not dispatch
+    doubled = jax.jit(lambda x: 2 * x).lower(1.0).compile(compiler_options=dict(GPU_OPTIONS))
+    assert doubled(1.0) == 2.0
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: 2 * x).lower(1.0).compile(compiler_options={"xla_gpu_no_such_option": True})
 
 
 def test_an_engine_settles_its_chunk():

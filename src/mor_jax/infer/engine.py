@@ -15,6 +15,7 @@ from mor_jax.errors import require
 from mor_jax.infer.cache import KvUsage, kv_layout, kv_usage
 from mor_jax.infer.check_request import check_request
 from mor_jax.infer.decode_model import DecodeModel
+from mor_jax.infer.dispatch_program import dispatch_program
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_shape import engine_shape
 from mor_jax.infer.engine_state import Control, bias_rows, empty_control, make_state, put_bias
@@ -25,9 +26,8 @@ from mor_jax.infer.host_rows import admit, prompt_rows
 from mor_jax.infer.page_book import PageBook
 from mor_jax.infer.places import Places, Progress
 from mor_jax.infer.prefill import prefill
-from mor_jax.infer.prefill_chunk import with_prefill_chunk
+from mor_jax.infer.prefill_chunk import reads_alone, with_prefill_chunk
 from mor_jax.infer.request import Request, Token
-from mor_jax.infer.stages import dispatch
 from mor_jax.mesh.devices import target_platform
 from mor_jax.mesh.mesh import on_mesh
 
@@ -41,9 +41,12 @@ class Engine:
     """
 
     def __init__(self, model: DecodeModel, options: EngineOptions) -> None:
-        options = with_prefill_chunk(options, target_platform(), model.config.context_length)
+        platform = target_platform()
+        options = with_prefill_chunk(options, platform, model.config.context_length)
         self.model, self.options = model, options
+        self._reads_alone = reads_alone(options, model.config.context_length)
         self.shape = engine_shape(model, options)
+        self._program = dispatch_program(platform, self.shape.block_slots)
         self.statistics = EngineStatistics()
         self._state = make_state(model, self.shape)
         pages, layout = [pool.free_P.shape[0] for pool in self._state.cache.pools], kv_layout(model.config)
@@ -131,7 +134,8 @@ class Engine:
             self._dispatch(control)
         reading = [(index, progress) for index, progress in reading if self._places[index] is progress]
         if reading:
-            self._read_prompts(reading)
+            alone = self._reads_alone and len(reading) == 1 and not reading[0][1].request.score_prompt
+            self._read_prompts(reading, rows=1 if alone else self.options.prefill_rows)
         tokens += self._collect(dispatches=1, chunks=None if decodes else int(bool(reading)))
         if not self.busy:  # nobody may come for long
             self._exchange()
@@ -150,7 +154,7 @@ class Engine:
 
     def _dispatch(self, control: Control) -> None:
         with on_mesh(self.model.mesh):
-            self._state, *result = dispatch(self.model, self._state, control, shape=self.shape)
+            self._state, *result = self._program(self.model, self._state, control, shape=self.shape)
         places = (self._places[index] for index in range(self.shape.places))
         who = [place if place is not None and place.admitted else None for place in places]
         for progress in filter(None, who):
@@ -181,7 +185,9 @@ class Engine:
             self._exchange(warm_up=True)
             if prompts:
                 for scored in (False, True):
-                    self._read_prompts([], scored=scored)
+                    self._read_prompts([], rows=self.options.prefill_rows, scored=scored)
+                if self._reads_alone:
+                    self._read_prompts([], rows=1)
             if self.shape.cuts:
                 self._put_bias(self.shape.places, ())
             self._dispatch(empty_control(self.shape.places))
@@ -243,18 +249,18 @@ class Engine:
             bias = put_bias(self._state.bias, np.int32(index), *bias_rows(logit_bias))
         self._state = dataclasses.replace(self._state, bias=bias)
 
-    def _read_prompts(self, reading: Sequence[tuple[int, Progress]], *, scored: bool = False) -> None:
-        """Read the next chunk of some texts; with ``scored`` by the program that also scores them."""
+    def _read_prompts(self, reading: Sequence[tuple[int, Progress]], *, rows: int, scored: bool = False) -> None:
+        """Read the next chunk of at most ``rows`` texts; with ``scored`` by the program that also scores them."""
         options, budget = self.options, self._places.budget
         assert options.prefill_chunk is not None
         whole = [(index, progress, budget(progress.request)) for index, progress in reading]
-        rows, targets_BT = prompt_rows(whole, options.prefill_rows, options.prefill_chunk, self.shape.places)
+        texts, targets_BT = prompt_rows(whole, rows, options.prefill_chunk, self.shape.places)
         if scored and targets_BT is None:
-            targets_BT = np.full(rows.tokens_BT.shape, -1, np.int32)
+            targets_BT = np.full(texts.tokens_BT.shape, -1, np.int32)
         with on_mesh(self.model.mesh):
             targets = () if targets_BT is None else (targets_BT,)
-            cache, output = prefill(self.model, self._state.cache, *rows, *targets)
-        taken = [(index, progress, int(rows.count_B[row])) for row, (index, progress) in enumerate(reading)]
+            cache, output = prefill(self.model, self._state.cache, *texts, *targets)
+        taken = [(index, progress, int(texts.count_B[row])) for row, (index, progress) in enumerate(reading)]
         for row, (_, progress, count) in enumerate(taken):
             if progress.request.score_prompt:
                 assert output.scores_BTF is not None

@@ -23,6 +23,8 @@ from mor_jax.mesh.axes import constrain
 from mor_jax.mesh.devices import target_platform
 from mor_jax.model.routing.select import take_rows
 
+_AT_ONCE = 256
+"""Tokens of a row that a GPU computes in every pass without asking how many reached it."""
 _SCORED = 128
 """Tokens whose logits there are at a time."""
 
@@ -67,7 +69,7 @@ def prefill(
         targets_BT: int32 tokens to score, each after the token at its place; -1 is none. None scores nothing, which
             is another program: a prompt that only needs its keys does without the last layer's output and the head.
         piece: tokens per row that a recursion computes at a time; None is a quarter of T, at least 64, and on a GPU
-            what a recursion has capacity for in training and some more.
+            what a recursion has capacity for in training and some more (of short chunks, all).
         return_logits: whether to compute the last layer's output and the logits; a prompt only needs its keys.
 
     Returns:
@@ -118,7 +120,7 @@ def _score(model: DecodeModel, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.A
 def _piece(expected: float, length: int) -> int:
     """A GPU computes many rows as fast as few; elsewhere a chunk that a prompt does not fill costs what it holds."""
     if target_platform() == "gpu":
-        return 64 * math.ceil(1.1 * expected / 64)
+        return length if length <= _AT_ONCE else 64 * math.ceil(1.1 * expected / 64)
     return max(64, length // 4)
 
 
@@ -180,5 +182,8 @@ def _pass(
         return first + piece, out_BTD.at[rows_B1, target_BC].set(out_BCD, mode="drop"), pool
 
     state = (jnp.zeros((), jnp.int32), jnp.zeros_like(walk.x_BTD), block)
-    _, out_BTD, block = jax.lax.while_loop(lambda state: state[0] < jnp.max(count_B), compute, state)
+    if piece >= length:  # no question whether there is another piece, for whose answer the host of a GPU would wait
+        _, out_BTD, block = compute(state)
+    else:
+        _, out_BTD, block = jax.lax.while_loop(lambda state: state[0] < jnp.max(count_B), compute, state)
     return out_BTD, dataclasses.replace(cache, block=block)

@@ -1,4 +1,4 @@
-"""How many tokens of a prompt are read at a time, where nobody says: by the device, and by how long a text may be."""
+"""How many tokens of how many prompts are read at a time, where nobody says: by the device, and the longest text."""
 
 import dataclasses
 
@@ -27,3 +27,12 @@ def with_prefill_chunk(options: EngineOptions, platform: str, context_length: in
         return options
     large = platform == "gpu" and (options.max_length or context_length) > _LONG_TEXTS
     return dataclasses.replace(options, prefill_chunk=_LONG if large else _USUAL)
+
+
+def reads_alone(options: EngineOptions, context_length: int) -> bool:
+    """Say whether a text that nobody reads beside is read by a program of one row.
+
+    The usual program computes all its rows, and copies or attends to the pages of each: the others' tokens would wait
+    for rows that hold nothing. A second program is compiled where texts are long enough to be read for many chunks.
+    """
+    return options.prefill_rows > 1 and (options.max_length or context_length) > _LONG_TEXTS
