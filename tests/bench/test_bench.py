@@ -170,3 +170,4 @@ def test_measuring_runs_the_train_step_and_accounts_for_its_time(tmp_path):
     assert list(kinds) == list(KINDS)
     assert kinds["attention"] > 0 and kinds["head + loss"] > 0 and kinds["optimiser"] > 0 and kinds["routing"] > 0
     assert "attention" in profile_table({"cases": [result]})
+    assert "beside_clock" not in result["profile"]  # a TPU's alone

@@ -1,5 +1,6 @@
 """Pages: taken as entries come, and as many bytes as the paper's table says."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,8 @@ from decode_examples import make_params, model_config, tokens
 
 from mor_jax.config import ModelConfig, PerfConfig, RecursionConfig, RoutingConfig
 from mor_jax.evaluate.calibrate import calibrate
-from mor_jax.infer.cache import CacheShape, init_cache, kv_layout, kv_usage, reserve
+from mor_jax.infer import cache as cache_module
+from mor_jax.infer.cache import CacheShape, append, init_cache, kv_layout, kv_usage, reserve
 from mor_jax.infer.decode_model import decoding_refusal, prepare_weights
 from mor_jax.infer.prefill import prefill
 from mor_jax.model.parameters import Weights
@@ -24,6 +26,24 @@ def test_reserving_takes_pages_only_where_the_last_is_full():
     assert start.tolist() == [5, 0] and pool.num_free == 9 - 3 and pool.table_SGM[0, 0, 0] == 6
     pool, _ = reserve(pool, rows, group, jnp.array([1, 4]), 5)
     assert pool.length_SG[:, 0].tolist() == [5, 0, 9] and pool.num_free == 9 - 5
+
+
+@pytest.mark.parametrize(("starts", "counts"), [((7, 4, 0), (1, 0, 1)), ((3, 6, 8), (6, 0, 2)), ((0, 1, 5), (4, 6, 3))])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_entries_come_behind_those_that_rows_hold(platform, starts, counts, monkeypatch):
+    """Entry by entry in a plain loop: groups that begin or end in the middle of a page, and rows that add nothing."""
+    monkeypatch.setattr(cache_module, "target_platform", lambda: platform)
+    rng, size, heads, width = np.random.default_rng(0), 4, 2, 3
+    pools = rng.normal(size=(2, 13, size, heads, width)).astype(np.float32)
+    fresh = rng.normal(size=(2, 3, max(counts), heads, width)).astype(np.float32)
+    table = rng.permutation(12).reshape(3, 4)
+    sizes = (jnp.array(table), jnp.array(starts), jnp.array(counts))
+    found = jax.jit(append)(tuple(jnp.asarray(pools.reshape(2, 13, -1))), tuple(jnp.asarray(fresh)), *sizes)
+    for row in range(3):
+        for nth in range(counts[row]):
+            page, entry = divmod(starts[row] + nth, size)
+            pools[:, table[row, page], entry] = fresh[:, row, nth]
+    assert np.array_equal(np.stack(found), pools.reshape(2, 13, -1))
 
 
 def _read(model, text, page_size):

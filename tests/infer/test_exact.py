@@ -120,7 +120,7 @@ def test_a_cap_on_the_passes_means_the_same_to_evaluation_and_decoding(routing, 
 def test_what_attends_block_by_block_gives_the_same(routing, kv, monkeypatch):
     seen, by_blocks = [], attention.attend_by_blocks
     # 6 pages of 4 entries, 4 at a time: the last block begins inside the one before; of single tokens 2
-    monkeypatch.setattr(attention, "_BLOCK", 16)
+    monkeypatch.setattr(attention, "PROMPT_BLOCK", 16)
     monkeypatch.setattr(attention, "TOKEN_BLOCK", 8)
     monkeypatch.setattr(attention, "attend_by_blocks", lambda *args: seen.append(args[-1]) or by_blocks(*args))
     anew = jax.jit(inspect.unwrap(prefill), static_argnames=("piece", "return_logits"))

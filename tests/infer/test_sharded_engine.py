@@ -104,7 +104,7 @@ def test_pools_in_int8_are_split_with_their_scales_and_give_what_one_device_give
 
 @pytest.mark.slow
 def test_what_attends_block_by_block_gives_what_one_device_gives():
-    options = dataclasses.replace(OPTIONS, max_length=2 * attention._BLOCK)
+    options = dataclasses.replace(OPTIONS, max_length=2 * attention.PROMPT_BLOCK)
     engine = _check_model(_config("expert", num_layers=5), options=options)
     _check_prompt_traffic(engine)
 

@@ -1,5 +1,7 @@
 """Compiled HLO text: loops multiplied out, and matrix products counted by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -76,6 +78,26 @@ def test_a_loop_without_a_constant_limit_is_named():
     for limit in ("parameter(1)", "constant(-2147483648)"):
         module = parse(PROGRAM.replace("s32[]{:T(128)} constant(5)", f"s32[]{{:T(128)}} {limit}"))
         assert module.unknown_loops == ("while.1",) and module.executions["body"] == 1
+
+
+def test_a_condition_that_calculates_does_not_tell_the_trips():
+    """A loop over blocks of 512 entries, up to what is held: `counter * 512 < held`."""
+    compared = "%counter, %limit), direction=LT"
+    text = PROGRAM.replace(f"compare({compared}", "compare(%read, %limit), direction=LT").replace(
+        "constant(5)", "constant(512)\n  %read = s32[] multiply(%counter, %limit)"
+    )
+    module = parse(text)
+    assert compared in PROGRAM and module.unknown_loops == ("while.1",) and module.executions["body"] == 1
+    twice = dataclasses.replace(module, unknown_trips=2).executions
+    assert (twice["body"], twice["condition"], twice["fused"]) == (2, 3, 2)
+
+
+def test_a_switch_takes_the_branch_that_it_is_told():
+    branches = "branch_computations={%no, %yes, %yes}"
+    module = parse(PROGRAM.replace("true_computation=%yes, false_computation=%no", branches))
+    assert module.executions["yes"] == 2 and module.executions["no"] == 1
+    first = dataclasses.replace(module, switch=0).executions
+    assert (first["yes"], first["no"]) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mor_jax.plan.memory import estimate_bytes, tokens_per_device
 from mor_jax.plan.report import print_report, report
 from mor_jax.plan.roofline import estimate_received, memory_traffic, roofline, step_flops
 from mor_jax.plan.run_total import with_run_total
-from mor_jax.plan.search import advise, candidates
+from mor_jax.plan.search import advise, candidates, ranked_plans
 from mor_jax.plan.topology import GENERATIONS, Topology
 from mor_jax.runs.state import TrainState, abstract_train_state
 
@@ -210,6 +210,16 @@ def test_out_of_memory_is_read_off_the_compiler(monkeypatch, message, needed):
     with pytest.raises(DoesNotFitError, match=rf"needs {needed:.2f} GiB of the 15.75 GiB of a v5e chip") as caught:
         compile_step(_config(), _topology())
     assert caught.value.needed == pytest.approx(needed * GIB)
+
+
+def test_what_a_search_compiled_is_ranked_by_the_clock_and_the_network():
+    def plan(bound: float, **clock: dict[str, float]) -> dict:
+        seconds = {"arithmetic": 9.0, "memory": 9.0, "network": 0.2 * bound, "network_across": 0.1}
+        return {"estimate": {"seconds": seconds, "tokens_per_second_at_most": bound}, **clock}
+
+    a, b, c = (plan(bound, clock={"seconds": seconds}) for bound, seconds in ((1.0, 3.0), (2.0, 2.5), (4.0, 2.3)))
+    assert ranked_plans([a, b, c]) == [b, c, a]  # 2.5 + 0.4, 2.3 + 0.8, 3.0 + 0.2, and 0.1 each
+    assert ranked_plans([plan(1.0), plan(2.0)]) == [plan(2.0), plan(1.0)]
 
 
 def test_slices_become_a_mesh_axis():

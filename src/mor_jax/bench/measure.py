@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mor_jax.bench.profile import profile_step
+from mor_jax.bench.profile import DUMP, profile_step
 from mor_jax.config import Config, DistributedConfig, ModelConfig
 from mor_jax.config.io import from_dict, to_dict
 from mor_jax.errors import require
@@ -30,6 +30,7 @@ from mor_jax.mesh.processes import initialize
 from mor_jax.model.flops import count_parameters, train_flops
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.perf import resolve_perf
+from mor_jax.plan.clock_kernels import dump_into
 from mor_jax.plan.collectives import bytes_by_kind, collectives
 from mor_jax.plan.hlo import parse
 from mor_jax.runs.state import init_train_state
@@ -208,6 +209,10 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("mor_jax").setLevel(logging.INFO)
     source, target = map(Path, arguments)
     request = from_dict(Request, json.loads(source.read_text(encoding="utf-8")))
+    if request.profile:  # a TPU's compiler tells the cycles of its kernels; to others the flag is nothing
+        dump = Path(request.profile) / DUMP
+        dump.mkdir(parents=True, exist_ok=True)
+        dump_into(dump)
     initialize(DistributedConfig(enabled="JAX_COORDINATOR_ADDRESS" in os.environ))
     target.write_text(json.dumps(measure(request)), encoding="utf-8")
     return 0

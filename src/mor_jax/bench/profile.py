@@ -11,6 +11,7 @@ import jax
 from jax.profiler import ProfileData
 from jax.sharding import Mesh
 
+from mor_jax.bench.beside_clock import beside_clock
 from mor_jax.bench.communication import KernelEvent, collective_kind, communication
 from mor_jax.config import Config
 from mor_jax.train.step import compile_train_step
@@ -29,9 +30,13 @@ KINDS: Sequence[str] = (
 """`block other` is what layers do beside matrix products and attention: norms, rotary embedding, SwiGLU where it is no
 matmul's epilogue, residuals."""
 
+DUMP = "dump"
+"""Where in a profile's folder a TPU's compiler leaves its kernels' programs."""
 _STEPS = 3
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?[\])}] ?([\w\-]+)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_TPU_EVENT = re.compile(r"%?([\w.\-]+)(?: = |$)")
+"""A TPU's event is named by its instruction, perhaps all of its text."""
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 _GEMM = re.compile(r'custom_call_target="__cublas|__triton_gemm|__triton_nested_gemm|custom_call_target="__cutlass')
@@ -106,13 +111,15 @@ def kind_of(instruction: Instruction | None) -> str:
 
 
 def kernel_events(trace: Any) -> list[KernelEvent]:
-    """Every kernel in a trace: streams of a GPU, threads of a CPU."""
+    """Every kernel in a trace: streams of a GPU, operations of a TPU's core, threads of a CPU."""
     planes = list(trace.planes)
     devices = [p for p in planes if p.name.startswith("/device:")] or [p for p in planes if p.name == "/host:CPU"]
     events = []
     for device, line in ((plane.name, line) for plane in devices for line in plane.lines):
         for event in line.events:
             operation = next((str(value) for name, value in event.stats if name == "hlo_op"), None)
+            if operation is None and line.name == "XLA Ops" and (named := _TPU_EVENT.match(event.name)):
+                operation = named[1]
             if event.name.startswith("nccl") and collective_kind(operation or "") is None:
                 operation = event.name  # launched by a thread that XLA does not name the instruction to
             if operation is not None:
@@ -142,7 +149,8 @@ def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], fol
     from the step time measured without the profiler.
 
     Returns:
-        `seconds_by_kind`, their `share` of all kernel time, the `top` kernels, and the `communication` of every device.
+        `seconds_by_kind`, their `share` of all kernel time, the `top` kernels, the `communication` of every device, and
+        on a TPU what its compiler had predicted (`beside_clock`).
     """
     if mesh.devices.flat[0].platform == "gpu":
         options = (*(config.perf.compiler_options or ()), "xla_gpu_enable_command_buffer=")
@@ -166,6 +174,7 @@ def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], fol
     shared_by = _STEPS * len(mesh.local_devices)
     events = [(kernel.operation, kernel.seconds / shared_by) for kernel in kernels]
     by_kind = time_by_kind(events, instructions)
+    beside = beside_clock(kernels, hlo, folder / DUMP, config, mesh, _STEPS)
     total = sum(by_kind.values())
     return {
         "seconds_by_kind": by_kind,
@@ -173,6 +182,7 @@ def profile_step(config: Config, mesh: Mesh, state: Any, batches: list[Any], fol
         "kernel_seconds": total,
         "top": top_kernels(events, instructions),
         "communication": communication(kernels, _STEPS),
+        **({} if beside is None else {"beside_clock": beside}),
     }
 
 

@@ -207,3 +207,22 @@ def profile_table(record: dict[str, Any]) -> str:
         lines.append(f"{kind:14s} " + "  ".join(cells))
     lines.append(f"{'all kernels':14s} " + "  ".join(f"{r['profile']['kernel_seconds'] * 1e3:8.2f}" for r in profiled))
     return "\n".join(lines)
+
+
+def clock_table(name: str, beside: dict[str, Any]) -> str:
+    """Milliseconds per step of a TPU, measured, predicted, and their ratio.
+
+    Args:
+        name: of the case.
+        beside: from ``beside_clock``.
+    """
+
+    def line(label: str, pair: dict[str, Any]) -> str:
+        measured, predicted = pair["measured_seconds"], pair["predicted_seconds"]
+        ratio = f"{measured / predicted:.2f}" if predicted else "-"
+        return f"{label:30s} {measured * 1e3:10.3f} {predicted * 1e3:10.3f} {ratio:>8s}"
+
+    lines = [f"{name}: milliseconds per step measured, by the compiler's clock, and their ratio"]
+    lines += [line(kind, pair) for kind, pair in beside["kinds"].items()]
+    lines += [line("together, of what has a clock", beside["together"]), "where they differ most"]
+    return "\n".join(lines + [f"{line(o['kind'], o)}  {o['name']}  {o['source'][-60:]}" for o in beside["operations"]])

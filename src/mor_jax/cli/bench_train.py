@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from mor_jax.bench.cases import parse_case
-from mor_jax.bench.run import Settings, profile_table, run_cases, table
+from mor_jax.bench.run import Settings, clock_table, profile_table, run_cases, table
 from mor_jax.cli.options import parse
 from mor_jax.errors import UserError
 
@@ -47,6 +47,9 @@ def run(arguments: Sequence[str]) -> int:
     print(table(record))
     if options.settings.profile is not None:
         print(profile_table(record))
+        for case in record["cases"]:
+            if beside := case.get("profile", {}).get("beside_clock"):
+                print(clock_table(case["name"], beside))
     return 1 if any("error" in case for case in record["cases"]) else 0
 
 

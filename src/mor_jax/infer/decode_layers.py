@@ -23,6 +23,7 @@ from mor_jax.kernels.rotary import Rotary, rotary_tables
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.modern_parts import mix_joint_values, norm_joint_heads
 
+_norm = jax.named_scope("norm")(rms_norm)
 Own = dict[str, jax.Array]
 """What a layer has of its row's recursion: norm scales [B, 1, D]; and its share of the first layer's values."""
 
@@ -38,6 +39,7 @@ class DecodeContext:
     """The first layer's values, shard by shard, if ``PartsConfig.value_residual`` is on."""
 
 
+@jax.named_scope("rotary")
 def decode_context(model: DecodeModel, positions_BT: jax.Array, store: PagedStore) -> DecodeContext:
     """Context of a pass over cached tokens; positions are those in a single document."""
     rotary = rotary_tables(positions_BT, model.config.head_dim, model.config.rope_theta)
@@ -49,6 +51,7 @@ def embed(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take(model.embedding_VD, tokens_BT, axis=0, mode="clip")
 
 
+@jax.named_scope("logits")
 def logits(model: DecodeModel, x_BTD: jax.Array) -> jax.Array:
     """Return float32 logits [B, T, V] of the states after the last layer."""
     hidden_BTD = rms_norm(x_BTD, model.final_norm_D, model.config.norm_epsilon)
@@ -117,13 +120,14 @@ def _layer(
     scales: Any = {"attention_norm": weights.attention_norm_D, "ffn_norm": weights.ffn_norm_D} | (own or {})
     config, cached = model.config, (cache.keys[index], cache.values[index])
     epsilon = config.norm_epsilon
-    normed_BTD = rms_norm(x_BTD, scales["attention_norm"], epsilon)
+    normed_BTD = _norm(x_BTD, scales["attention_norm"], epsilon)
     delta_BTD, cached = _attention(config, weights, normed_BTD, context, cached, scales.get("value_share"))
     x_BTD = constrain(x_BTD + delta_BTD, "batch", "sequence", None)
-    delta_BTD = _feed_forward(weights, rms_norm(x_BTD, scales["ffn_norm"], epsilon), model.shards)
+    delta_BTD = _feed_forward(weights, _norm(x_BTD, scales["ffn_norm"], epsilon), model.shards)
     return x_BTD + delta_BTD, _put(cache, index, cached)
 
 
+@jax.named_scope("attention")
 def _attention(
     config: ModelConfig,
     weights: LayerWeights,
@@ -145,6 +149,7 @@ def _attention(
     return jnp.einsum("BTY,DY->BTD", out_BTNH.reshape(rows, length, -1), weights.output_DY), cached
 
 
+@jax.named_scope("ffn")
 def _feed_forward(weights: LayerWeights, x_BTD: jax.Array, shards: int) -> jax.Array:
     """SwiGLU, (silu(x W_gate) * x W_up) W_down, gate and up by one product."""
     rows, length, _ = x_BTD.shape

@@ -27,7 +27,7 @@ from mor_jax.mesh.axes import on_shards
 from mor_jax.mesh.devices import process_platform, target_platform
 
 logger = logging.getLogger(__name__)
-_BLOCK, TOKEN_BLOCK = 2048, 512
+PROMPT_BLOCK, TOKEN_BLOCK = 2048, 512
 """Entries that a chunk of a prompt, and single tokens, attend to at a time; groups that may hold more are read block by
 block. Many, as on a GPU the host decides about every round of the loop; so single tokens read all there, and chunks
 too where a kernel can (``prompts_backend``)."""
@@ -138,6 +138,7 @@ class PagedStore:
     group_B: jax.Array | None = None
     """int32: the group of each row among them."""
 
+    @jax.named_scope("attend")
     def attend(
         self, projected_BTMH: jax.Array, cached: KeyValuePages, rotary: Rotary
     ) -> tuple[jax.Array, KeyValuePages]:
@@ -189,7 +190,7 @@ def _gather_and_attend(
     single = query_BTNH.shape[1] == 1
     if not single and prompts_backend(query_BTNH.dtype.name, query_BTNH.shape[-1]) == "pallas":
         return attend_by_kernel(query_BTNH, cached, table_BM, visible_BT, page_size)
-    block = TOKEN_BLOCK if single else _BLOCK
+    block = TOKEN_BLOCK if single else PROMPT_BLOCK
     if table_BM.shape[1] * page_size > block and not (single and target_platform() == "gpu"):
         return attend_by_blocks(query_BTNH, cached, table_BM, visible_BT, page_size, max(1, block // page_size))
     return attend_to_pages(query_BTNH, cached, table_BM, visible_BT, page_size)

@@ -132,6 +132,7 @@ def _known(logits_XV: jax.Array, known_tokens: int | None) -> jax.Array:
     return jnp.where(jnp.arange(logits_XV.shape[-1]) < known_tokens, logits_XV, -jnp.inf)
 
 
+@jax.named_scope("sampling")
 def sample(
     logits_EV: jax.Array,
     rows: SamplingRows,

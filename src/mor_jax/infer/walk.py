@@ -88,6 +88,7 @@ def advance(model: DecodeModel, walk: Walk, out_BTD: jax.Array) -> Walk:
     return _decide(model, walk) if config.routing.kind == "expert" else walk
 
 
+@jax.named_scope("routing")
 def _token_exit(model: DecodeModel, walk: Walk, out_BTD: jax.Array, leaves_BT: jax.Array) -> jax.Array:
     assert walk.gate_BTR is not None
     assert walk.origin_BTD is not None
@@ -105,6 +106,7 @@ def _boundary_scores(model: DecodeModel, walk: Walk) -> jax.Array:
     return routing.raw_scores_at(model.router, walk.x_BTD, walk.recursion_BT, model.config.routing.temperature)
 
 
+@jax.named_scope("routing")
 def _decide(model: DecodeModel, walk: Walk) -> Walk:
     """Expert-choice by threshold: compare the score before the next pass with its boundary."""
     config = model.config

@@ -52,6 +52,7 @@ def quantize(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(multiple_BTKH).astype(jnp.int8), scale_BTK.astype(jnp.bfloat16)
 
 
+@jax.named_scope("cache_pages")
 def gather_pages(
     pages: Pages, table_BM: jax.Array, page_size: int, head_dim: int, dtype: jax.typing.DTypeLike
 ) -> jax.Array:

@@ -1,7 +1,9 @@
 """How long a compiled TPU program takes by its compiler's own clock: cycles of every operation, loops multiplied out.
 
 Every fusion and copy of a TPU program carries the compiler's estimate of its cycles. Kernels (custom calls) carry none:
-theirs are read off their VLIW programs (``kernel_cycles``). Nothing here was measured.
+theirs are read off their VLIW programs (``clock_kernels``). Gathers, scatters and reshapes carry none either: they take
+what they write, once, over the memory's speed. Transfers to and from VMEM run beside the operations, one after the
+other at the memory's speed; what an operation then waits for them counts. Nothing here was measured.
 """
 
 import re
@@ -10,16 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mor_jax.plan.clock_kernels import KernelCost, base_name, kernel_costs
-from mor_jax.plan.hlo import Instruction, Module
+from mor_jax.plan.clock_kernels import KernelCost, base_name, bytes_per_cycle, kernel_costs
+from mor_jax.plan.hlo import Computation, Instruction, Module
 from mor_jax.plan.topology import Generation
 
 MATMULS, KERNELS, ATTENTION, NORMS = "block matmuls", "attention kernels", "attention other", "norms"
-HEAD, ROUTING, OPTIMISER, COPIES, OTHER = "head and loss", "routing", "optimiser", "copies and layout", "other"
-KINDS = (MATMULS, KERNELS, ATTENTION, NORMS, HEAD, ROUTING, OPTIMISER, COPIES, OTHER)
+PAGES, HEAD, SAMPLING, ROUTING = "cache pages", "head and loss", "sampling", "routing"
+OPTIMISER, COPIES, WAITS, OTHER = "optimiser", "copies and layout", "waiting for transfers", "other"
+KINDS = (MATMULS, KERNELS, ATTENTION, NORMS, PAGES, HEAD, SAMPLING, ROUTING, OPTIMISER, COPIES, WAITS, OTHER)
 """What the cycles of a step go into."""
+COMMUNICATION = "communication"
+"""What has no cycles here."""
 _SCOPES = (  # the first that matches the place in the traced program
     (OPTIMISER, r"optimiser"),
+    (PAGES, r"cache_pages"),
+    (SAMPLING, r"sampling"),
     (HEAD, r"head_loss|/head\b|logits"),
     (ROUTING, r"routing|router|top_k|select_rows|gather_rows|scatter_rows"),
     (NORMS, r"norm"),
@@ -28,7 +35,12 @@ _SCOPES = (  # the first that matches the place in the traced program
 )
 _LAYOUT = ("copy", "transpose", "reshape", "broadcast", "bitcast-convert", "slice", "concatenate", "pad")
 _PRODUCTS = ("dot", "convolution")
-_HIDDEN = ("copy-start", "copy-done", "slice-start", "slice-done", "async-start", "async-done", "async-update")
+_WRITES_PART = {"scatter": 2, "dynamic-update-slice": 1}
+"""The operand that is written into the first one."""
+_MOVERS = (*_LAYOUT, *_WRITES_PART, "gather", "dynamic-slice")
+"""What only moves data."""
+_TRANSFERS = ("copy-start", "slice-start")
+"""Begin what the opcode that ends with `-done` waits for."""
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send", "recv")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
 _SCALAR = 1024
@@ -87,39 +99,115 @@ def clock_of(module: Module, dump: Path, generation: Generation, rows: int) -> C
         generation: of the device.
         rows: of one device and micro-batch.
     """
-    clock = read_clock(module, kernel_costs(module, dump, generation, rows))
+    clock = read_clock(module, kernel_costs(module, dump, generation, rows), generation)
     for path in dump.glob("*.txt"):
         path.unlink()
     return clock
 
 
-def read_clock(module: Module, kernels: Mapping[str, KernelCost]) -> Clock:
+def read_clock(module: Module, kernels: Mapping[str, KernelCost], generation: Generation) -> Clock:
     """Sum the cycles of a compiled program.
 
     Args:
         module: compiled for a TPU.
         kernels: from ``kernel_costs``; those without are left out.
+        generation: of the device.
     """
     found, left_out = [], Counter()
-    fused = _fused(module)
+    device, places = _Device(module, kernels, generation), _places(module)
     for computation, instruction, times in module.executed():
-        if computation.name in fused:
+        if computation.name in device.fused:
             continue
-        kernel = kernels.get(instruction.name)
-        cycles = _estimate(instruction) if kernel is None else kernel.cycles
+        cycles = device.cycles(computation, instruction)
         if cycles is None:
             if reason := _left_out(instruction):
                 left_out[reason] += times
         elif cycles:
-            kind, source = _classify(module, instruction)
+            kind, source = _classify(module, instruction, places.get(computation.name, ""))
             row = (cycles * times, times, instruction.name, instruction.opcode, kind, _shape(instruction), source)
             found.append(Operation(*row))
+        if wait := device.waits(computation).get(instruction.name):
+            user = next((i for i in computation.instructions.values() if instruction.name in i.operands), instruction)
+            row = (instruction.name, instruction.opcode, WAITS, _shape(instruction), user.op_name)
+            found.append(Operation(wait * times, times, *row))
     return Clock(tuple(sorted(found, key=lambda operation: -operation.cycles)), left_out, kernels)
+
+
+def kinds_of(module: Module) -> dict[str, str]:
+    """Kind of every instruction that takes time, by name: those of ``read_clock``, and ``COMMUNICATION``."""
+    found, fused, places = {}, _fused(module), _places(module)
+    for computation, instruction, _ in module.executed():
+        if computation.name in fused or instruction.opcode in _FREE:
+            continue
+        if instruction.opcode.startswith(_COLLECTIVES) or instruction.name.startswith(_COLLECTIVES):
+            kind = COMMUNICATION
+        elif instruction.opcode in _TRANSFERS or instruction.opcode.endswith("-done"):
+            kind = WAITS
+        else:
+            kind = _classify(module, instruction, places.get(computation.name, ""))[0]
+        found[instruction.name] = kind
+    return found
+
+
+class _Device:
+    """What the operations of a program take on one device: its clock, and its memory's speed."""
+
+    def __init__(self, module: Module, kernels: Mapping[str, KernelCost], generation: Generation) -> None:
+        self._module, self._kernels = module, kernels
+        self._bytes_per_cycle = bytes_per_cycle(generation)
+        self.fused = _fused(module)
+        self._walked: dict[str, tuple[int, dict[str, int]]] = {}
+
+    def cycles(self, computation: Computation, instruction: Instruction) -> int | None:
+        """Cycles of an operation by itself, None if it is not known or a transfer."""
+        if kernel := self._kernels.get(instruction.name):
+            return kernel.cycles
+        if (estimate := _estimate(instruction)) is not None:
+            return estimate
+        moved = _moved(self._module, computation, instruction)
+        return None if moved is None else self._over_memory(moved)
+
+    def waits(self, computation: Computation) -> dict[str, int]:
+        """Cycles that the ends of transfers wait for them in one execution, by name."""
+        return self._walk(computation)[1]
+
+    def _over_memory(self, moved: int) -> int:
+        return round(moved / self._bytes_per_cycle)
+
+    def _walk(self, computation: Computation) -> tuple[int, dict[str, int]]:
+        """Go through a computation in its order; transfers wait for one another, and operations for their end."""
+        if computation.name in self._walked:
+            return self._walked[computation.name]
+        now, memory_free, ends, waits = 0, 0, {}, {}
+        for instruction in computation.instructions.values():
+            if instruction.opcode in _TRANSFERS:
+                moved = min(shape.bytes for shape in instruction.shapes[:2])  # the whole and the part, or two wholes
+                memory_free = max(now, memory_free) + self._over_memory(moved)
+                ends[instruction.name] = memory_free
+            elif instruction.opcode.endswith("-done") and instruction.operands[0] in ends:
+                waits[instruction.name] = max(0, ends[instruction.operands[0]] - now)
+                now += waits[instruction.name]
+            else:
+                now += self.cycles(computation, instruction) or self._inside(instruction)
+        self._walked[computation.name] = now, waits
+        return now, waits
+
+    def _inside(self, instruction: Instruction) -> int:
+        """Cycles of the loops and branches that an instruction runs."""
+        called = self._module.called(instruction)
+        return sum(times * self._walk(self._module.computations[name])[0] for name, times in called)
 
 
 def _fused(module: Module) -> set[str | None]:
     """Computations that run inside one instruction, whose estimate has them."""
     return {_called(i) for c in module.computations.values() for i in c.instructions.values() if i.opcode == "fusion"}
+
+
+def _places(module: Module) -> dict[str, str]:
+    """Where loops come from, by their body: the compiler makes up loops whose instructions do not tell."""
+    instructions = (i for computation in module.computations.values() for i in computation.instructions.values())
+    loops = (i for i in instructions if i.opcode == "while")
+    return {(loop.attribute("body") or "").lstrip("%"): loop.op_name for loop in loops}
 
 
 def _called(instruction: Instruction) -> str | None:
@@ -132,29 +220,47 @@ def _estimate(instruction: Instruction) -> int | None:
     return int(found[1]) if found else None
 
 
+def _moved(module: Module, computation: Computation, instruction: Instruction) -> int | None:
+    """Bytes that an operation without an estimate writes; None if it is next to nothing, or does more than move."""
+    if sum(shape.elements for shape in instruction.shapes) <= _SCALAR:
+        return None
+    parts = [(computation, instruction), *_inner(module, instruction)]
+    for own, part in parts:
+        if part.opcode in _WRITES_PART:  # the rest stays where it is
+            return own.operand(part, _WRITES_PART[part.opcode]).bytes
+    moves = any(part.opcode in _MOVERS for _, part in parts) and instruction.opcode in ("fusion", *_MOVERS)
+    return sum(shape.bytes for shape in instruction.shapes) if moves else None
+
+
 def _left_out(instruction: Instruction) -> str | None:
     """Name what an instruction without an estimate is; None if it is free or next to it."""
     opcode = instruction.opcode
     if opcode == "custom-call":
         target = instruction.attribute("custom_call_target") or ""
         return f"kernel {base_name(instruction.name)}" if target == "tpu_custom_call" else None
-    if opcode in _FREE or opcode.endswith("-done"):
+    if opcode in (*_FREE, *_TRANSFERS) or opcode.endswith("-done"):
         return None
-    if opcode in _HIDDEN:
-        return "transfers to and from VMEM, taken to be hidden"
     if opcode.startswith(_COLLECTIVES):
         return f"collective {opcode.removesuffix('-start')}"
     return opcode if sum(shape.elements for shape in instruction.shapes) > _SCALAR else None
 
 
-def _classify(module: Module, instruction: Instruction) -> tuple[str, str]:
-    """Kind and place of an instruction: a fusion is what its matrix product is, or else what most of it is."""
-    source = instruction.op_name
+def _classify(module: Module, instruction: Instruction, place: str) -> tuple[str, str]:
+    """Kind and place of an instruction: a fusion is what its matrix product is, or else what most of it is.
+
+    Args:
+        module: the program.
+        instruction: one with cycles.
+        place: of the loop that it stands in, for what has none of its own.
+    """
+    source = instruction.op_name or place
     if instruction.opcode == "custom-call":
         return (KERNELS if _scope(source) == ATTENTION else _scope(source)), source
-    inner = _inner(module, instruction)
+    inner = [part for _, part in _inner(module, instruction)]
     products = [i.op_name for i in inner if i.opcode in _PRODUCTS]
     if products:
+        if "/attend/" in products[0]:
+            return ATTENTION, products[0]
         kind = _scope(products[0])
         return (MATMULS if kind in (ATTENTION, MATMULS, NORMS) else kind), products[0]
     if instruction.opcode in _LAYOUT:
@@ -171,12 +277,13 @@ def _classify(module: Module, instruction: Instruction) -> tuple[str, str]:
     return kind, source
 
 
-def _inner(module: Module, instruction: Instruction) -> list[Instruction]:
-    """All instructions of a fusion, those of fusions within it too."""
+def _inner(module: Module, instruction: Instruction) -> list[tuple[Computation, Instruction]]:
+    """All instructions of a fusion with their computation, those of fusions within it too."""
     name = _called(instruction) if instruction.opcode == "fusion" else None
     if name is None:
         return []
-    return [i for own in module.computations[name].instructions.values() for i in (own, *_inner(module, own))]
+    inside = module.computations[name]
+    return [pair for own in inside.instructions.values() for pair in ((inside, own), *_inner(module, own))]
 
 
 def _scope(op_name: str) -> str:

@@ -94,11 +94,15 @@ def _operands(computation: Computation, instruction: Instruction) -> tuple[tuple
 
 def _cost(program: bundles.Program, tables: dict[int, np.ndarray], generation: Generation) -> KernelCost:
     counted = bundle_machine.count(program, tables)
+    memory = round(counted.transferred / bytes_per_cycle(generation))
+    return KernelCost(counted.bundles, counted.transferred, memory, counted.guesses)
+
+
+def bytes_per_cycle(generation: Generation) -> float:
+    """What a core and the memory exchange at most in a cycle."""
     clock = generation.chip.clock_hz
     assert clock is not None
-    rate = generation.chip.hbm_rate / _CORES.get(generation.name, 1)
-    memory = round(counted.transferred / rate * clock)
-    return KernelCost(counted.bundles, counted.transferred, memory, counted.guesses)
+    return generation.chip.hbm_rate / _CORES.get(generation.name, 1) / clock
 
 
 def run_time_tables(kernel: str, shapes: tuple[tuple[int, ...], ...], rows: int) -> dict[int, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from mor_jax.plan.clock import Clock
+from mor_jax.plan.clock import Clock, Operation
 from mor_jax.plan.topology import Generation
 
 _SHOWN = 15
@@ -28,10 +28,22 @@ def clock_report(clock: Clock, generation: Generation) -> dict[str, Any]:
         "hertz": hertz,
         "seconds": clock.cycles / hertz,
         "cycles_by_kind": clock.by_kind,
-        "top": [dataclasses.asdict(operation) for operation in clock.operations[:_SHOWN]],
+        "top": [dataclasses.asdict(operation) for operation in _dearest(clock)],
         "kernels": {name: {**dataclasses.asdict(k), "cycles": k.cycles} for name, k in clock.kernels.items()},
         "left_out": dict(clock.left_out),
     }
+
+
+def _dearest(clock: Clock) -> list[Operation]:
+    """The dearest operations; those of layers that are no loop are added up, under the name of the first."""
+    groups: dict[tuple[str, ...], Operation] = {}
+    for own in clock.operations:
+        key = (own.kind, own.opcode, own.shape, own.source)
+        first = groups.get(key)
+        if first is not None:
+            own = dataclasses.replace(first, cycles=first.cycles + own.cycles, times=first.times + own.times)
+        groups[key] = own
+    return sorted(groups.values(), key=lambda operation: -operation.cycles)[:_SHOWN]
 
 
 def with_attainable(report: dict[str, Any], parts: Mapping[str, float], flops: float, peak: float) -> dict[str, Any]:
@@ -65,6 +77,11 @@ def clock_tables(report: dict[str, Any], title: str = "by the compiler's clock, 
         cells = (f"{best * report['hertz'] / 1e6:,.2f}", f"{1e3 * best:,.2f}", f"{best / report['seconds']:.1%}")
         kinds.add_row("attainable", *cells)
         kinds.add_row("MFU", "", "", f"{report['mfu']:.1%}")
+    if "bytes_seconds" in report:
+        best = report["bytes_seconds"]
+        cells = (f"{best * report['hertz'] / 1e6:,.2f}", f"{1e3 * best:,.2f}", f"{best / report['seconds']:.1%}")
+        kinds.add_row("weights, keys and values read once", *cells)
+        kinds.add_row("tokens/s", "", f"{report['tokens_per_second']:,.0f}", f"of {report['steps']} steps")
     top = Table("\nMcycles", "\nruns", "dearest operations\nkind", "\nresult", "\nfrom", box=None, pad_edge=False)
     for operation in report["top"]:
         cells = (f"{operation['cycles'] / 1e6:,.2f}", str(operation["times"]), operation["kind"])

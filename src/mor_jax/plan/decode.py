@@ -4,6 +4,7 @@ The engine planned is that of one chip, and every chip of a slice can run one of
 share are not planned. All figures are of one chip. Letters: R recursions, T tokens that a sequence holds.
 """
 
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from mor_jax.config import Config, ModelConfig
 from mor_jax.errors import require
@@ -22,7 +23,7 @@ from mor_jax.infer.decode_model import DecodeModel, decoding_refusal, prepare_we
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_shape import EngineShape, engine_shape
 from mor_jax.infer.engine_state import EngineState, empty_control, init_state
-from mor_jax.infer.paged_attention import TOKEN_BLOCK
+from mor_jax.infer.paged_attention import PROMPT_BLOCK, TOKEN_BLOCK
 from mor_jax.infer.prefill import prefill
 from mor_jax.infer.prefill_chunk import with_prefill_chunk
 from mor_jax.infer.stages import dispatch
@@ -151,10 +152,11 @@ def compile_decode(
     rows, chunk = options.prefill_rows, options.prefill_chunk
     assert chunk is not None
     prompts = put((np.zeros(rows, np.int32), np.zeros((rows, chunk), np.int32), *np.zeros((3, rows), np.int32)))
+    held = tokens_held(shape)
     try:
         programs = (
-            _compile(lambda: dispatch.lower(model, state, control, shape=shape), topology, dump),
-            _compile(lambda: prefill.lower(model, state.cache, *prompts), topology, dump),
+            _compile(lambda: dispatch.lower(model, state, control, shape=shape), topology, dump, held / TOKEN_BLOCK),
+            _compile(lambda: prefill.lower(model, state.cache, *prompts), topology, dump, held / PROMPT_BLOCK),
         )
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(str(error)):
@@ -173,11 +175,24 @@ def _weights(model: ModelConfig, key: jax.Array) -> DecodeModel:
     return prepare_weights(model, init_params(model, key), router_bias_R=state_R, running_R=state_R)
 
 
-def _compile(lower: Any, topology: Topology, dump: Path | None) -> Program:
+def tokens_held(shape: EngineShape) -> int:
+    """T that estimate and clock assume of every sequence: half of what it may hold."""
+    return shape.max_length // 2
+
+
+def _compile(lower: Any, topology: Topology, dump: Path | None, blocks: float) -> Program:
+    """Compile a program whose attention reads so many blocks of entries, and whose rows are sampled greedily.
+
+    The other loop of unknown length, over the pieces of a chunk of prompts, has the same number in the clock: mostly 1.
+    """
     start = time.monotonic()
-    compiled = lower().compile()
+    with jax.set_mesh(Mesh(topology.devices[:1], ("data",))):  # what `target_platform` goes by
+        compiled = lower().compile()
     seconds, analysis = time.monotonic() - start, compiled.memory_analysis()
-    clock = None if dump is None else clock_of(hlo.parse(compiled.as_text()), dump, topology.generation, 1)
+    clock = None
+    if dump is not None:
+        module = dataclasses.replace(hlo.parse(compiled.as_text()), unknown_trips=math.ceil(blocks), switch=0)
+        clock = clock_of(module, dump, topology.generation, 1)
     return Program(
         activations=analysis.temp_size_in_bytes + max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
         arguments=analysis.argument_size_in_bytes,

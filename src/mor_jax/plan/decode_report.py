@@ -21,7 +21,7 @@ from mor_jax.infer.cache import entry_bytes, kv_layout
 from mor_jax.infer.decode_model import DecodeModel
 from mor_jax.infer.engine_shape import EngineShape
 from mor_jax.plan.clock_report import clock_report, clock_tables
-from mor_jax.plan.decode import CompiledDecode, Program, tree_bytes
+from mor_jax.plan.decode import CompiledDecode, Program, tokens_held, tree_bytes
 from mor_jax.plan.report import WIDTH, memory_table, versions
 from mor_jax.plan.topology import Generation
 
@@ -116,7 +116,7 @@ def decode_report(step: CompiledDecode, command: list[str]) -> dict[str, Any]:
         command: what was typed, to be repeated.
     """
     topology, shape, memory = step.topology, step.shape, step.memory
-    half = shape.max_length // 2
+    half = tokens_held(shape)
     bound = decode_bound(step.model, shape, topology.generation, half)
     programs = {"dispatch": step.dispatch, "prefill": step.prefill}
     clocks = {
@@ -124,6 +124,8 @@ def decode_report(step: CompiledDecode, command: list[str]) -> dict[str, Any]:
         for name, program in programs.items()
         if program.clock is not None
     }
+    if clocks:
+        clocks["dispatch"] |= _beside_the_bytes(clocks["dispatch"], bound, shape, topology.generation)
     return {
         "command": shlex.join(command),
         "preset": step.config.preset,
@@ -148,6 +150,18 @@ def decode_report(step: CompiledDecode, command: list[str]) -> dict[str, Any]:
         **({"clock": clocks} if clocks else {}),
         "versions": versions(),
         "config": config_io.to_dict(step.config),
+    }
+
+
+def _beside_the_bytes(
+    clock: dict[str, Any], bound: DecodeBound, shape: EngineShape, generation: Generation
+) -> dict[str, Any]:
+    """What a dispatch takes to read weights, keys and values alone, every step with an exit step, as in the clock."""
+    read = bound.block_weights + bound.block_entries + bound.exit_weights + bound.exit_entries
+    return {
+        "steps": shape.steps,
+        "bytes_seconds": shape.steps * read / generation.chip.hbm_rate,
+        "tokens_per_second": shape.steps * bound.tokens_per_block_step / clock["seconds"],
     }
 
 

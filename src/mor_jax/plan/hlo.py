@@ -82,17 +82,24 @@ class Module:
 
     computations: dict[str, Computation]
     entry: str
+    unknown_trips: int = 1
+    """Rounds of a loop whose trip count the text does not tell."""
+    switch: int | None = None
+    """The branch that conditionals of more than two branches take; None counts all."""
 
     @functools.cached_property
     def executions(self) -> dict[str, int]:
         """How often each computation runs in one run of the program, loops multiplied out.
 
-        Every branch of a conditional counts as taken. Scalar functions that an instruction applies element by element
-        (reducers, comparators) count as never run. A loop without a known trip count runs once: see ``unknown_loops``.
+        Every branch of a conditional counts as taken, but for ``switch``. Scalar functions that an instruction applies
+        element by element (reducers, comparators) count as never run. A loop without a known trip count
+        (``unknown_loops``) runs ``unknown_trips`` times.
         """
         callers: dict[str, dict[str, int]] = {name: {} for name in self.computations}
-        for caller, _, callee, times in self._calls():
-            callers[callee][caller] = callers[callee].get(caller, 0) + times
+        for caller, computation in self.computations.items():
+            for instruction in computation.instructions.values():
+                for callee, times in self.called(instruction):
+                    callers[callee][caller] = callers[callee].get(caller, 0) + times
         counts = {}
         for name in TopologicalSorter(callers).static_order():
             own = 1 if name == self.entry else 0
@@ -116,39 +123,42 @@ class Module:
         """How often the body of a while instruction runs.
 
         CPU and GPU note it in backend_config. TPU does not: there it is the constant that the condition compares the
-        counter of a scan with (from 0 in steps of 1).
+        counter of a scan with (from 0 in steps of 1). A condition that calculates has constants of other meanings.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        limits = self._integer_constants(loop.attribute("condition") or "")
+        condition = list(self._with_called(loop.attribute("condition") or ""))
+        if any(instruction.opcode not in _COUNTS for instruction in condition):
+            return None
+        limits = [int(i.literal) for i in condition if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.literal)]
         return limits[0] if len(limits) == 1 and limits[0] >= 0 else None  # a negative one is no counter's limit
 
-    def _integer_constants(self, name: str) -> list[int]:
-        found = []
+    def _with_called(self, name: str) -> Iterator[Instruction]:
+        """Instructions of a computation and of those that it calls."""
         for instruction in self.computations[name.lstrip("%")].instructions.values():
-            if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.literal):
-                found.append(int(instruction.literal))
+            yield instruction
             for callee in re.findall(r"calls=%?([\w.\-]+)", instruction.attributes):
-                found += self._integer_constants(callee)
-        return found
+                yield from self._with_called(callee)
 
-    def _calls(self) -> Iterator[tuple[str, Instruction, str, int]]:
-        """(caller, instruction, callee, runs of the callee per run of the caller)."""
-        for caller, computation in self.computations.items():
-            for instruction in computation.instructions.values():
-                for keyword, callee in _callees(instruction):
-                    times = 1
-                    if instruction.opcode == "while":
-                        trips = self.trip_count(instruction)
-                        times = (1 if trips is None else trips) + (keyword == "condition")
-                    yield caller, instruction, callee, times
+    def called(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+        """Computations that an instruction runs, and how often in one run of its own."""
+        callees = list(_callees(instruction))
+        if instruction.opcode == "conditional" and len(callees) > 2 and self.switch is not None:
+            callees = callees[self.switch : self.switch + 1]
+        trips = 1
+        if instruction.opcode == "while":
+            known = self.trip_count(instruction)
+            trips = self.unknown_trips if known is None else known
+        yield from ((callee, trips + (keyword == "condition")) for keyword, callee in callees)
 
 
 _CALLEES = re.compile(
     r"\b(body|condition|calls|to_apply|branch_computations|true_computation|false_computation|called_computations)="
     r"(\{[^{}]*\}|%?[\w.\-]+)"
 )
+_COUNTS = ("parameter", "get-tuple-element", "constant", "compare", "fusion", "bitcast", "copy", "tuple")
+"""What is in a loop's condition that compares a counter with a limit."""
 _APPLIES_WHOLE = ("call", "async-start")  # elsewhere to_apply is a scalar function
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from mor_jax.config import Config, MeshConfig, RematPolicy
 from mor_jax.errors import UserError, require
@@ -104,6 +104,19 @@ def search(
     if not fitting:
         raise UserError(f"none of the best {2 * compilations} of {len(ranked)} candidates fits on {topology.label}")
     return fitting, ranked
+
+
+def ranked_plans(plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sort plans of ``report``: by ``clock_and_network`` where they have a clock, else by the bound."""
+    if all("clock" in plan for plan in plans):
+        return sorted(plans, key=clock_and_network)
+    return sorted(plans, key=lambda plan: -plan["estimate"]["tokens_per_second_at_most"])
+
+
+def clock_and_network(plan: dict[str, Any]) -> float:
+    """Seconds of a step by the clock, which leaves collectives out, and of what is received at the networks' peak."""
+    estimate = plan["estimate"]["seconds"]
+    return plan["clock"]["seconds"] + estimate["network"] + estimate["network_across"]
 
 
 def _powers(limit: int) -> Iterator[int]:
