@@ -77,9 +77,10 @@ def make_model(name: str) -> DecodeModel:
 
 def measure(model: DecodeModel, running: int, kv_dtype: Any, settings: Arguments) -> dict[str, Any]:
     """Keep ``running`` requests in flight, and note every token after the ramp."""
+    longest = min(_LONGEST, model.config.context_length)
     options = EngineOptions(
         max_running=running,
-        max_length=min(_LONGEST, model.config.context_length),
+        max_length=longest,
         block_slots=running,
         exit_slots=running,
         exit_at=1,
@@ -94,7 +95,7 @@ def measure(model: DecodeModel, running: int, kv_dtype: Any, settings: Arguments
     sent: dict[Any, float] = {}
 
     def submit() -> None:
-        length = int(np.clip(generator.normal(256, 64), 1, options.max_length - _PROMPT - 1))
+        length = int(np.clip(generator.normal(256, 64), 1, longest - _PROMPT - 1))
         prompt = tuple(generator.integers(0, model.config.vocab_size, _PROMPT).tolist())
         sent[engine.submit(Request(prompt, length, Sampling(temperature=100.0, seed=len(sent))))] = time.perf_counter()
 

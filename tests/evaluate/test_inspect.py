@@ -92,7 +92,7 @@ def test_a_run_can_be_evaluated_again(run, monkeypatch, state):
 
 def test_data_of_another_tokenizer_than_the_runs_are_refused(run, monkeypatch):
     other = HeldOut(batch(0))
-    other.tokenizer = SimpleNamespace(hash="another")
+    monkeypatch.setattr(other, "tokenizer", SimpleNamespace(hash="another"))
     monkeypatch.setattr(inspect, "make_dataset", lambda data, **rest: other)
     with pytest.raises(UserError, match=r"data.source='.*' gives tokens of another tokenizer than the run's"):
         inspect.evaluate_run(run)
