@@ -94,14 +94,16 @@ def _at_smallest(measured: Measured) -> str:
         return "Not measured yet: no budget is finished.\n"
     done, budgets = len(measured.all_done()), measured.comparison.budgets
     ours = min((less for group, less in behind.items() if group.startswith(("mor", "grown"))), default=math.nan)
-    return (
-        f"A first part of the answer ([isoflop](../experiments/isoflop/OUTCOME.md), {done} runs): at the smallest of "
-        f"three budgets, {budgets[0]:.2g}\ntraining FLOPs each, every family at its own best depth, width and rate, "
-        "one seed, causal loss in nats on held-out works that\nnothing was chosen on. **Here the better MoR is "
-        f"{abs(ours):.3f} nats {'behind' if ours > 0 else 'ahead of'} vanilla.** `vanilla-l4` has as many layers as "
-        f"MoR with\nN_r = 3 has unique ones. The larger budgets, and with them seeds and intervals, are not run.\n\n"
-        + table
-    )
+    verdict = f"{abs(ours):.3f} nats {'behind' if ours > 0 else 'ahead of'} vanilla"
+    return f"""A first part of the answer ([isoflop](../experiments/isoflop/OUTCOME.md), {done} runs):
+at the smallest of three budgets, {budgets[0]:.2g} training FLOPs each, every family at its best depth and width of those run (rates swept at one size of
+each), one seed, causal loss in nats on held-out works that nothing was chosen on. **Here the better MoR is {verdict}.**
+The larger budgets, and with them seeds and intervals, are not run.
+
+{table}
+Names: `l8` layers, `r2` recursions (N_r), `d192` width, `lr` peak rate; *grown* trains one pass of the block first, for
+the share of its steps that stands behind N_r. `vanilla-l4` has as many layers as MoR with N_r = 3 has unique ones.
+"""
 
 
 _ABLATED = (

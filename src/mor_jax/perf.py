@@ -48,7 +48,7 @@ _MOSAIC_REMAT: tuple[RematPolicy, ...] = ("none", "full")
 of those kernels are not, and would run them again as a whole."""
 _TPU_REMAT: tuple[RematPolicy, ...] = ("none", "names", "attention")
 """From what recomputes least to what recomputes most, short of `full`: each keeps what the next keeps, and more.
-Not `projections`: what it keeps costs more to write and cut out than to make (experiments/tpu_clock/LOG.md)."""
+Not `projections`: much memory for no time that could be told (experiments/tpu_clock/LOG.md)."""
 _CHUNK_TOKENS = 4096
 """Positions x rows of one loss chunk on a GPU: products that fill the chip, logits that stay small."""
 _TPU_CHUNK_TOKENS = 1024
