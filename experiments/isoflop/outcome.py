@@ -6,7 +6,6 @@ Figures (PNG and SVG) go to docs/images. ``first_screen`` is how docs/results.md
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,15 +89,15 @@ def first_screen(folder: Path = RESULTS.parent) -> str:
 def _at_smallest(measured: Measured) -> str:
     """Say what there is while the largest budget is not finished."""
     table, behind = at_smallest(measured)
-    if not table:
+    routed = [less for group, less in behind.items() if group.startswith(("mor", "grown"))]
+    if not routed:
         return "Not measured yet: no budget is finished.\n"
-    done, budgets = len(measured.all_done()), measured.comparison.budgets
-    ours = min((less for group, less in behind.items() if group.startswith(("mor", "grown"))), default=math.nan)
+    done, budgets, ours = len(measured.all_done()), measured.comparison.budgets, min(routed)
     verdict = f"{abs(ours):.3f} nats {'behind' if ours > 0 else 'ahead of'} vanilla"
     return f"""A first part of the answer ([isoflop](../experiments/isoflop/OUTCOME.md), {done} runs):
-at the smallest of three budgets, {budgets[0]:.2g} training FLOPs each, every family at its best depth and width of those run (rates swept at one size of
-each), one seed, causal loss in nats on held-out works that nothing was chosen on. **Here the better MoR is {verdict}.**
-The larger budgets, and with them seeds and intervals, are not run.
+at the smallest of three budgets, {budgets[0]:.2g} training FLOPs each, every family at its best depth and width of
+those run (rates swept at one size of each), one seed, causal loss in nats on held-out works that nothing was chosen on.
+**Here the better MoR is {verdict}.** The larger budgets, and with them seeds and intervals, are not run.
 
 {table}
 Names: `l8` layers, `r2` recursions (N_r), `d192` width, `lr` peak rate; *grown* trains one pass of the block first, for

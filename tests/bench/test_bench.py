@@ -42,6 +42,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %dot.6 = f32[8]{0} dot(%a, %a), metadata={op_name="jit(f)/jvp(head_loss)/while/body/dot_general"}
   %add.7 = f32[8]{0} add(%a, %a), metadata={op_name="jit(f)/optimiser/add"}
   %while.8 = f32[8]{0} while(%a), condition=%c, body=%b
+  %while.11 = (s32[]{:T(128)}, bf16[8,8]{1,0:T(8,128)(2,1)S(1)}) while(%tuple.1), condition=%c, body=%b
+  %convolution.12 = bf16[8,8]{1,0:T(8,128)(2,1)S(1)} convolution(%p, %p), metadata={op_name="jit(f)/block/ffn/dot"}
   ROOT %copy.9 = f32[8]{0} copy(%a)
 }
 """
@@ -101,9 +103,11 @@ def test_kernels_are_attributed_by_scope_and_opcode():
         "dot.6": "head + loss",
         "add.7": "optimiser",
         "while.8": "other",
+        "while.11": "other",  # as a TPU's text has it, with layouts and memory spaces
+        "convolution.12": "block matmuls",
         "copy.9": "other",
     }
-    assert [name for name, i in instructions.items() if i.is_control] == ["while.8"]
+    assert [name for name, i in instructions.items() if i.is_control] == ["while.8", "while.11"]
     assert kind_of(None) == "other"
 
 

@@ -212,6 +212,8 @@ def main(arguments: list[str]) -> int:
     if request.profile:  # a TPU's compiler tells the cycles of its kernels; to others the flag is nothing
         dump = Path(request.profile) / DUMP
         dump.mkdir(parents=True, exist_ok=True)
+        for old in dump.glob("*.txt"):  # of another program, whose kernels may have the same names
+            old.unlink()
         dump_into(dump)
     initialize(DistributedConfig(enabled="JAX_COORDINATOR_ADDRESS" in os.environ))
     target.write_text(json.dumps(measure(request)), encoding="utf-8")

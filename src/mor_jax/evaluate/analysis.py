@@ -19,7 +19,7 @@ from mor_jax.evaluate.pictures import trace_rows
 from mor_jax.evaluate.routing import depth_by_token, tokens_per_depth
 from mor_jax.evaluate.scoring import Scorer
 from mor_jax.evaluate.validation import modes_of
-from mor_jax.model.loss import target_mask
+from mor_jax.model.loss import batch_labels
 from mor_jax.model.rows import Rows
 from mor_jax.runs.folder import writing_to
 from mor_jax.runs.metrics import read_metrics
@@ -86,7 +86,7 @@ def routed_text(run: RestoredRun, batches: Sequence[Mapping[str, Any]], mode: Mo
     counts_V = np.zeros(model.vocab_size, np.int64)
     for batch in batches:
         nll_BT = np.asarray(scorer(batch).nll_BT, np.float64)
-        known_BT = target_mask(model, batch["segment_ids"])
+        _, known_BT = batch_labels(model, batch)
         for nll_T, known_T, segments_T in zip(nll_BT, known_BT, batch["segment_ids"][:, :-1], strict=True):
             length = int(np.count_nonzero(segments_T))
             if length:

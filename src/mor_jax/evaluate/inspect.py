@@ -158,6 +158,6 @@ def _rows_of(run: RestoredRun, split: Split, batch_size: int) -> Any:
     require(
         dataset.tokenizer.hash == run.tokenizer.hash,
         f"data.source={config.data.source!r} gives tokens of another tokenizer than the run's: its text was prepared "
-        "again since the training, or by another Python, whose standard library is another text",
+        "again since the training, by another Python (whose standard library is another text) or another tokenizers",
     )
     return dataset

@@ -182,7 +182,7 @@ def _pass(
         return first + piece, out_BTD.at[rows_B1, target_BC].set(out_BCD, mode="drop"), pool
 
     state = (jnp.zeros((), jnp.int32), jnp.zeros_like(walk.x_BTD), block)
-    if piece >= length:  # no question whether there is another piece, for whose answer the host of a GPU would wait
+    if piece >= length and target_platform() == "gpu":  # whose host would wait for the answer whether there is more
         _, out_BTD, block = compute(state)
     else:
         _, out_BTD, block = jax.lax.while_loop(lambda state: state[0] < jnp.max(count_B), compute, state)

@@ -23,7 +23,6 @@ from mor_jax.model.loss_shards import (
     TOKENS,
     sum_head_gradient,
     sum_over_tokens,
-    summed_together,
     whole_width,
 )
 
@@ -188,7 +187,7 @@ def _cross_entropy_forward(settings, hidden_BTD, head_VD, targets_BT, weights_BT
         carry = (zero, zero, jnp.zeros(head.shape, jnp.float32))
         (nll_sum, z_sum, grad_head_VD), grad_IBCD = jax.lax.scan(step, carry, inputs)
         grad_BTD = vocabulary.sum(_unchunked(grad_IBCD, hidden_BTD.shape[1]))
-        gradients = summed_together(grad_BTD, sum_head_gradient(grad_head_VD))
+        gradients = sum_head_gradient(grad_BTD, grad_head_VD)
         return *sum_over_tokens((nll_sum, z_sum)), *gradients
 
     arguments = (hidden_BTD, head_VD, targets_BT, weights_BT.astype(jnp.float32))

@@ -33,14 +33,14 @@ def sum_over_tokens(values: Any) -> Any:
     return jax.lax.psum(values, axes) if axes else values
 
 
-def sum_head_gradient(grad_VD: jax.Array) -> jax.Array:
-    """Sum the head's gradient over the tokens of all devices; each keeps its share of the width."""
+def sum_head_gradient(grad_BTD: jax.Array, grad_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum the head's gradient over the tokens of all devices; each keeps its share of the width.
+
+    Returns:
+        (``grad_BTD``, which goes on when the gathered head's gradient is cut: whole, it is float32; that gradient).
+    """
     if _split("fsdp"):
         grad_VD = jax.lax.psum_scatter(grad_VD, "fsdp", scatter_dimension=1, tiled=True)
+        grad_BTD, grad_VD = jax.lax.optimization_barrier((grad_BTD, grad_VD))
     axes = _split(*(axis for axis in BATCH_AXES if axis != "fsdp"), "context")
-    return jax.lax.psum(grad_VD, axes) if axes else grad_VD
-
-
-def summed_together(grad_BTD: jax.Array, grad_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Let the hidden states' gradient go on when that of a gathered head is summed and cut: whole, it is float32."""
-    return jax.lax.optimization_barrier((grad_BTD, grad_VD)) if _split("fsdp") else (grad_BTD, grad_VD)
+    return grad_BTD, jax.lax.psum(grad_VD, axes) if axes else grad_VD

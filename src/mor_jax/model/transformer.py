@@ -202,7 +202,7 @@ def _noise(config: ModelConfig, key: jax.Array | None, x_BTD: jax.Array) -> jax.
 def _init_boxed(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     rows = Rows(jnp.zeros((1, 8), jnp.int32))
     with without_mesh():  # it would have to divide these tokens
-        return to_tree(Transformer(config).init(key, rows))
+        return to_tree(Transformer(config, parent=None).init(key, rows))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

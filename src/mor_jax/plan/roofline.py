@@ -156,8 +156,9 @@ def estimate_received(config: Config, sizes: Mapping[str, int]) -> tuple[float, 
     """Estimate the bytes that a device receives per step, for ranking meshes before compiling.
 
     Per micro-batch: `fsdp` gathers the weights of every layer application forward and backward (a repeated block's
-    once, unless ``perf.whole_block`` is off), every axis of rows sums the gradient of every layer application, and
-    `tensor` sums the output of attention and feed-forward both ways. Per step, what the optimiser exchanges.
+    once, unless ``perf.whole_block`` is off; with it and rematerialisation the last layer's once), every axis of rows
+    sums the gradient of every layer application, and `tensor` sums the output of attention and feed-forward both ways.
+    Per step, what the optimiser exchanges.
 
     Args:
         config: model, batch and perf.
@@ -172,7 +173,8 @@ def estimate_received(config: Config, sizes: Mapping[str, int]) -> tuple[float, 
     applications = sum(p.layers for p in passes)
     once = recursion.repeats_block and config.perf.resolved().whole_block
     gathers = 2 * applications - (model.block_depth * (2 * recursion.num_recursions - 1) if once else 0)
-    gathers -= once and recursion.has_middle and config.perf.remat != "none"  # the last layer's
+    if once and recursion.has_middle and config.perf.remat != "none":
+        gathers -= 1  # the last layer's
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer_weights = 2 * model.d_model * (heads + kv) + 3 * model.d_model * model.d_ff
     embeddings = 2 * model.vocab_size * model.d_model
