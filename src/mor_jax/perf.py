@@ -46,9 +46,9 @@ _WHOLE_BLOCK = 0.1
 _MOSAIC_REMAT: tuple[RematPolicy, ...] = ("none", "full")
 """Rematerialisation beside SwiGLU in epilogues: others keep named tensors or XLA's products, which the results
 of those kernels are not, and would run them again as a whole."""
-_TPU_REMAT: tuple[RematPolicy, ...] = ("none", "names", "attention")
-"""From what recomputes least to what recomputes most, short of `full`: each keeps what the next keeps, and more.
-Not `projections`: much memory for no time that could be told (experiments/tpu_clock/LOG.md)."""
+_TPU_REMAT: tuple[RematPolicy, ...] = ("attention",)
+"""What a TPU takes before `full`: by the compiler's clock keeping more costs more, as a loop writes what it keeps into
+stacks and cuts it out again (experiments/tpu_clock/README.md)."""
 _CHUNK_TOKENS = 4096
 """Positions x rows of one loss chunk on a GPU: products that fill the chip, logits that stay small."""
 _TPU_CHUNK_TOKENS = 1024
@@ -213,7 +213,7 @@ def _whole_block_fits(config: Config, device: Device) -> bool:
 
 
 def _least_remat(config: Config, rows: float, device: Device, *, whole_block: bool) -> RematPolicy:
-    """The candidate that recomputes the fewest FLOPs and fits by estimate; `none` if the memory is not known."""
+    """The first candidate that fits by estimate, or `full`; `none` if the memory is not known."""
     memory = memory_bytes(device)
     if memory is None:
         return "none"
@@ -222,7 +222,7 @@ def _least_remat(config: Config, rows: float, device: Device, *, whole_block: bo
     if whole_block and config.mesh.fsdp > 1 and config.model.recursion.repeats_block:
         left -= _whole_block_bytes(config)
     candidates: tuple[RematPolicy, ...] = ("none",) if config.perf.fusion == "mosaic" else ("none", "names")
-    if device.platform == "tpu":  # whose kernels alone leave nothing of attention to be made again
+    if device.platform == "tpu":
         candidates = _TPU_REMAT
     for remat in candidates:
         if activation_bytes(config.model, rows, remat) <= left:

@@ -71,7 +71,7 @@ class PerfConfig:
     """What of the layers is made again in the backward pass rather than kept: nothing, everything but a layer's input
     (`full`), or all but what is named: attention's output (`attention`), with it queries, keys and values
     (`projections`), with them gate and up (`names`); `dots` keeps all matrix products. `auto` is the least that fits
-    the memory."""
+    the memory, on TPUs `attention` if it fits, else `full`."""
     scan_unroll: int | None = None
     """Layers unrolled per step of the layer scan; 0 unrolls all; None is all on a GPU, 1 elsewhere."""
     loss_chunk: int | None = None
