@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mor_jax.mesh.axes import axis_size
+
 
 def feed_forward(x_BCD: jax.Array, gate_up_DXF: jax.Array, down_FD: jax.Array) -> jax.Array:
     """(silu(x W_gate) * x W_up) W_down.
@@ -22,11 +24,31 @@ def feed_forward(x_BCD: jax.Array, gate_up_DXF: jax.Array, down_FD: jax.Array) -
     Returns:
         [B, C, D].
     """
-    products = (jnp.einsum("BCD,DF->BFC", x_BCD, gate_up_DXF[:, index]) for index in (0, 1))
+    products = (jnp.einsum("BCD,DF->BFC", x_BCD, _finished(gate_up_DXF[:, index])) for index in (0, 1))
     gate_BFC, up_BFC = _gradients_apart(*(checkpoint_name(x_BFC, "gate_up") for x_BFC in products))
     # without the barrier the last product would compute its input over again for each of its tiles
     gated_BFC = jax.lax.optimization_barrier(jax.nn.silu(gate_BFC) * up_BFC)
     return project_down(gated_BFC, down_FD)
+
+
+def _finished(weight_DF: jax.Array) -> jax.Array:
+    """Finish a half's gradient by itself, where it is summed over slices.
+
+    The compiler (libtpu 0.0.50.1) would sum and cut it straight into [D, 2, F], which it cannot
+    ("AllReduceScatterFusion not implemented for 2nd-minor compaction").
+    """
+    return _gradient_finished(weight_DF) if axis_size("slice") > 1 else weight_DF
+
+
+@jax.custom_vjp
+def _gradient_finished(weight_DF: jax.Array) -> jax.Array:
+    return weight_DF
+
+
+_gradient_finished.defvjp(
+    lambda weight_DF: (weight_DF, None),
+    lambda _, gradient: (jax.lax.optimization_barrier(gradient),),
+)
 
 
 @jax.custom_vjp
