@@ -158,5 +158,5 @@ def _vanilla(scale: Scale, task: str, layers: int) -> Config:
                 log_every=max(1, scale.steps // 20),
             )
         ),
-        perf=PerfConfig(attention_backend="xla", scan_unroll=1),  # rows of 41 to 128 tokens; compiling is half of a run
+        perf=PerfConfig(attention_backend="xla", scan_unroll=1),  # rows of 48 to 80 tokens; compiling is half of a run
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mor_jax.kernels.gradients import gradients_together
 from mor_jax.mesh.axes import axis_size
 
 
@@ -25,7 +26,8 @@ def feed_forward(x_BCD: jax.Array, gate_up_DXF: jax.Array, down_FD: jax.Array) -
         [B, C, D].
     """
     products = (jnp.einsum("BCD,DF->BFC", x_BCD, _finished(gate_up_DXF[:, index])) for index in (0, 1))
-    gate_BFC, up_BFC = _gradients_apart(*(checkpoint_name(x_BFC, "gate_up") for x_BFC in products))
+    # both gradients are finished before a product reads them
+    gate_BFC, up_BFC = gradients_together(*(checkpoint_name(x_BFC, "gate_up") for x_BFC in products))
     # without the barrier the last product would compute its input over again for each of its tiles
     gated_BFC = jax.lax.optimization_barrier(jax.nn.silu(gate_BFC) * up_BFC)
     return project_down(gated_BFC, down_FD)
@@ -37,30 +39,7 @@ def _finished(weight_DF: jax.Array) -> jax.Array:
     The compiler (libtpu 0.0.50.1) would sum and cut it straight into [D, 2, F], which it cannot
     ("AllReduceScatterFusion not implemented for 2nd-minor compaction").
     """
-    return _gradient_finished(weight_DF) if axis_size("slice") > 1 else weight_DF
-
-
-@jax.custom_vjp
-def _gradient_finished(weight_DF: jax.Array) -> jax.Array:
-    return weight_DF
-
-
-_gradient_finished.defvjp(
-    lambda weight_DF: (weight_DF, None),
-    lambda _, gradient: (jax.lax.optimization_barrier(gradient),),
-)
-
-
-@jax.custom_vjp
-def _gradients_apart(gate_BFC: jax.Array, up_BFC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return gate and up, whose gradients are finished before a product reads them."""
-    return gate_BFC, up_BFC
-
-
-_gradients_apart.defvjp(
-    lambda gate_BFC, up_BFC: ((gate_BFC, up_BFC), None),
-    lambda _, gradients: jax.lax.optimization_barrier(gradients),
-)
+    return gradients_together(weight_DF)[0] if axis_size("slice") > 1 else weight_DF
 
 
 @jax.custom_vjp

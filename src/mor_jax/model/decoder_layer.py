@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mor_jax.array_types import KeyValue, Params
+from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig, RematPolicy, ResolvedPerf
 from mor_jax.mesh.axes import constrain
 from mor_jax.model.attention import Attention
@@ -81,18 +81,3 @@ def remat_layer(perf: ResolvedPerf, *, loops: int) -> Any:
     # several loops: XLA peels an iteration off each and would recompute all of them before the first gradient is there.
     alone = loops == 1 and perf.scan_unroll == 1
     return nn.remat(DecoderLayer, policy=policy, prevent_cse=not alone)
-
-
-@jax.custom_vjp
-def gradients_together(params: Params, x_BCD: jax.Array) -> tuple[Params, jax.Array]:
-    """Return a layer's parameters and its input, whose gradient goes on only when the parameters' are made.
-
-    XLA would make the parameters' gradients when the optimiser needs them, and keep what they are made of until then.
-    """
-    return params, x_BCD
-
-
-gradients_together.defvjp(
-    lambda params, x_BCD: ((params, x_BCD), None),
-    lambda _, gradients: jax.lax.optimization_barrier(gradients),
-)

@@ -16,8 +16,9 @@ from mor_jax.array_types import Params
 from mor_jax.config import PLAIN, Mode, ModelConfig, ResolvedPerf
 from mor_jax.errors import require
 from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.kernels.gradients import gradients_together
 from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
-from mor_jax.model.decoder_layer import gradients_together, remat_layer
+from mor_jax.model.decoder_layer import remat_layer
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, normal_init
 from mor_jax.model.modern_parts import first_values
