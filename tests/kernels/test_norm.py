@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.kernels.norm import add_norm, residual_norm, rms_norm, skip_norm
+from mor_jax.kernels.norm import add_norm, residual_norm, rms_norm, skip_norm, square_sums
 
 EPSILON = 1e-5
 
@@ -28,6 +28,14 @@ def test_norms_add_both_gradients_of_the_residual_stream():
     scale = 1 + 0.1 * jax.random.normal(keys[2], (24,))
     _same(_plain_norms, lambda x, delta, scale: add_norm(x, delta, scale, EPSILON), (x, delta, scale))
     _same(lambda x, s: (x, rms_norm(x, s, EPSILON)), lambda x, scale: skip_norm(x, scale, EPSILON), (x, scale))
+
+
+def test_known_sums_of_squares_change_neither_value_nor_gradient():
+    x, scale = jax.random.normal(jax.random.key(0), (2, 37, 24)), jnp.linspace(0.5, 2, 24)
+    known = lambda x, s: rms_norm(x, s, EPSILON, square_sums(x))  # noqa: E731
+    _same(lambda x, s: rms_norm(x, s, EPSILON), known, (x, scale), tolerance=1e-6)
+    sums = jnp.full(x.shape[:2], 24.0)  # they are taken as they are given
+    np.testing.assert_allclose(rms_norm(x, scale, 0.0, sums), x * scale[None, None], rtol=1e-6)
 
 
 def _plain_norms(x, delta, scale):

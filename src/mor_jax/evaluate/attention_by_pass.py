@@ -19,7 +19,7 @@ from mor_jax.config import Mode, PerfConfig, ResolvedPerf
 from mor_jax.errors import require
 from mor_jax.evaluate.passes import evaluation_perf
 from mor_jax.mesh.processes import to_host
-from mor_jax.model.decoder_layer import DecoderLayer
+from mor_jax.model.decoder_layer import DecoderLayer, Stream
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.modern_parts import first_values
 from mor_jax.model.parameters import Weights, compute_copy, from_tree
@@ -103,8 +103,9 @@ class _Passes:
     def _layer(self, r: int, layer: int, x_BTD: jax.Array, context: LayerContext, empty: Any) -> tuple[Any, Any]:
         cached = empty if empty is not None or not self.first else self.first[layer]
         unshared = at(at(self.unshared, r), layer)
-        out: Any = self.layer.apply({"params": at(self.block, layer)}, x_BTD, context, cached, unshared)
-        return out
+        params = {"params": at(self.block, layer)}
+        out: Any = self.layer.apply(params, Stream(x_BTD), context, cached, unshared)
+        return out[0].x_BCD, out[1]
 
     def sums(self) -> AttentionSums:
         """Return the sums of all passes."""

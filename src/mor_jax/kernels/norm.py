@@ -29,16 +29,51 @@ GRAD_CHUNK = 32
 """Rows per program of the norm's gradient: each writes one partial sum of the scale's gradient."""
 
 
-def rms_norm(x_BCD: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype; scale [D] or [B, 1, D]."""
+def rms_norm(x_BCD: jax.Array, scale: jax.Array, epsilon: float, squares_BC: jax.Array | None = None) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype.
+
+    Args:
+        x_BCD: of any leading axes.
+        scale: [D] or [B, 1, D].
+        epsilon: under the root.
+        squares_BC: ``square_sums`` of x, where they are known: they are not computed again, in neither direction.
+
+    Returns:
+        The norm; its gradient in x is the same with ``squares_BC`` or without.
+    """
     x32_BCD = x_BCD.astype(jnp.float32)
-    inverse_BC1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BCD), axis=-1, keepdims=True) + epsilon)
+    if squares_BC is None:
+        mean_BC1 = jnp.mean(jnp.square(x32_BCD), axis=-1, keepdims=True)
+    else:
+        mean_BC1 = _known_sums(x32_BCD, squares_BC)[..., None] / x_BCD.shape[-1]
+    inverse_BC1 = jax.lax.rsqrt(mean_BC1 + epsilon)
     scale_BCD = scale[None, None, :] if scale.ndim == 1 else scale
     return (x32_BCD * inverse_BC1 * scale_BCD.astype(jnp.float32)).astype(x_BCD.dtype)
 
 
+def square_sums(x_BCD: jax.Array) -> jax.Array:
+    """Sum x's squares over the last axis in float32, as ``rms_norm`` takes them: no gradient goes this way."""
+    return jax.lax.stop_gradient(jnp.sum(jnp.square(x_BCD.astype(jnp.float32)), axis=-1))
+
+
+@jax.custom_jvp
+def _known_sums(x32_BCD: jax.Array, squares_BC: jax.Array) -> jax.Array:
+    return squares_BC
+
+
+@_known_sums.defjvp
+def _known_sums_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x32_BCD, squares_BC), (dx_BCD, _) = primals, tangents
+    return squares_BC, jnp.sum(2.0 * x32_BCD * dx_BCD, axis=-1)
+
+
 def residual_norm(
-    x_BCD: jax.Array, delta_BCD: jax.Array | None, scale: jax.Array, epsilon: float, fusion: Kernels
+    x_BCD: jax.Array,
+    delta_BCD: jax.Array | None,
+    scale: jax.Array,
+    epsilon: float,
+    fusion: Kernels,
+    squares_BC: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Add to the residual stream and normalise it, by the kernel that ``perf.fusion`` stands for.
 
@@ -48,6 +83,7 @@ def residual_norm(
         scale: [D]; without a kernel also [B, 1, D].
         epsilon: under the root.
         fusion: a resolved ``perf.fusion``.
+        squares_BC: ``square_sums`` of x if nothing is added, or None; the kernels compute their own.
 
     Returns:
         (x + delta, its norm) in x's dtype; both feed on, so that a kernel can add their gradients in its one pass.
@@ -55,7 +91,7 @@ def residual_norm(
     if fuses("norm", fusion):
         return skip_norm(x_BCD, scale, epsilon) if delta_BCD is None else add_norm(x_BCD, delta_BCD, scale, epsilon)
     x_BCD = x_BCD if delta_BCD is None else x_BCD + delta_BCD
-    return x_BCD, rms_norm(x_BCD, scale, epsilon)
+    return x_BCD, rms_norm(x_BCD, scale, epsilon, squares_BC)
 
 
 def _flat(x: jax.Array) -> jax.Array:

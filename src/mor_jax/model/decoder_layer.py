@@ -6,10 +6,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import struct
 
 from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig, RematPolicy, ResolvedPerf
+from mor_jax.kernels.norm import square_sums
 from mor_jax.mesh.axes import constrain
+from mor_jax.mesh.devices import target_platform
 from mor_jax.model.attention import Attention
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, SwiGLU
@@ -24,6 +27,20 @@ _KEPT: Mapping[RematPolicy, tuple[str, ...]] = {
 """Named tensors that a policy keeps."""
 
 
+@struct.dataclass
+class Stream:
+    """The residual stream between two layers."""
+
+    x_BCD: jax.Array
+    squares_BC: jax.Array | None = None
+    """``square_sums`` of x, made by the product that ends a layer; None lets the next layer's first norm make them."""
+
+    @classmethod
+    def enter(cls, x_BCD: jax.Array) -> "Stream":
+        """Begin a loop of layers; on a TPU the sums go along, since the next round would read x once more for them."""
+        return cls(x_BCD, square_sums(x_BCD) if target_platform() == "tpu" else None)
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm Transformer layer, applied `repeats` times in place (sequence sharing)."""
 
@@ -33,9 +50,9 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, unshared: Unshared | None
-    ) -> tuple[jax.Array, KeyValue | None]:
-        """Transform [B, C, D].
+        self, stream: Stream, context: LayerContext, cached: KeyValue | None, unshared: Unshared | None
+    ) -> tuple[Stream, KeyValue | None]:
+        """Transform the stream; its sums of squares go on if they came.
 
         `unshared` is what the recursions do not share: norm scales that replace the layer's own ([D], or [repeats, D]),
         low-rank updates, a recursion encoding, the share of ``PartsConfig.value_residual``.
@@ -45,7 +62,7 @@ class DecoderLayer(nn.Module):
         attention = Attention(self.config, self.perf, name="attention")
         ffn_norm, ffn = RMSNorm(self.config, fusion, name="ffn_norm"), SwiGLU(self.config, self.perf, name="ffn")
         shares = self.repeats > 1 and self.config.recursion.kv_strategy == "shared"
-        kv = None
+        x_BCD, squares_BC, kv = stream.x_BCD, stream.squares_BC, None
         for repeat in range(self.repeats):
             scales = dict.fromkeys(("attention_norm", "ffn_norm"))
             own = unshared or {}
@@ -57,7 +74,7 @@ class DecoderLayer(nn.Module):
                 context = dataclasses.replace(context, keep_kv=first)
                 cached = None if first else kv
             lora = own.get("lora")
-            x_BCD, normed_BCD = attention_norm(x_BCD, scale_D=scales["attention_norm"])
+            x_BCD, normed_BCD = attention_norm(x_BCD, scale_D=scales["attention_norm"], squares_BC=squares_BC)
             delta_BCD, kept = attention(normed_BCD, context, cached, lora, own.get("value_share"))
             kv = kv if kept is None else kept
             x_BCD, normed_BCD = ffn_norm(x_BCD, delta_BCD, scales["ffn_norm"])
@@ -66,7 +83,8 @@ class DecoderLayer(nn.Module):
             if "encoding" in own:
                 x_BCD = x_BCD * own["encoding"][None, None, :].astype(x_BCD.dtype)
             x_BCD = constrain(x_BCD, "batch", "sequence", None)
-        return x_BCD, None if shares else kv
+            squares_BC = None if squares_BC is None else square_sums(x_BCD)
+        return Stream(x_BCD, squares_BC), None if shares else kv
 
 
 def remat_layer(perf: ResolvedPerf, *, loops: int) -> Any:

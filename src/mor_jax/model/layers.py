@@ -26,14 +26,18 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BCD: jax.Array, delta_BCD: jax.Array | None = None, scale_D: jax.Array | None = None
+        self,
+        x_BCD: jax.Array,
+        delta_BCD: jax.Array | None = None,
+        scale_D: jax.Array | None = None,
+        squares_BC: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Return (x + delta, its norm); both feed on, so their gradients can be added in one pass."""
         scale = scale_D
         if scale is None:
             initialiser = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
             scale = cast(jax.Array, self.param("scale", initialiser, (self.config.d_model,)))
-        return residual_norm(x_BCD, delta_BCD, scale, self.config.norm_epsilon, self.fusion)
+        return residual_norm(x_BCD, delta_BCD, scale, self.config.norm_epsilon, self.fusion, squares_BC)
 
 
 @jax.custom_vjp

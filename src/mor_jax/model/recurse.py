@@ -17,10 +17,19 @@ from mor_jax.config import ModelConfig
 from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.kernels.rotary import rotary_rows, rotary_tables
 from mor_jax.mesh.axes import constrain
+from mor_jax.model.decoder_layer import Stream
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.relaxation import Unshared
 
-Block = Callable[[jax.Array, LayerContext, KeyValue | None, Unshared | None], tuple[jax.Array, KeyValue | None]]
+Block = Callable[[Stream, LayerContext, KeyValue | None, Unshared | None], tuple[Stream, KeyValue | None]]
+
+
+def run_block(
+    block: Block, x_BCD: jax.Array, context: LayerContext, cached: KeyValue | None, unshared: Unshared | None
+) -> tuple[jax.Array, KeyValue | None]:
+    """One pass: hidden states [B, C, D] through all layers of the block."""
+    stream, kv = block(Stream.enter(x_BCD), context, cached, unshared)
+    return stream.x_BCD, kv
 
 
 def make_context(config: ModelConfig, queries: TokenView, **fields: Any) -> LayerContext:
@@ -59,7 +68,7 @@ def recurse(
     for r in range(config.recursion.num_recursions):
         # queries are all rows: their own causality
         context = make_context(config, view, keep_kv=shares and r == 0, first_values_BCX=first_values_BTX)
-        x_BTD, kv = block(x_BTD, context, cached, at(unshared, r))
+        x_BTD, kv = run_block(block, x_BTD, context, cached, at(unshared, r))
         cached = kv if shares and r == 0 else cached
         states.append(x_BTD)
     return states
@@ -80,7 +89,7 @@ def recurse_scan(
         x_BTD, first = carry
         r, unshared_r = inputs
         context = scan_context(config, view, first, r == 0)
-        x_BTD, kv = block(x_BTD, context, first, unshared_r)
+        x_BTD, kv = run_block(block, x_BTD, context, first, unshared_r)
         return (x_BTD, kv), x_BTD
 
     first = empty_kv(config, x_BTD) if shares else None

@@ -18,12 +18,12 @@ from mor_jax.errors import require
 from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.kernels.gradients import gradients_together
 from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
-from mor_jax.model.decoder_layer import remat_layer
+from mor_jax.model.decoder_layer import Stream, remat_layer
 from mor_jax.model.layer_context import LayerContext
 from mor_jax.model.layers import RMSNorm, normal_init
 from mor_jax.model.modern_parts import first_values
 from mor_jax.model.parameters import Weights, compute_copy, fill_tiles, from_tree, to_tree
-from mor_jax.model.recurse import make_context, recurse, recurse_scan
+from mor_jax.model.recurse import make_context, recurse, recurse_scan, run_block
 from mor_jax.model.relaxation import collect_unshared
 from mor_jax.model.routing.boundaries import boundaries_of, boundary_refusal
 from mor_jax.model.routing.capacity import warmup_steps
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         first = last = trace = None
         unshared = self._unshared()
         if config.recursion.has_middle:
-            first = x_BTD = layer(config, self.perf, name="first")(x_BTD, context, None, None)[0]
+            first = x_BTD = layer(config, self.perf, name="first")(Stream(x_BTD), context, None, None)[0].x_BCD
         if config.routing.kind == "none":
             x_BTD, recursions = self._recursions(x_BTD, view, unshared)
         else:
@@ -127,13 +127,13 @@ class Transformer(nn.Module):
     def _last(self, layer: Any, x_BTD: jax.Array, context: LayerContext) -> jax.Array:
         """Apply the last layer; where memory counts, its backward pass ends before that of the recursions begins."""
         if self.is_initializing() or self.perf.remat == "none":
-            return layer(self.config, self.perf, name="last")(x_BTD, context, None, None)[0]
+            return layer(self.config, self.perf, name="last")(Stream(x_BTD), context, None, None)[0].x_BCD
         own, x_BTD = gradients_together(self.variables["params"]["last"], x_BTD)
         if _gathers_block(self.config, self.perf):  # once, since its backward pass comes next
             own = _whole(self.config, "last", own)
         with jax.named_scope("last"):
             detached = layer(self.config, self.perf, parent=None)
-            return detached.apply({"params": own}, x_BTD, context, None, None)[0]
+            return detached.apply({"params": own}, Stream(x_BTD), context, None, None)[0].x_BCD
 
     def _final_norm(self, x_BTD: jax.Array) -> jax.Array:
         """Apply the final norm, in whose backward pass the same holds."""
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         config, block = self.config, self._block()
         if config.recursion.is_sequence:
             by_layer = jax.tree.map(lambda own_RLX: jnp.swapaxes(own_RLX, 0, 1), unshared)
-            return block(x_BTD, make_context(config, view), None, by_layer)[0], ()
+            return run_block(block, x_BTD, make_context(config, view), None, by_layer)[0], ()
         if self.perf.execution == "scan" and config.recursion.sharing != "none":
             states = recurse_scan(config, block, x_BTD, view, unshared)
         else:

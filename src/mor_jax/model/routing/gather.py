@@ -13,7 +13,7 @@ from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig
 from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.model.layer_context import take_tokens
-from mor_jax.model.recurse import Block, at, make_context
+from mor_jax.model.recurse import Block, at, make_context, run_block
 from mor_jax.model.routing.capacity import routed_tokens, token_seats
 from mor_jax.model.routing.decide import RoutingInputs, choose_depth, expert_scores
 from mor_jax.model.routing.hidden_rows import even_slots, gather_hidden, merge_hidden, whole
@@ -65,10 +65,10 @@ def _run_block(
     unshared = at(inputs.unshared, recursion)
     if strategy == "recursion" or recursion == 0:
         context = make_context(config, view, keep_kv=strategy != "recursion")
-        return block(x_BCD, context, None, unshared)
+        return run_block(block, x_BCD, context, None, unshared)
     update = descent.absolute(view.rows_BC) if strategy == "shared_update" else None
     context = make_context(config, view, keys=inputs.view, update=update)
-    return block(x_BCD, context, cached, unshared)[0], cached
+    return run_block(block, x_BCD, context, cached, unshared)[0], cached
 
 
 def expert_gather(

@@ -12,7 +12,7 @@ import numpy as np
 
 from mor_jax.array_types import KeyValue
 from mor_jax.config import Mode, ModelConfig
-from mor_jax.model.recurse import empty_kv, scan_context
+from mor_jax.model.recurse import empty_kv, run_block, scan_context
 from mor_jax.model.relaxation import Unshared
 from mor_jax.model.routing.capacity import routed_tokens, warmup_table
 from mor_jax.model.routing.decide import RoutingInputs, choose_depth, expert_scores
@@ -50,7 +50,7 @@ def _run_block(
     """One full-length pass; returns the block's output and recursion 1's keys and values to carry on."""
     fresh_BT = _fresh(config, r, selected_BT)
     context = scan_context(config, inputs.view, first, fresh_BT, selected_BT)
-    out_BTD, kv = block(x_BTD, context, first, unshared)
+    out_BTD, kv = run_block(block, x_BTD, context, first, unshared)
     if first is None:
         return out_BTD, None
     return out_BTD, jax.tree.map(lambda fresh, kept: jnp.where(r == 0, fresh, kept), kv, first)
