@@ -26,7 +26,7 @@ from mor_jax.errors import UserError
 from mor_jax.kernels import pallas_triton, swiglu_hopper
 from mor_jax.mesh.mesh import make_mesh
 from mor_jax.model.flops import block_parameters
-from mor_jax.perf import activation_bytes, compiler_options, resolve_perf, state_bytes
+from mor_jax.perf import COMPILER_OPTIONS, activation_bytes, compiler_options, resolve_perf, state_bytes
 from mor_jax.runs.state import init_train_state
 from mor_jax.train.objective import loss_fn
 
@@ -53,6 +53,10 @@ def test_a_tpu_rounds_its_logits_and_takes_short_chunks_and_whole_tiles_of_slots
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16))
     perf = resolve_perf(config, _mesh("a TPU", "tpu"))
     assert (perf.loss_chunk, perf.logits_dtype, perf.slot_multiple) == (64, "bfloat16", 16)
+    options = [
+        resolve_perf(config, _mesh(kind, "tpu")).compiler_options for kind in ("a TPU", "TPU v6e", "TPU v5 lite")
+    ]
+    assert options == [(), *(tuple(COMPILER_OPTIONS[chip]) for chip in ("v6e", "v5e"))]
     single = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     assert resolve_perf(single, _mesh("a TPU", "tpu")).logits_dtype == "float32"
 

@@ -26,18 +26,18 @@ from mor_jax.kernels import pallas_triton, swiglu_hopper
 from mor_jax.kernels.attention.backend import resolve_backend
 from mor_jax.kernels.choice import log_kernel
 from mor_jax.mesh.axes import BATCH_AXES
-from mor_jax.mesh.devices import Device, memory_bytes
+from mor_jax.mesh.devices import Device, chip_of, memory_bytes
 from mor_jax.model.flops import block_parameters, count_parameters, layer_passes
 from mor_jax.model.optimizer_costs import moment_values
 
 _log = logging.getLogger(__name__)
 
+_VMEM = "tiles of products that read their inputs fewer times; chips that are not here keep the compiler's 16 MiB or so"
 COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "gpu": {},
-    "tpu": {},
-    "cpu": {},
+    "v5e": {"xla_tpu_scoped_vmem_limit_kib=32768": _VMEM},
+    "v6e": {"xla_tpu_scoped_vmem_limit_kib=98304": _VMEM},
 }
-"""Per backend: XLA option `name=value` and why it is set."""
+"""By chip: XLA option `name=value` and why it is set; by the compiler's clock (experiments/tpu_clock/LOG.md)."""
 
 _USABLE = 0.85
 """Share of the memory that estimates may fill: allocators fragment and kernels need workspace."""
@@ -84,7 +84,7 @@ def _defaults(config: Config, mesh: Mesh) -> ResolvedPerf:
     device, perf = mesh.devices.flat[0], config.perf
     shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
     rows = max(1, config.train.batch_size // config.train.accumulation // shards)
-    on_gpu, half = device.platform == "gpu", config.model.dtype == "bfloat16"
+    on_gpu, half, chip = device.platform == "gpu", config.model.dtype == "bfloat16", chip_of(device)
     whole_block = _whole_block_fits(config, device) if perf.whole_block is None else perf.whole_block
     remat = perf.remat
     if remat == "auto":
@@ -98,7 +98,7 @@ def _defaults(config: Config, mesh: Mesh) -> ResolvedPerf:
         logits_dtype="bfloat16" if half else "float32",
         fusion=_fusion(config, mesh, remat),
         whole_block=whole_block,
-        compiler_options=tuple(COMPILER_OPTIONS.get(device.platform, ())),
+        compiler_options=() if chip is None else tuple(COMPILER_OPTIONS.get(chip.name, ())),
     )
 
 

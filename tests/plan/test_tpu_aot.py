@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mor_jax.cli import main
+from mor_jax.perf import COMPILER_OPTIONS
 from mor_jax.plan import hlo
 from mor_jax.plan.clock import read_clock
 from mor_jax.plan.topology import GENERATIONS, describe_topology
@@ -106,7 +107,7 @@ def _options(generation: str) -> dict[str, str]:
 @pytest.mark.parametrize("generation", sorted(GENERATIONS))
 def test_the_compiler_knows_every_flag(generation):
     """Together, on a product with gathered weights: some are refused only in company."""
-    options = _options(generation)
+    options = _options(generation) | dict(option.split("=") for option in COMPILER_OPTIONS.get(generation, ()))
     devices = describe_topology(f"{generation}:{GENERATIONS[generation].sizes[1]}").devices
     mesh = Mesh(np.array(devices), ("fsdp",))
     argument = jax.ShapeDtypeStruct((1024, 1024), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec("fsdp")))

@@ -73,8 +73,8 @@ def test_the_supervisor_hands_on_a_signal_and_waits_for_the_save(tmp_path):
 
 
 def test_the_supervisor_sets_the_flags_of_its_generation(tmp_path):
-    done = _supervise(tmp_path, 'echo "[$LIBTPU_INIT_ARGS]"', GENERATION="v6e")
-    assert "--xla_tpu_scoped_vmem_limit_kib=98304" in done.stdout
+    done = _supervise(tmp_path, 'echo "[$LIBTPU_INIT_ARGS]"', GENERATION="v5e")
+    assert "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true" in done.stdout
     assert "#" not in done.stdout
     assert _supervise(tmp_path, "true", GENERATION="v9").returncode == 2
 
