@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mor_jax.config import PLAIN, ModelConfig, RecursionConfig, RematPolicy, ResolvedPerf, RoutingConfig
-from mor_jax.model import attention, decoder_layer
+from mor_jax.model import attention, layer_context
 from mor_jax.model.parameters import Weights
 from mor_jax.model.rows import Rows
 from mor_jax.model.transformer import apply_trunk, init_params
@@ -57,7 +57,7 @@ def test_no_policy_changes_value_or_gradient(remat: RematPolicy):
 def test_sums_of_squares_beside_the_stream_change_neither(monkeypatch: pytest.MonkeyPatch):
     """On a TPU every layer of a loop hands them to the next."""
     want, params = _made("none")[0], init_params(_MODEL, jax.random.key(0))
-    monkeypatch.setattr(decoder_layer, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(layer_context, "target_platform", lambda: "tpu")
     got = jax.jit(_gradient(dataclasses.replace(PLAIN, remat="full")))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), got, want)
 

@@ -19,8 +19,8 @@ from mor_jax.config import Mode, PerfConfig, ResolvedPerf
 from mor_jax.errors import require
 from mor_jax.evaluate.passes import evaluation_perf
 from mor_jax.mesh.processes import to_host
-from mor_jax.model.decoder_layer import DecoderLayer, Stream
-from mor_jax.model.layer_context import LayerContext
+from mor_jax.model.decoder_layer import DecoderLayer
+from mor_jax.model.layer_context import LayerContext, Stream
 from mor_jax.model.modern_parts import first_values
 from mor_jax.model.parameters import Weights, compute_copy, from_tree
 from mor_jax.model.recurse import at, empty_kv, scan_context

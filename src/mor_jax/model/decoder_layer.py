@@ -6,15 +6,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import struct
 
 from mor_jax.array_types import KeyValue
 from mor_jax.config import ModelConfig, RematPolicy, ResolvedPerf
 from mor_jax.kernels.norm import square_sums
 from mor_jax.mesh.axes import constrain
-from mor_jax.mesh.devices import target_platform
 from mor_jax.model.attention import Attention
-from mor_jax.model.layer_context import LayerContext
+from mor_jax.model.layer_context import LayerContext, Stream
 from mor_jax.model.layers import RMSNorm, SwiGLU
 from mor_jax.model.relaxation import Unshared
 
@@ -25,20 +23,6 @@ _KEPT: Mapping[RematPolicy, tuple[str, ...]] = {
     "names": (*_PROJECTIONS, "gate_up"),
 }
 """Named tensors that a policy keeps."""
-
-
-@struct.dataclass
-class Stream:
-    """The residual stream between two layers."""
-
-    x_BCD: jax.Array
-    squares_BC: jax.Array | None = None
-    """``square_sums`` of x, made by the product that ends a layer; None lets the next layer's first norm make them."""
-
-    @classmethod
-    def enter(cls, x_BCD: jax.Array) -> "Stream":
-        """Begin a loop of layers; on a TPU the sums go along, since the next round would read x once more for them."""
-        return cls(x_BCD, square_sums(x_BCD) if target_platform() == "tpu" else None)
 
 
 class DecoderLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""What a layer is told beside its input: which tokens it computes, which keys they may attend to, and where from."""
+"""A layer's input, and what it is told beside it: tokens to compute, keys they may attend to, and where from."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,25 @@ from flax import struct
 
 from mor_jax.array_types import RotaryRows
 from mor_jax.kernels.attention.mask import Mask, TokenView
+from mor_jax.kernels.norm import square_sums
 from mor_jax.kernels.rotary import Rotary
 from mor_jax.mesh.axes import constrain
+from mor_jax.mesh.devices import target_platform
 from mor_jax.model.routing.select import Selection, take_rows
+
+
+@struct.dataclass
+class Stream:
+    """The residual stream between two layers."""
+
+    x_BCD: jax.Array
+    squares_BC: jax.Array | None = None
+    """``square_sums`` of x, made by the product that ends a layer; None lets the next layer's first norm make them."""
+
+    @classmethod
+    def enter(cls, x_BCD: jax.Array) -> "Stream":
+        """Begin a loop of layers; on a TPU the sums go along, since the next round would read x once more for them."""
+        return cls(x_BCD, square_sums(x_BCD) if target_platform() == "tpu" else None)
 
 
 @struct.dataclass

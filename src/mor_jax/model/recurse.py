@@ -17,8 +17,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.kernels.rotary import rotary_rows, rotary_tables
 from mor_jax.mesh.axes import constrain
-from mor_jax.model.decoder_layer import Stream
-from mor_jax.model.layer_context import LayerContext
+from mor_jax.model.layer_context import LayerContext, Stream
 from mor_jax.model.relaxation import Unshared
 
 Block = Callable[[Stream, LayerContext, KeyValue | None, Unshared | None], tuple[Stream, KeyValue | None]]

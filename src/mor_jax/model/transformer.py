@@ -18,8 +18,8 @@ from mor_jax.errors import require
 from mor_jax.kernels.attention.mask import TokenView
 from mor_jax.kernels.gradients import gradients_together
 from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
-from mor_jax.model.decoder_layer import Stream, remat_layer
-from mor_jax.model.layer_context import LayerContext
+from mor_jax.model.decoder_layer import remat_layer
+from mor_jax.model.layer_context import LayerContext, Stream
 from mor_jax.model.layers import RMSNorm, normal_init
 from mor_jax.model.modern_parts import first_values
 from mor_jax.model.parameters import Weights, compute_copy, fill_tiles, from_tree, to_tree
