@@ -55,8 +55,8 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        {"pointer-8": 128, "s3-32": 128, "addition-20": 192, "s5-32": 256},
-        block=2,
+        {"pointer-8": 128, "s3-32": 128, "addition-20": 256, "s5-32": 256},
+        block=1,
         recursions=(4, 2, 6, 3, 5),
         steps=3000,
         batch_size=256,
@@ -112,11 +112,11 @@ def configured(scale: Scale, task: str, family: str, recursions: int, *, equal_f
         recursions: N_r; what the deep model is as deep as, and of no effect on the shallow one.
         equal_flops: whether it trains for the exact FLOPs of the deep model, or for as many steps.
     """
-    base = _vanilla(scale, task, 2 + scale.block * (1 if family == "shallow" else recursions))
+    base = _vanilla(scale, task, scale.block * (1 if family == "shallow" else recursions))
     overrides: dict[str, Any] = {}
     if family not in ("shallow", "deep"):
         overrides = {
-            "model.recursion.sharing": "middle_cycle",
+            "model.recursion.sharing": "cycle",
             "model.recursion.num_recursions": recursions,
             **{f"model.routing.{field}": value for field, value in _ROUTED.get(family, {}).items()},
         }
@@ -158,5 +158,5 @@ def _vanilla(scale: Scale, task: str, layers: int) -> Config:
                 log_every=max(1, scale.steps // 20),
             )
         ),
-        perf=PerfConfig(attention_backend="xla", scan_unroll=1),  # rows of 48 to 80 tokens; compiling is half of a run
+        perf=PerfConfig(attention_backend="xla"),  # rows of 64 tokens
     )
