@@ -16,9 +16,8 @@ from mor_jax.sweep.recipes import seeded
 from mor_jax.sweep.runs import SweepRun
 
 SEEDS = (0, 1, 2)
-CHEAPER = ("shallow", "expert", "token", "grown")
-"""Families that take fewer training FLOPs a token than the deep model; the recursive one takes as many, and the drawn
-one as many as its draws say."""
+CHEAPER = ("shallow", "expert", "token", "grown", "drawn")
+"""Families that take fewer training FLOPs a token than the deep model; the recursive one takes as many."""
 _OF_ALL_PASSES = ("deep", "recursive", "expert", "drawn")
 
 
