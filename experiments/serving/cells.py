@@ -29,6 +29,8 @@ from typing import Any
 Size = tuple[int, str]
 _MARGIN = 6.0
 """Seconds that a cell may take beyond those measured: ramp and cancelling."""
+_COMPILING = 0.5
+"""Share of the time left after which a group compiles nothing more, and what is ready is timed."""
 _KEYS = ("first_token_ms", "per_token_ms", "between_tokens_ms")
 
 
@@ -66,7 +68,7 @@ class Worker:
         return self.read()
 
 
-def compile_group(workers: list[Worker], sizes: list[Size], say: Any) -> None:
+def compile_group(workers: list[Worker], sizes: list[Size], until: float, say: Any) -> None:
     """Let all compile, a size at a time: the first model's trees one after the other, then the rest together.
 
     XLA chooses among kernels by timing them, and remembers what it chose (in the compilation cache's folder): so most
@@ -81,6 +83,9 @@ def compile_group(workers: list[Worker], sizes: list[Size], say: Any) -> None:
             try:
                 for other in before:
                     done[id(other), size].wait()
+                if time.monotonic() > until:
+                    say(f"{worker.tree} {worker.model} {name(size)}: no time to compile it")
+                    continue
                 found = worker.ask({"compile": size})
                 worker.ready.add(size)
                 say(f"{worker.tree} {worker.model} {name(size)}: warm after {found['warm_up_seconds']:.1f} s")
@@ -125,7 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{len(workers)} models on {record['device']}")
         for group in arguments.groups:
             sizes = [parse_size(text) for text in group.split(",")]
-            compile_group(workers, sizes, say)
+            now = time.monotonic()
+            compile_group(workers, sizes, now + _COMPILING * (began + arguments.deadline - now), say)
             for nth, size, worker in in_turn(workers, sizes, arguments.rounds):
                 if time.monotonic() - began > arguments.deadline - arguments.seconds - _MARGIN:
                     say("the time is over")
@@ -207,6 +213,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.trees:
         run(arguments)
+    if not arguments.out.exists():
+        raise SystemExit(f"{arguments.out}: no cell was timed")
     print(table(json.loads(arguments.out.read_text(encoding="utf-8"))))
     return 0
 
