@@ -46,7 +46,7 @@ def test_what_others_need_is_counted_once_for_all_who_come(monkeypatch):
     assert _numbers(places) == list(range(count)) and len(asked) == count
     places.empty(7)
     places.seat()
-    assert places[7] is not None and places[7].number == count and len(asked) == 2 * count
+    assert places.numbers[7] == count and len(asked) == 2 * count
     places.seat()
     assert len(asked) == 2 * count and len(places.queue) == 4
 

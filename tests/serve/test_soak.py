@@ -74,7 +74,8 @@ def test_a_server_that_misbehaves_is_told_from_a_good_one():
 
 def test_a_run_without_a_template_is_served_with_one(tmp_path):
     run, copy = tmp_path / "run", tmp_path / "copy"
-    run.mkdir(), copy.mkdir()
+    run.mkdir()
+    copy.mkdir()
     Tokenizer.bytes_level().save(run / "tokenizer.json")
     assert soak.with_template(run, copy) == copy
     tokenizer = Tokenizer.load(copy / "tokenizer.json")
