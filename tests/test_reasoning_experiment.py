@@ -23,8 +23,8 @@ from mor_jax.runs.state import init_train_state
 FOLDER = Path(__file__).parent.parent / "experiments" / "reasoning"
 
 
-_NAMES = ("tasks", "rows", "reasoners", "drawn", "ranking", "answers", "tables", "figures")
-TASKS, ROWS, FAMILIES, DRAWN, RANKING, ANSWERS, TABLES, FIGURES = (load_script(f"reasoning/{name}") for name in _NAMES)
+_NAMES = ("tasks", "rows", "drawn", "reasoners", "ranking", "answers", "tables", "figures")
+TASKS, ROWS, DRAWN, FAMILIES, RANKING, ANSWERS, TABLES, FIGURES = (load_script(f"reasoning/{name}") for name in _NAMES)
 NAMES = ("pointer-8", "s3-32", "s5-32", "addition-20")
 
 
@@ -113,22 +113,22 @@ def test_no_held_out_row_is_trained_on(name):
 
 
 def test_batches_are_a_function_of_their_number():
-    options = {"context_length": 48, "vocab_size": 544, "batch_size": 4}
+    options = {"context_length": 64, "vocab_size": 544, "batch_size": 4}
     dataset = ROWS.make_dataset(DataConfig(source="reasoning:pointer-8", seed=3), **options)
     first = [next(dataset) for _ in range(3)]
     dataset.step = 1
     np.testing.assert_equal(next(dataset), first[1])
     some = ROWS.make_dataset(DataConfig(source="reasoning:pointer-8", seed=3), **options, rows=[1, 3])
     np.testing.assert_equal(some.batch(2), {name: array[[1, 3]] for name, array in first[2].items()})
-    assert {array.shape for array in first[0].values()} == {(4, 49)}
+    assert {array.shape for array in first[0].values()} == {(4, 65)}
     assert (first[0]["tokens"] != first[1]["tokens"]).any()
     tokenizer = dataset.tokenizer
     text = "? 3 n4 e5 n10>n3 n10+2"
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size == len(TASKS.WORDS)
     with pytest.raises(UserError, match=r"data.source='reasoning:maze-3': 'maze-3' is not KIND-LARGEST"):
         ROWS.make_dataset(DataConfig(source="reasoning:maze-3"), **options)
-    with pytest.raises(UserError, match=r"model.context_length=48 must be 80 for 'reasoning:addition-20'"):
-        ROWS.make_dataset(DataConfig(source="reasoning:addition-20"), **options)
+    with pytest.raises(UserError, match=r"model.context_length=64 must be 96 for 'reasoning:addition-40'"):
+        ROWS.make_dataset(DataConfig(source="reasoning:addition-40"), **options)
 
 
 def test_answers_are_labels_where_they_are_asked():
@@ -155,6 +155,8 @@ def test_families_have_equal_parameters_or_equal_flops():
         for family in ("shallow", "expert", "grown"):
             config = FAMILIES.configured(scale, task, family, 4, equal_flops=True)
             assert run_flops(config) == pytest.approx(run_flops(model["deep"]), rel=1e-3)
+        config = FAMILIES.configured(scale, task, "drawn", 4, equal_flops=True)  # its draws are not known beforehand
+        assert DRAWN.drawn_flops(config) == pytest.approx(run_flops(model["deep"]), rel=0.03)
 
 
 def test_drawn_passes_go_on_where_they_were():
@@ -198,11 +200,11 @@ def test_passes_beyond_training_are_the_unrolled_model():
     batches = ANSWERS.held_out_batches(config, 8)
     longer = ANSWERS.with_passes(weights, 4)
     made = FAMILIES.configured(scale, "pointer-2", "recursive", 4).model
-    assert (longer.config.num_layers, longer.config.unrolled_depth) == (made.num_layers, made.unrolled_depth) == (6, 6)
+    assert (longer.config.num_layers, longer.config.unrolled_depth) == (made.num_layers, made.unrolled_depth) == (4, 4)
     same, own = (ANSWERS.answers_of(w, config.perf, batches) for w in (ANSWERS.with_passes(weights, 2), weights))
     np.testing.assert_array_equal(same.correct_X, own.correct_X)
-    assert own.passes_X is None and len(own.row_X) == 64 and set(own.difficulty_X) == {1, 2}
-    np.testing.assert_array_equal(own.row_X, np.repeat(np.arange(8), 8))
+    assert own.passes_X is None and len(own.row_X) == 96 and set(own.difficulty_X) == {1, 2}
+    np.testing.assert_array_equal(own.row_X, np.repeat(np.arange(8), 12))
 
 
 @pytest.mark.slow

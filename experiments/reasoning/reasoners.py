@@ -1,14 +1,15 @@
-"""The models that are compared, at four scales: what repeats a block, what has all its layers of its own, what routes.
+"""The models that are compared, at three scales: what repeats a block, what has all its layers of its own, what routes.
 
-Every model has a first and a last layer of its own and between them a block of L layers that it applies N_r times
-(`middle_cycle`). At the same steps the vanilla model of 2 + L layers has the parameters of all recursive ones, and the
-vanilla model of 2 + L N_r layers has the FLOPs of the one with N_r passes.
+A recursive model is a block of L layers that it applies N_r times (`cycle`), and no layer beside it: three layers that
+are used once follow eight hops by themselves. At the same steps the vanilla model of L layers has the parameters of all
+recursive ones, and the vanilla model of L N_r layers has the FLOPs of the one with N_r passes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from drawn import drawn_flops
 from rows import PREFIX
 from tasks import WORDS, task_of
 
@@ -16,6 +17,8 @@ from mor_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Per
 from mor_jax.config.model import Dtype
 from mor_jax.config.training import OptimizerKind
 from mor_jax.errors import UserError, suggest
+from mor_jax.model.flops import run_flops
+from mor_jax.sweep.isoflop import with_steps
 from mor_jax.sweep.recipes import at_flops_of, quiet
 from mor_jax.sweep.runs import with_overrides
 
@@ -28,7 +31,7 @@ _ROUTED: Mapping[str, Mapping[str, Any]] = {
     "grown": {"kind": "expert", "residual": "plain", "alpha": 2.0},
 }
 FAMILIES = ("shallow", "deep", "recursive", "drawn", *_ROUTED)
-"""`shallow` and `deep` are vanilla, of 2 + L and 2 + L N_r layers; `drawn` is recursive, with passes drawn per step;
+"""`shallow` and `deep` are vanilla, of L and L N_r layers; `drawn` is recursive, with passes drawn per step;
 `grown` is `expert` with a single pass for the first half of its steps."""
 
 
@@ -55,8 +58,8 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        {"pointer-8": 128, "s3-32": 128, "addition-20": 192, "s5-32": 256},
-        block=2,
+        {"pointer-8": 128, "s3-32": 128, "addition-20": 256, "s5-32": 256},
+        block=1,
         recursions=(4, 2, 6, 3, 5),
         steps=3000,
         batch_size=256,
@@ -112,11 +115,11 @@ def configured(scale: Scale, task: str, family: str, recursions: int, *, equal_f
         recursions: N_r; what the deep model is as deep as, and of no effect on the shallow one.
         equal_flops: whether it trains for the exact FLOPs of the deep model, or for as many steps.
     """
-    base = _vanilla(scale, task, 2 + scale.block * (1 if family == "shallow" else recursions))
+    base = _vanilla(scale, task, scale.block * (1 if family == "shallow" else recursions))
     overrides: dict[str, Any] = {}
     if family not in ("shallow", "deep"):
         overrides = {
-            "model.recursion.sharing": "middle_cycle",
+            "model.recursion.sharing": "cycle",
             "model.recursion.num_recursions": recursions,
             **{f"model.routing.{field}": value for field, value in _ROUTED.get(family, {}).items()},
         }
@@ -125,7 +128,12 @@ def configured(scale: Scale, task: str, family: str, recursions: int, *, equal_f
     if family == "grown":
         overrides["train.growth"] = [{"share": 0.5, "num_recursions": 1}]
     config = with_overrides(base, overrides)
-    return at_flops_of(config, configured(scale, task, "deep", recursions)) if equal_flops else config
+    if not equal_flops:
+        return config
+    deep = configured(scale, task, "deep", recursions)
+    if family == "drawn":
+        return with_steps(config, round(config.train.steps * run_flops(deep) / drawn_flops(config)))
+    return at_flops_of(config, deep)
 
 
 def _vanilla(scale: Scale, task: str, layers: int) -> Config:
@@ -158,5 +166,5 @@ def _vanilla(scale: Scale, task: str, layers: int) -> Config:
                 log_every=max(1, scale.steps // 20),
             )
         ),
-        perf=PerfConfig(attention_backend="xla", scan_unroll=1),  # rows of 48 to 80 tokens; compiling is half of a run
+        perf=PerfConfig(attention_backend="xla"),  # rows of 64 tokens
     )

@@ -79,6 +79,11 @@ def _measure(scale: Scale, folder: Path) -> dict[str, Any]:
     return measure(open_run(folder), scale.measured_rows)
 
 
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Leave the configuration out of a row without figures; `reasoners.py` has it."""
+    return {name: value for name, value in row.items() if name != "config"}
+
+
 def _collect(options: Arguments) -> tuple[int, int]:
     """Write the results of all runs, in their order, if there are new ones; return how many are done, of the ended."""
     finished, runs = results_in(options.out), ranked_runs(options.scale)
@@ -88,7 +93,8 @@ def _collect(options: Arguments) -> tuple[int, int]:
     )
 
     def values() -> dict[str, Any]:
-        return {"scale": options.scale, "results": [row_of(options.out, run, command) for run in runs]}
+        rows = [row_of(options.out, run, command) for run in runs]
+        return {"scale": options.scale, "results": [row if row["state"] == "done" else _short(row) for row in rows]}
 
     write_new(options, finished, values)
     return sum(result["state"] == "done" for result in finished.values()), len(finished)

@@ -75,8 +75,8 @@ class Pointer:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row: the edges, and twice as many questions."""
-        return 6 * self.largest
+        """Tokens of a row: the edges, and three times as many questions."""
+        return 8 * self.largest
 
     def rows(self, generator: Generator, count: int, held_out: bool) -> Rows:
         """Return ``n3>n10 n5>n3 ... n5+2 n3+1``; a question's answer is the node that is meant."""
@@ -90,7 +90,7 @@ class Pointer:
         order = generator.permuted(np.tile(nodes, (count, 1)), axis=1)
         start, end = (np.take_along_axis(side, order, axis=1) for side in (cycle, np.roll(cycle, -1, axis=1)))
         edges = _EDGE + len(NODES) * start + end
-        places = generator.integers(len(nodes), size=(count, 2 * len(nodes)))
+        places = generator.integers(len(nodes), size=(count, 3 * len(nodes)))
         hops = generator.integers(1, self.largest + 1, size=places.shape)
         asked = _HOP + MOST_HOPS * np.take_along_axis(cycle, places, axis=1) + hops - 1
         answers = _NODE + np.take_along_axis(cycle, (places + hops) % len(nodes), axis=1)
@@ -170,8 +170,8 @@ class Addition:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row."""
-        return 4 * self.largest
+        """Tokens of a row: whole 32, so that the longest sum fits with a mark before it."""
+        return -(-2 * (self.largest + 1) // 32) * 32
 
     def rows(self, generator: Generator, count: int, held_out: bool) -> Rows:
         """Return ``? 4 7 1 9 ? ...`` (74 + 19 at the lower digits first: 4 and 7 are the lowest pair)."""

@@ -16,6 +16,7 @@ from mor_jax.array_types import Params
 from mor_jax.config import PLAIN, Mode, ModelConfig, ResolvedPerf
 from mor_jax.errors import require
 from mor_jax.kernels.attention.mask import TokenView
+from mor_jax.kernels.embedding import look_up
 from mor_jax.kernels.gradients import gradients_together
 from mor_jax.mesh.axes import axis_size, constrain, whole_width, without_mesh
 from mor_jax.model.decoder_layer import remat_layer
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
         )
         with jax.named_scope("embed"):
             table_VD = constrain(embedding, "vocab", None)  # moves the table, which is smaller than the hidden states
-            x_BTD = jnp.take(table_VD, constrain(rows.tokens_BT, "batch", "sequence"), axis=0, mode="clip")
+            x_BTD = look_up(table_VD, constrain(rows.tokens_BT, "batch", "sequence"))
             x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "sequence", None)
         view = rows.view(config)
         layer, context = remat_layer(self.perf, loops=0), make_context(config, view)
