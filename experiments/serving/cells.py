@@ -1,133 +1,222 @@
 """Tokens per second and waiting times at fixed numbers of sequences in flight, for source trees in turn.
 
-    PYTHONPATH=TREE/src python experiments/serving/cells.py vanilla-360m:32 vanilla-360m:32:int8 --label TREE --out FILE
+    python experiments/serving/cells.py before=OLD/src now=src --models vanilla-360m mor-360m-expert-r3 \
+      --groups 32,256 8,1 --out FILE
+    python experiments/serving/cells.py --out FILE          # prints the table of a file once more
 
-A cell is `MODEL:SEQUENCES[:int8]`: so many requests run, and an eighth more wait; each that ends is followed by the
-next. Prompts are 64 random tokens, completions 256 +- 64, drawn at temperature 100; weights are random and boundaries
-0, so that half of the tokens go on. Run it for one tree after the other, on one machine, with the same `--out`:
-results are added after each cell. The engine is that of the tree that PYTHONPATH names; nothing else of it is used.
+A cell is a model and so many sequences (`32:int8` keeps keys and values in int8): so many requests run, and an eighth
+more wait; each that ends is followed by the next. Prompts are 64 random tokens, completions 256 +- 64, drawn at
+temperature 100; weights are random. Every pair of tree and model is a process of its own (`cells_worker.py`), all on
+the one device. A group of sizes is compiled, some processes at the same time; then, while nothing compiles, its cells
+are timed one after the other, the trees in turn, in the other order in the second round. The file is whole after every
+cell.
 """
 
+import argparse
+import itertools
 import json
+import os
+import statistics
+import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import jax
-import numpy as np
-import tyro
-
-from mor_jax import presets
-from mor_jax.infer.compilations import compilations
-from mor_jax.infer.decode_model import DecodeModel, prepare_weights
-from mor_jax.infer.engine import Engine
-from mor_jax.infer.engine_options import EngineOptions
-from mor_jax.infer.request import Request, Token
-from mor_jax.infer.sampling import Sampling
-from mor_jax.model.transformer import init_params
-
-_LONGEST, _PROMPT = 512, 64
+Size = tuple[int, str]
+_MARGIN = 6.0
+"""Seconds that a cell may take beyond those measured: ramp and cancelling."""
+_COMPILING = 0.5
+"""Share of the time left after which a group compiles nothing more, and what is ready is timed."""
+_KEYS = ("first_token_ms", "per_token_ms", "between_tokens_ms")
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Options of the script."""
+class Worker:
+    """A process that holds one model's engines of one tree."""
 
-    cells: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """MODEL:SEQUENCES or MODEL:SEQUENCES:int8."""
-    label: str
-    """Names the tree in the results."""
-    out: Path
-    """JSON file; results are added."""
-    seconds: float = 15.0
-    """Measured, of each cell."""
-    ramp: float = 1.0
-    """Seconds before that are not."""
-    steps: int = 16
-    """Of a dispatch."""
+    def __init__(self, tree: str, source: Path, model: str) -> None:
+        self.tree, self.model = tree, model
+        paths = [str(source.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("cells_worker.py")), model],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        self.ready: set[Size] = set()
+
+    def read(self) -> dict[str, Any]:
+        """Wait for a line."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise EOFError(f"{self.tree} {self.model} ended with {self.process.wait()}")
+        return json.loads(line)
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Send a line and wait for the answer."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass  # it has ended, which reading says
+        return self.read()
+
+
+def compile_group(workers: list[Worker], sizes: list[Size], until: float, say: Any) -> None:
+    """Let all compile, a size at a time: the first model's trees one after the other, then the rest together.
+
+    XLA chooses among kernels by timing them, and remembers what it chose (in the compilation cache's folder): so most
+    choices are made once, by a process that has the device for itself, and all trees and models have the same ones.
+    """
+    first = [worker for worker in workers if worker.model == workers[0].model]
+    waves = [[worker] for worker in first] + [[worker for worker in workers if worker not in first]]
+    done = {(id(worker), size): threading.Event() for worker in workers for size in sizes}
+
+    def run(worker: Worker, before: list[Worker]) -> None:
+        for size in sizes:
+            try:
+                for other in before:
+                    done[id(other), size].wait()
+                if time.monotonic() > until:
+                    say(f"{worker.tree} {worker.model} {name(size)}: no time to compile it")
+                    continue
+                found = worker.ask({"compile": size})
+                worker.ready.add(size)
+                say(f"{worker.tree} {worker.model} {name(size)}: warm after {found['warm_up_seconds']:.1f} s")
+            except EOFError as error:
+                say(str(error))
+            finally:
+                done[id(worker), size].set()
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        for before, wave in itertools.pairwise([[], *waves]):
+            for worker in wave:
+                pool.submit(run, worker, before)
+
+
+def in_turn(workers: list[Worker], sizes: list[Size], rounds: int) -> Iterator[tuple[int, Size, Worker]]:
+    """Order the timings of a group."""
+    models = list(dict.fromkeys(worker.model for worker in workers))
+    for nth, size, model in itertools.product(range(rounds), sizes, models):
+        trees = [worker for worker in workers if worker.model == model]
+        for worker in trees[:: -1 if nth % 2 else 1]:
+            yield nth, size, worker
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compile and time group after group until the time is over."""
+    began = time.monotonic()
+    say = lambda text: print(f"[{time.monotonic() - began:6.1f}] {text}", flush=True)  # noqa: E731
+    trees = dict(tree.split("=", 1) for tree in arguments.trees)
+    workers = [Worker(tree, Path(trees[tree]), model) for model in arguments.models for tree in trees]
+    record: dict[str, Any] = {"command": " ".join(sys.argv[1:]), "results": []}
+
+    def stop() -> None:
+        for worker in workers:
+            worker.process.kill()
+
+    watchdog = threading.Timer(arguments.deadline, stop)
+    watchdog.start()
+    try:
+        with ThreadPoolExecutor(len(workers)) as pool:
+            for found in pool.map(Worker.read, workers):
+                record.update(found)
+        say(f"{len(workers)} models on {record['device']}")
+        for group in arguments.groups:
+            sizes = [parse_size(text) for text in group.split(",")]
+            now = time.monotonic()
+            compile_group(workers, sizes, now + _COMPILING * (began + arguments.deadline - now), say)
+            for nth, size, worker in in_turn(workers, sizes, arguments.rounds):
+                if time.monotonic() - began > arguments.deadline - arguments.seconds - _MARGIN:
+                    say("the time is over")
+                    return
+                if size not in worker.ready:
+                    continue
+                try:
+                    found = worker.ask({"time": size, "seconds": arguments.seconds})
+                except EOFError as error:
+                    say(str(error))
+                    worker.ready.clear()
+                    continue
+                cell = {"model": worker.model, "sequences": name(size), "tree": worker.tree, "round": nth}
+                record["results"].append({**cell, **found})
+                arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                say(f"{worker.tree} {worker.model} {name(size)}: {found['tokens_per_second']:.0f} tokens/s")
+    except EOFError as error:
+        say(str(error))
+    finally:
+        watchdog.cancel()
+        stop()
+
+
+def parse_size(text: str) -> Size:
+    """Read ``32`` or ``32:int8``."""
+    running, _, kind = text.partition(":")
+    return int(running), kind or "model"
+
+
+def name(size: Size) -> str:
+    """The reverse of ``parse_size``."""
+    return str(size[0]) if size[1] == "model" else f"{size[0]}:{size[1]}"
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: a row per cell, medians over the rounds; the last tree's tokens/s are also over the first's."""
+    trees = list(dict.fromkeys(result["tree"] for result in record["results"]))
+    cells = sorted(
+        dict.fromkeys((result["model"], result["sequences"]) for result in record["results"]),
+        key=lambda cell: (cell[0].startswith("mor"), cell[0], parse_size(cell[1])[1] == "int8", parse_size(cell[1])),
+    )
+    heads = [f"tokens/s, {tree}" for tree in trees] + [f"{trees[-1]} over {trees[0]}"] * (len(trees) > 1)
+    heads += [f"{key.removesuffix('_ms').replace('_', ' ')}, ms, p50 / p99, {tree}" for key in _KEYS for tree in trees]
+    lines = ["| model | sequences | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    for model, sequences in cells:
+        found = {
+            tree: [
+                result
+                for result in record["results"]
+                if (result["model"], result["sequences"], result["tree"]) == (model, sequences, tree)
+            ]
+            for tree in trees
+        }
+        rates = {tree: [result["tokens_per_second"] for result in results] for tree, results in found.items()}
+        row = [f"{statistics.median(rate):,.0f}" if rate else "" for rate in rates.values()]
+        if len(trees) > 1:
+            old, new = rates[trees[0]], rates[trees[-1]]
+            row.append(f"{statistics.median(new) / statistics.median(old):.2f}" if old and new else "")
+        row += [_percentiles(found[tree], key) for key in _KEYS for tree in trees]
+        lines.append(f"| {model} | {sequences} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _percentiles(results: list[dict[str, Any]], key: str) -> str:
+    known = [result[key] for result in results if key in result]
+    return " / ".join(f"{statistics.median(times[p] for times in known):.3g}" for p in ("p50", "p99")) if known else ""
 
 
 def main() -> int:
-    """Measure the cells."""
-    options = tyro.cli(Arguments, description=__doc__)
-    known: dict[str, Any] = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "results": []}
-    if options.out.exists():
-        known = json.loads(options.out.read_text(encoding="utf-8"))
-    for cell in options.cells:
-        name, running, *kind = cell.split(":")
-        found = measure(make_model(name), int(running), "int8" if kind == ["int8"] else "model", options)
-        known["results"].append({"cell": cell, "tree": options.label, "command": " ".join(sys.argv[1:]), **found})
-        options.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        print(options.label, cell, f"{found['tokens_per_second']:.0f} tokens/s", flush=True)
+    """Measure, or print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trees", nargs="*", metavar="LABEL=SRC", help="source trees; none only prints the table")
+    parser.add_argument("--models", nargs="+", default=["vanilla-360m", "mor-360m-expert-r3", "mor-360m-expert-r4"])
+    parser.add_argument("--groups", nargs="+", default=["32,256", "8,1"], help="sizes that are compiled together")
+    parser.add_argument("--seconds", type=float, default=15.0, help="measured of each cell in each round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--deadline", type=float, default=3600.0, help="seconds for everything")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.trees:
+        run(arguments)
+    if not arguments.out.exists():
+        raise SystemExit(f"{arguments.out}: no cell was timed")
+    print(table(json.loads(arguments.out.read_text(encoding="utf-8"))))
     return 0
-
-
-def make_model(name: str) -> DecodeModel:
-    """Return a preset's model with random weights."""
-    config = presets.get(name).config.model
-    boundaries = None
-    if config.routing.kind == "expert":
-        boundaries = (-1e9, *(0.0,) * (config.recursion.num_recursions - 1))
-    return prepare_weights(
-        config, jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)), boundaries=boundaries
-    )
-
-
-def measure(model: DecodeModel, running: int, kv_dtype: Any, settings: Arguments) -> dict[str, Any]:
-    """Keep ``running`` requests in flight, and note every token after the ramp."""
-    longest = min(_LONGEST, model.config.context_length)
-    options = EngineOptions(
-        max_running=running,
-        max_length=longest,
-        block_slots=running,
-        exit_slots=running,
-        exit_at=1,
-        steps=settings.steps,
-        cuts=False,
-        kept=0,
-        kv_dtype=kv_dtype,
-    )
-    engine, generator = Engine(model, options), np.random.default_rng(0)
-    engine.warm_up()
-    compiled = compilations()
-    sent: dict[Any, float] = {}
-
-    def submit() -> None:
-        length = int(np.clip(generator.normal(256, 64), 1, longest - _PROMPT - 1))
-        prompt = tuple(generator.integers(0, model.config.vocab_size, _PROMPT).tolist())
-        sent[engine.submit(Request(prompt, length, Sampling(temperature=100.0, seed=len(sent))))] = time.perf_counter()
-
-    for _ in range(running + max(1, running // 8)):
-        submit()
-    start, tokens = time.perf_counter() + settings.ramp, []
-    while time.perf_counter() < start + settings.seconds:
-        for token in engine.step():
-            tokens.append(token)
-            if token.finished:
-                submit()
-    spent = time.perf_counter() - start
-    return waits(tokens, sent, start) | {
-        "tokens_per_second": sum(token.time >= start for token in tokens) / spent,
-        "seconds": spent,
-        "block_use": engine.statistics.block_used / max(1, engine.statistics.block_steps * running),
-        "compilations_after_warm_up": compilations() - compiled,
-    }
-
-
-def waits(tokens: list[Token], sent: dict[Any, float], start: float) -> dict[str, Any]:
-    """Times after ``start`` in milliseconds, by percentile: to a request's first token, between two of its tokens."""
-    last: dict[Any, float] = {}
-    first: list[float] = []
-    between: list[float] = []
-    for token in tokens:
-        times, before = (between, last[token.request]) if token.request in last else (first, sent[token.request])
-        if token.time >= start:
-            times.append(1e3 * (token.time - before))
-        last[token.request] = token.time
-    named = {"first_token_ms": first, "between_tokens_ms": between}
-    return {name: {f"p{q}": float(np.percentile(times, q)) for q in (50, 99)} for name, times in named.items() if times}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Does `mor serve` survive its clients? Thousands of random requests, many of them bad, against a real process.
 
-Usage: python experiments/serving/soak.py RUN --out FILE (RUN: any small run, such as `mor train debug`). Afterwards
-nothing may be held: no place, page, connection or thread; memory has to be flat; SIGTERM has to finish what runs.
+Usage: python experiments/serving/soak.py RUN --out FILE (RUN: any small run, such as `mor train debug`; it gets a chat
+template if it has none). Afterwards nothing may be held: no place, page, connection or thread; memory has to be flat;
+nobody may have waited long; SIGTERM has to finish what runs.
 """
 
 import argparse
@@ -14,23 +15,28 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-from soak_client import CHATS, Client, Limits, send_many
+from soak_client import Client, Limits, send_many
 
+from mor_jax.data.special_tokens import RECORD
 from mor_jax.versions import installed_versions
 
 AT_ONCE, PLACES_BEYOND, REQUEST_BYTES = 32, 32, 32_768
 RUNNING_AT_THE_END = 6
 FLAT = 0.03
 """Share by which the process may be larger over the last quarter of the requests than over the second."""
+LONGEST_WAIT = 30.0
+"""Seconds that an answer's first byte may take: a tenth of what the server allows a whole request. Nobody overtakes, so
+that who waits longer has been forgotten."""
+TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}[assistant] "
 HELD = ("mor_running_sequences", "mor_waiting_sequences", "mor_pages_used", "mor_open_requests")
 
 
@@ -44,10 +50,10 @@ class ServerProcess:
     """What it has written to stderr."""
 
     @classmethod
-    def start(cls, run: Path) -> "ServerProcess":
+    def start(cls, run: Path, flags: list[str]) -> "ServerProcess":
         """Start it and wait until it serves."""
         options = ["--port", "0", "--max-queue", str(PLACES_BEYOND), "--max-request-bytes", str(REQUEST_BYTES)]
-        command = [sys.executable, "-m", "mor_jax.cli", "serve", str(run), *options, "--steps", "4"]
+        command = [sys.executable, "-m", "mor_jax.cli", "serve", str(run), *options, "--steps", "4", *flags]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         lines = []
@@ -81,21 +87,6 @@ class ServerProcess:
                 found[key] = found.get(key, 0) + float(value)
         return found
 
-    def chats(self) -> bool:
-        """Whether the model has a template."""
-        body = json.dumps({"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 1}).encode()
-        headers = {"Content-Type": "application/json"}
-        try:
-            urllib.request.urlopen(
-                urllib.request.Request(f"http://127.0.0.1:{self.port}{CHATS}", body, headers)
-            ).close()
-        except urllib.error.HTTPError as error:
-            with error:
-                if json.load(error)["error"]["code"] != "no_chat_template":
-                    raise
-            return False
-        return True
-
     def settled(self, seconds: float = 60.0) -> dict[str, float]:
         """Metrics when nothing is held any more, or after a while."""
         limit = time.monotonic() + seconds
@@ -111,7 +102,9 @@ async def soak(server: ServerProcess, client: Client, requests: int) -> list[dic
     step = max(1, requests // 50)
     for begin in range(0, requests, step):
         await send_many(client, min(step, requests - begin), AT_ONCE)
-        samples.append({"requests": sum(client.outcomes.values()), **server.resources()})
+        pages = await asyncio.to_thread(server.metrics)
+        told = {name: pages[f"mor_{name}"] for name in ("pages_used", "pages_kept")}
+        samples.append({"requests": sum(client.outcomes.values()), **server.resources(), **told})
         print(samples[-1], file=sys.stderr)
     return samples
 
@@ -140,6 +133,8 @@ def judge(record: dict[str, Any]) -> list[str]:
         wrong.append(f"{record['compilations_under_load']} compilations under load")
     if record["rss_growth"] > FLAT:
         wrong.append(f"memory grew by {record['rss_growth']:.1%}")
+    if record["waits"]["longest"] > LONGEST_WAIT:
+        wrong.append(f"an answer began after {record['waits']['longest']:.1f} s")
     first, last = record["before"], record["after"]
     wrong += [
         f"{name}: {first[name]} before, {last[name]} after"
@@ -151,14 +146,28 @@ def judge(record: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def measure(run: Path, requests: int, seed: int) -> dict[str, Any]:
+def with_template(run: Path, folder: Path) -> Path:
+    """Return a run with a chat template: itself, or one in ``folder`` that has all its files."""
+    tokens = json.loads((run / RECORD).read_text(encoding="utf-8"))
+    if any("template" in name for name in (*tokens["files"], *tokens["files"].get("tokenizer_config.json", ()))):
+        return run
+    for path in run.iterdir():
+        if path.name != RECORD:
+            (folder / path.name).symlink_to(path.resolve())
+    tokens["files"]["chat_template.jinja"] = TEMPLATE
+    (folder / RECORD).write_text(json.dumps(tokens), encoding="utf-8")
+    return folder
+
+
+def measure(run: Path, requests: int, seed: int, flags: list[str]) -> dict[str, Any]:
     """Start a server, soak it, end it."""
-    server = ServerProcess.start(run)
+    server = ServerProcess.start(run, flags)
     try:
         length = json.load(urllib.request.urlopen(f"http://127.0.0.1:{server.port}/v1/models"))["data"][0]["max_length"]
-        client = Client(Limits(server.port, length, REQUEST_BYTES, server.chats()), random.Random(seed))
+        client = Client(Limits(server.port, length, REQUEST_BYTES), random.Random(seed))
         asyncio.run(send_many(client, 4 * AT_ONCE, AT_ONCE))  # threads that come with the first requests
         before, first = server.settled(), server.resources()
+        client.waits.clear()
         begin = time.monotonic()
         samples = asyncio.run(soak(server, client, requests))
         seconds = time.monotonic() - begin
@@ -183,6 +192,15 @@ def measure(run: Path, requests: int, seed: int) -> dict[str, Any]:
         "ended_completions": sum(ended.values()),
         "completions": ended,
         "generated_tokens": metrics["mor_generated_tokens_total"],
+        "waits": {
+            "answers": len(client.waits),
+            "median": statistics.median(client.waits),
+            "p99": statistics.quantiles(client.waits, n=100)[-1],
+            "longest": max(client.waits),
+        },
+        **{name: metrics[f"mor_{name}"] for name in ("pages", "preemptions_total", "prefix_hits_total")},
+        "cached_prompt_tokens": metrics["mor_cached_prompt_tokens_total"],
+        "prompt_tokens": metrics["mor_prompt_tokens_total"],
         "compilations_under_load": metrics["mor_compilations_total"] - before["mor_compilations_total"],
         "rss_growth": sizes[1] / sizes[0] - 1,
         "before": first,
@@ -200,12 +218,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="flags of mor serve; the last option")
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = with_template(arguments.run, Path(folder))
+        found = measure(run, arguments.requests, arguments.seed, arguments.serve)
     record = {
         "command": sys.argv,
         "versions": {**installed_versions(("mor-jax", "jax")), "python": sys.version.split()[0]},
         "device": jax.local_devices()[0].device_kind,
-        **measure(arguments.run, arguments.requests, arguments.seed),
+        **found,
     }
     record["wrong"] = judge(record)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

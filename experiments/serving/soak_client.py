@@ -1,4 +1,4 @@
-"""Random requests for ``soak.py``: good ones, bad ones, clients that leave, and clients that hardly read.
+"""Random requests for ``soak.py``: good ones, three in ten chats, bad ones, clients that leave, or hardly read.
 
 Every request ends in an outcome: ``answered``, ``refused`` (with a status that fits and a reason), or ``left``.
 Whatever else comes back is a ``Violation``.
@@ -7,6 +7,7 @@ Whatever else comes back is a ``Violation``.
 import asyncio
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -29,8 +30,6 @@ class Limits:
     port: int
     max_length: int
     max_request_bytes: int
-    chats: bool = False
-    """Whether the model has a template: then three in ten requests are chats."""
 
 
 @dataclass
@@ -83,6 +82,8 @@ class Client:
     violations: list[str] = field(default_factory=list)
     greedy: dict[str, str] = field(default_factory=dict)
     """Greedy completions by prompt: whatever the load, they stay the same."""
+    waits: list[float] = field(default_factory=list)
+    """Seconds from sending a request to the first byte of its completion."""
     sent: int = 0
 
     async def one(self) -> None:
@@ -90,10 +91,8 @@ class Client:
         kinds: dict[Callable[[], Awaitable[str]], int] = {
             self.whole: 25, self.stream: 25, self.repeated: 10, self.leaves: 12, self.slow_reader: 6,
             self.never_reads: 2, self.overlong: 6, self.bad_json: 5, self.bad_field: 4, self.too_large: 2,
-            self.half_sent: 2, self.unknown_path: 1,
+            self.half_sent: 2, self.unknown_path: 1, self.chat: 43,
         }  # fmt: skip
-        if self.limits.chats:
-            kinds[self.chat] = 43
         self.sent += 1
         drawn = self.rng.choices(list(kinds), list(kinds.values()))[0]
         kind = list(kinds)[self.sent - 1] if self.sent <= len(kinds) else drawn
@@ -137,7 +136,7 @@ class Client:
     async def chat(self) -> str:
         """A conversation behind one of two common beginnings, whole or as it comes, which some leave."""
         rng, longest = self.rng, self.limits.max_length
-        words = rng.choice(("Be kind. ", "Say less. ")) * max(1, longest // 64)
+        words = rng.choice(("Be kind. ", "Say less. ")) * max(1, 3 * (longest // 64))
         said = "".join(rng.choice("abcde ") for _ in range(rng.randrange(1, 2 + longest // 16)))
         fields = {
             "messages": [{"role": "system", "content": words}, {"role": "user", "content": said}],
@@ -249,6 +248,7 @@ class Client:
         return await self._exchange(_request(path, body), piece=1 << 16, pause=0)
 
     async def _exchange(self, raw: bytes, piece: int, pause: float) -> Response:
+        begin, waited = time.monotonic(), None
         reader, writer = await asyncio.open_connection("127.0.0.1", self.limits.port, limit=piece)
         received = b""
         try:
@@ -256,10 +256,15 @@ class Client:
             await writer.drain()
             while part := await reader.read(piece):
                 received += part
+                if waited is None and received.partition(b"\r\n\r\n")[2]:  # a stream's head comes at once
+                    waited = time.monotonic() - begin
                 await asyncio.sleep(pause)
         finally:
             writer.close()
-        return Response.parse(received)
+        response = Response.parse(received)
+        if response.status == 200 and waited is not None:
+            self.waits.append(waited)
+        return response
 
     async def _leave(self, raw: bytes, seconds: float = 0.3) -> str:
         _, writer = await asyncio.open_connection("127.0.0.1", self.limits.port, limit=256)

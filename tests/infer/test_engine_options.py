@@ -12,7 +12,7 @@ from mor_jax.infer.dispatch_program import GPU_OPTIONS, dispatch_program
 from mor_jax.infer.engine import Engine
 from mor_jax.infer.engine_options import EngineOptions
 from mor_jax.infer.engine_shape import engine_shape
-from mor_jax.infer.prefill_chunk import reads_alone, with_prefill_chunk
+from mor_jax.infer.prefill_chunk import reads_alone, with_prefill_sizes
 from mor_jax.infer.stages import dispatch
 
 
@@ -41,15 +41,18 @@ def test_sizes_left_open_follow_from_the_model():
     ],
 )  # fmt: skip
 def test_the_chunk_follows_from_device_and_length(platform, asked, max_length, context, chunk):
-    options = EngineOptions(prefill_chunk=asked, max_length=max_length)
-    assert with_prefill_chunk(options, platform, context) == dataclasses.replace(options, prefill_chunk=chunk)
+    options = EngineOptions(prefill_chunk=asked, max_length=max_length, prefill_rows=4)
+    assert with_prefill_sizes(options, platform, context) == dataclasses.replace(options, prefill_chunk=chunk)
 
 
 @pytest.mark.parametrize(
     ("rows", "max_length", "context", "alone"),
-    [(4, 4096, 65536, False), (4, 4097, 512, True), (2, None, 32768, True), (1, None, 32768, False)],
-)
-def test_long_texts_have_a_program_of_one_row(rows, max_length, context, alone):
+    [
+        (4, 4096, 65536, False), (4, 4097, 512, True), (2, None, 32768, True), (1, None, 32768, False),
+        (8, 512, 512, True),
+    ],
+)  # fmt: skip
+def test_long_texts_and_many_rows_have_a_program_of_one_row(rows, max_length, context, alone):
     assert reads_alone(EngineOptions(prefill_rows=rows, max_length=max_length), context) == alone
 
 
@@ -62,5 +65,12 @@ def test_the_compiler_knows_what_a_gpu_is_asked_for():
         jax.jit(lambda x: 2 * x).lower(1.0).compile(compiler_options={"xla_gpu_no_such_option": True})
 
 
+@pytest.mark.parametrize(("running", "asked", "rows"), [(1, None, 4), (39, None, 4), (256, None, 32), (256, 2, 2)])
+def test_as_many_prompts_are_read_as_sequences_end(running, asked, rows):
+    options = with_prefill_sizes(EngineOptions(max_running=running, prefill_rows=asked), "gpu", 2048)
+    assert options.prefill_rows == rows
+
+
 def test_an_engine_settles_its_chunk():
-    assert Engine(decode_model(model_config()), EngineOptions(max_length=20)).options.prefill_chunk == 128
+    options = Engine(decode_model(model_config()), EngineOptions(max_length=20)).options
+    assert (options.prefill_chunk, options.prefill_rows) == (128, 4)

@@ -36,6 +36,21 @@ def test_the_youngest_loses_its_place_a_few_times_and_then_keeps_it():
         places.preempt_youngest()
 
 
+def test_what_others_need_is_counted_once_for_all_who_come(monkeypatch):
+    count, asked, expects = 40, [], Places._expects
+    places = Places(count, PageBook(count, 2, [1000, 1000], 4, LAYOUT), LAYOUT, chunk=4, steps=4)
+    monkeypatch.setattr(Places, "_expects", lambda self, *entry: (asked.append(entry), expects(self, *entry))[1])
+    for number in range(count + 5):
+        places.wait(number, Request((number, 1, 2), 6))
+    places.seat()
+    assert _numbers(places) == list(range(count)) and len(asked) == count
+    places.empty(7)
+    places.seat()
+    assert places.numbers[7] == count and len(asked) == 2 * count
+    places.seat()
+    assert len(asked) == 2 * count and len(places.queue) == 4
+
+
 def test_a_sequence_goes_on_behind_what_it_has_generated():
     places = _places(100, 100)
     places.wait(0, Request((1, 2, 3), 6))

@@ -27,7 +27,7 @@ class ServedEngine(EngineOptions):
     """Tokens of prompt and completion; None is the model's context."""
     staged: Annotated[int | None, *_NoFlag] = EngineOptions.staged
     page_size: Annotated[int, *_NoFlag] = EngineOptions.page_size
-    prefill_rows: Annotated[int, *_NoFlag] = EngineOptions.prefill_rows
+    prefill_rows: Annotated[int | None, *_NoFlag] = EngineOptions.prefill_rows
 
 
 @dataclass(frozen=True)

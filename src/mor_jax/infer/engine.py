@@ -26,7 +26,7 @@ from mor_jax.infer.host_rows import admit, prompt_rows
 from mor_jax.infer.page_book import PageBook
 from mor_jax.infer.places import Places, Progress
 from mor_jax.infer.prefill import prefill
-from mor_jax.infer.prefill_chunk import reads_alone, with_prefill_chunk
+from mor_jax.infer.prefill_chunk import reads_alone, with_prefill_sizes
 from mor_jax.infer.request import Request, Token
 from mor_jax.mesh.devices import target_platform
 from mor_jax.mesh.mesh import on_mesh
@@ -42,7 +42,7 @@ class Engine:
 
     def __init__(self, model: DecodeModel, options: EngineOptions) -> None:
         platform = target_platform()
-        options = with_prefill_chunk(options, platform, model.config.context_length)
+        options = with_prefill_sizes(options, platform, model.config.context_length)
         self.model, self.options = model, options
         self._reads_alone = reads_alone(options, model.config.context_length)
         self.shape = engine_shape(model, options)
@@ -51,8 +51,10 @@ class Engine:
         self._state = make_state(model, self.shape)
         pages, layout = [pool.free_P.shape[0] for pool in self._state.cache.pools], kv_layout(model.config)
         book = PageBook(self.shape.places, self.shape.kept, pages, self.shape.page_size, layout)
+        assert options.prefill_rows is not None
         assert options.prefill_chunk is not None
-        self._places = Places(self.shape.places, book, layout, chunk=options.prefill_chunk, steps=options.steps)
+        self._rows, self._chunk = options.prefill_rows, options.prefill_chunk
+        self._places = Places(self.shape.places, book, layout, chunk=self._chunk, steps=options.steps)
         self._next_number = 0
         self._admissions = 0
         self._cancelled: set[int] = set()
@@ -126,7 +128,7 @@ class Engine:
         """
         self._forget_cancelled()
         self._places.seat()
-        reading = self._places.to_read(self.options.prefill_rows)
+        reading = self._places.to_read(self._rows)
         tokens = self._make_room(reading)
         control, decodes = self._control()
         self._exchange()
@@ -135,7 +137,7 @@ class Engine:
         reading = [(index, progress) for index, progress in reading if self._places[index] is progress]
         if reading:
             alone = self._reads_alone and len(reading) == 1 and not reading[0][1].request.score_prompt
-            self._read_prompts(reading, rows=1 if alone else self.options.prefill_rows)
+            self._read_prompts(reading, rows=1 if alone else self._rows)
         tokens += self._collect(dispatches=1, chunks=None if decodes else int(bool(reading)))
         if not self.busy:  # nobody may come for long
             self._exchange()
@@ -185,7 +187,7 @@ class Engine:
             self._exchange(warm_up=True)
             if prompts:
                 for scored in (False, True):
-                    self._read_prompts([], rows=self.options.prefill_rows, scored=scored)
+                    self._read_prompts([], rows=self._rows, scored=scored)
                 if self._reads_alone:
                     self._read_prompts([], rows=1)
             if self.shape.cuts:
@@ -251,10 +253,9 @@ class Engine:
 
     def _read_prompts(self, reading: Sequence[tuple[int, Progress]], *, rows: int, scored: bool = False) -> None:
         """Read the next chunk of at most ``rows`` texts; with ``scored`` by the program that also scores them."""
-        options, budget = self.options, self._places.budget
-        assert options.prefill_chunk is not None
+        budget = self._places.budget
         whole = [(index, progress, budget(progress.request)) for index, progress in reading]
-        texts, targets_BT = prompt_rows(whole, rows, options.prefill_chunk, self.shape.places)
+        texts, targets_BT = prompt_rows(whole, rows, self._chunk, self.shape.places)
         if scored and targets_BT is None:
             targets_BT = np.full(texts.tokens_BT.shape, -1, np.int32)
         with on_mesh(self.model.mesh):

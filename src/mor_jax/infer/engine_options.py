@@ -29,8 +29,8 @@ class EngineOptions:
     """Block passes between two looks of the host: fewer answer sooner, more waste less."""
     page_size: int = 16
     """Cache entries per page."""
-    prefill_rows: int = 4
-    """Prompts that are read at a time."""
+    prefill_rows: int | None = None
+    """Prompts that are read at a time; None is an eighth of max_running, at least 4."""
     prefill_chunk: int | None = None
     """Prompt tokens that are read at a time; None is 128, and 1,024 on a GPU where max_length exceeds 4,096."""
     block_pages: int | None = None
@@ -50,13 +50,14 @@ class EngineOptions:
     faster."""
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "steps", "page_size", "prefill_rows"):
+        for name in ("max_running", "steps", "page_size"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         for name in (
             "max_length",
             "block_slots",
             "exit_slots",
             "exit_at",
+            "prefill_rows",
             "prefill_chunk",
             "block_pages",
             "edge_pages",

@@ -105,16 +105,18 @@ class Places:
 
     def seat(self) -> None:
         """Give free places to the oldest requests while there are pages; nobody overtakes."""
-        for index, place in enumerate(self._places):
-            if not self.queue:
+        free = [index for index, place in enumerate(self._places) if place is None]
+        if not (free and self.queue):
+            return
+        expected = [self._expects(*entry) for entry in self.taken]  # once: who comes changes nothing of the others'
+        for index in free[: len(self.queue)]:
+            self._places[index] = progress = self.queue[0]
+            self._open(index, progress)
+            expected.append(self._expects(index, progress))
+            if not self._fit(expected):
+                self.empty(index, keep=False)
                 return
-            if place is None:
-                self._places[index] = progress = self.queue[0]
-                self._open(index, progress)
-                if not self._fit([self._expects(*entry) for entry in self.taken]):
-                    self.empty(index, keep=False)
-                    return
-                self.queue.popleft()
+            self.queue.popleft()
 
     def empty(self, index: int, *, keep: bool = True) -> None:
         """Take a place back; what it alone knows of prefixes is kept if there is a row for it."""

@@ -5,13 +5,16 @@ import dataclasses
 from mor_jax.infer.engine_options import EngineOptions
 
 _USUAL, _LONG = 128, 1024
+_ROWS, _SEQUENCES_PER_ROW = 4, 8
 _LONG_TEXTS = 4096
 """Tokens of a sequence beyond which prompts of thousands are expected, that only large chunks read fast."""
 
 
-def with_prefill_chunk(options: EngineOptions, platform: str, context_length: int) -> EngineOptions:
-    """Settle ``prefill_chunk``.
+def with_prefill_sizes(options: EngineOptions, platform: str, context_length: int) -> EngineOptions:
+    """Settle ``prefill_chunk`` and ``prefill_rows``.
 
+    A dispatch is followed by one chunk, so its rows bound how many sequences start per dispatch: of N that decode 16
+    steps at a time, N / 16 end with every dispatch where completions have 256 tokens, N / 8 where they have 128.
     A GPU reads 1,024 tokens at a time 3.7 times as fast at 8,192 tokens of prompt, and 4.7 times at 32,768, as 128
     (vanilla at 360M on an H100, experiments/serving/README.md), but short prompts would pay for what they do not fill.
 
@@ -21,18 +24,22 @@ def with_prefill_chunk(options: EngineOptions, platform: str, context_length: in
         context_length: of the model, the longest sequence where the options name none.
 
     Returns:
-        Options whose ``prefill_chunk`` is a number.
+        Options where both are numbers.
     """
-    if options.prefill_chunk is not None:
-        return options
     large = platform == "gpu" and (options.max_length or context_length) > _LONG_TEXTS
-    return dataclasses.replace(options, prefill_chunk=_LONG if large else _USUAL)
+    return dataclasses.replace(
+        options,
+        prefill_chunk=options.prefill_chunk or (_LONG if large else _USUAL),
+        prefill_rows=options.prefill_rows or max(_ROWS, options.max_running // _SEQUENCES_PER_ROW),
+    )
 
 
 def reads_alone(options: EngineOptions, context_length: int) -> bool:
-    """Say whether a text that nobody reads beside is read by a program of one row.
+    """Say of settled options whether a text that nobody reads beside is read by a program of one row.
 
     The usual program computes all its rows, and copies or attends to the pages of each: the others' tokens would wait
-    for rows that hold nothing. A second program is compiled where texts are long enough to be read for many chunks.
+    for rows that hold nothing. A second program is compiled where texts are long enough to be read for many chunks, or
+    rows are many.
     """
-    return options.prefill_rows > 1 and (options.max_length or context_length) > _LONG_TEXTS
+    rows = options.prefill_rows or _ROWS
+    return rows > _ROWS or (rows > 1 and (options.max_length or context_length) > _LONG_TEXTS)

@@ -25,7 +25,7 @@ from mor_jax.infer.engine_shape import EngineShape, engine_shape
 from mor_jax.infer.engine_state import EngineState, empty_control, init_state
 from mor_jax.infer.paged_attention import PROMPT_BLOCK, TOKEN_BLOCK
 from mor_jax.infer.prefill import prefill
-from mor_jax.infer.prefill_chunk import with_prefill_chunk
+from mor_jax.infer.prefill_chunk import with_prefill_sizes
 from mor_jax.infer.stages import dispatch
 from mor_jax.mesh.devices import GIB
 from mor_jax.model.transformer import init_params
@@ -145,11 +145,12 @@ def compile_decode(
     device = SingleDeviceSharding(topology.devices[0])
     put = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)  # noqa: E731
     model = put(jax.eval_shape(lambda key: _weights(config.model, key), jax.random.key(0)))
-    options = with_prefill_chunk(options, "tpu", config.model.context_length)
+    options = with_prefill_sizes(options, "tpu", config.model.context_length)
     shape = engine_shape(model, options)
     state = put(jax.eval_shape(lambda model: init_state(model, shape), model))
     control = put(empty_control(shape.places))
     rows, chunk = options.prefill_rows, options.prefill_chunk
+    assert rows is not None
     assert chunk is not None
     prompts = put((np.zeros(rows, np.int32), np.zeros((rows, chunk), np.int32), *np.zeros((3, rows), np.int32)))
     held = tokens_held(shape)

@@ -6,6 +6,7 @@ change a completion, and the fields of other servers that speak OpenAI's form at
 
 import json
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -43,6 +44,7 @@ _STREAM_OPTIONS = {"include_usage": None, "include_obfuscation": None, "continuo
 """With the one value that is served, or None for both. Obfuscation pads events; no server but OpenAI's does."""
 _NO_SEED = -1
 _STOPS, _STOP_LENGTH, _SHOWN = 4, 256, 60
+_DIGITS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,15 +167,31 @@ def common_fields(values: dict[str, Any], max_completions: int, prompts: int = 1
 
 
 def _load(body: bytes) -> dict[str, Any]:
-    def refuse(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON number")
-
     try:
-        values = json.loads(body, parse_constant=refuse)
+        values = json.loads(body, parse_constant=_no_number, parse_int=_short_integer, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise invalid(None, f"the body is not JSON: {str(error)[:200] or 'nested too deeply'}") from error
     if not isinstance(values, dict):
         raise invalid(None, f"the body must be a JSON object, not {type(values).__name__}")
+    return values
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"an integer has {len(digits)} digits")
+    return int(digits)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; which of two equal names a client means, or another reader of the body takes, nobody can know."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{show(twice)} stands there more than once")
     return values
 
 
