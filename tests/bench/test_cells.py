@@ -25,11 +25,11 @@ def test_trees_take_turns_and_change_places_in_the_second_round(cells):
 
 
 def test_the_table_has_medians_and_leaves_out_what_was_not_timed(cells):
-    def result(tree, rate, sequences="8", **more):
-        return {"model": "m", "sequences": sequences, "tree": tree, "tokens_per_second": rate, **more}
+    def result(tree, rate, sequences="8"):
+        return {"model": "m", "sequences": sequences, "tree": tree, "tokens_per_second": rate}
 
     times = {"first_token_ms": {"p50": 2.0, "p99": 40.0}}
-    results = [result("old", 100), result("old", 300), result("new", 500, **times), result("old", 7, "8:int8")]
+    results = [result("old", 100), result("old", 300), result("new", 500) | times, result("old", 7, "8:int8")]
     head, _, *rows = cells.table({"results": results}).splitlines()
     assert head.startswith(
         "| model | sequences | tokens/s, old | tokens/s, new | new over old | first token, ms, p50 / p99, old |"
