@@ -1,7 +1,7 @@
 """The models that are compared, at three scales: what repeats a block, what has all its layers of its own, what routes.
 
-A recursive model is a block of L layers that it applies N_r times (`cycle`), and no layer beside it: three layers that
-are used once follow eight hops by themselves. At the same steps the vanilla model of L layers has the parameters of all
+A recursive model is a block of L layers that it applies N_r times (`cycle`), and no layer beside it: three layers,
+each used once, follow eight hops. At the same steps the vanilla model of L layers has the parameters of all
 recursive ones, and the vanilla model of L N_r layers has the FLOPs of the one with N_r passes.
 """
 
