@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # driver.py
 import tyro
 from answers import measure
-from drawn import compile_drawn_step
+from drawn import compile_drawn_step, drawn_flops
 from driver import STOP_SECONDS, DriverOptions, conduct, results_in, row_of, take_over, work, write_new
 from ranking import ranked_runs
 from reasoners import DRAWN, Scale, scale_of
@@ -76,7 +76,9 @@ def train_on_questions(config: Config, **arguments: Any) -> Path:
 
 
 def _measure(scale: Scale, folder: Path) -> dict[str, Any]:
-    return measure(open_run(folder), scale.measured_rows)
+    run = open_run(folder)
+    counted = {"train_flops": drawn_flops(run.config)} if run.config.preset == DRAWN else {}  # else: all passes
+    return measure(run, scale.measured_rows) | counted
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from drawn import drawn_flops
 from ranking import CHEAPER, SEEDS, group_name
-from reasoners import DRAWN, FAMILIES, scale_of
+from reasoners import FAMILIES, scale_of
 
-from mor_jax.config import Config, io
 from mor_jax.sweep.paired import PairedDifference, paired_difference
 
 Result = Mapping[str, Any]
@@ -39,12 +37,6 @@ def done(results: Results, group: str) -> dict[int, Result]:
     return {seed: result for seed, result in found.items() if result is not None and "accuracy" in result}
 
 
-def train_flops(run: Result) -> float:
-    """Return a run's exact training FLOPs; a row counts every step with all passes, also where they are drawn."""
-    config = io.from_dict(Config, run["config"])
-    return drawn_flops(config) if config.preset == DRAWN else run["train_flops"]
-
-
 def binned(accuracy: Mapping[str, Sequence[float]]) -> list[float | None]:
     """Return the accuracy of ranges of difficulties, each difficulty of the same weight; None where there is none."""
     ranges = ([mean for d, (mean, _) in accuracy.items() if low <= int(d) <= high] for low, high in _BINS)
@@ -68,7 +60,7 @@ def accuracy_table(results: Results, task: str, recursions: int) -> list[str]:
                 f"{family}{', equal FLOPs' * equal_flops}",
                 str(len(runs)),
                 f"{runs[0]['non_embedding'] / 1e6:.2f}M",
-                f"{train_flops(runs[0]):.2e}",
+                f"{runs[0]['train_flops']:.2e}",
                 _percent(_mean([run["mean_accuracy"] for run in runs])),
                 *map(_percent, bins),
             ]

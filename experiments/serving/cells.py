@@ -78,19 +78,22 @@ def compile_group(workers: list[Worker], sizes: list[Size], until: float, say: A
     waves = [[worker] for worker in first] + [[worker for worker in workers if worker not in first]]
     done = {(id(worker), size): threading.Event() for worker in workers for size in sizes}
 
+    def compile_size(worker: Worker, size: Size) -> None:
+        if time.monotonic() > until:
+            say(f"{worker.tree} {worker.model} {name(size)}: no time to compile it")
+            return
+        found = worker.ask({"compile": size})
+        worker.ready.add(size)
+        say(f"{worker.tree} {worker.model} {name(size)}: warm after {found['warm_up_seconds']:.1f} s")
+
     def run(worker: Worker, before: list[Worker]) -> None:
         for size in sizes:
+            for other in before:
+                done[id(other), size].wait()
             try:
-                for other in before:
-                    done[id(other), size].wait()
-                if time.monotonic() > until:
-                    say(f"{worker.tree} {worker.model} {name(size)}: no time to compile it")
-                    continue
-                found = worker.ask({"compile": size})
-                worker.ready.add(size)
-                say(f"{worker.tree} {worker.model} {name(size)}: warm after {found['warm_up_seconds']:.1f} s")
-            except EOFError as error:
-                say(str(error))
+                compile_size(worker, size)
+            except Exception as error:  # of this size alone: others wait for its end, and have theirs
+                say(f"{worker.tree} {worker.model} {name(size)}: {error!r}")
             finally:
                 done[id(worker), size].set()
 

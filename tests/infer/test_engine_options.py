@@ -65,9 +65,13 @@ def test_the_compiler_knows_what_a_gpu_is_asked_for():
         jax.jit(lambda x: 2 * x).lower(1.0).compile(compiler_options={"xla_gpu_no_such_option": True})
 
 
-@pytest.mark.parametrize(("running", "asked", "rows"), [(1, None, 4), (39, None, 4), (256, None, 32), (256, 2, 2)])
-def test_as_many_prompts_are_read_as_sequences_end(running, asked, rows):
-    options = with_prefill_sizes(EngineOptions(max_running=running, prefill_rows=asked), "gpu", 2048)
+@pytest.mark.parametrize(
+    ("running", "longest", "asked", "rows"),
+    [(1, 2048, None, 4), (39, 2048, None, 4), (256, 2048, None, 32), (256, 2048, 2, 2), (256, 8192, None, 4)],
+)
+def test_as_many_prompts_are_read_as_sequences_end(running, longest, asked, rows):
+    options = EngineOptions(max_running=running, max_length=longest, prefill_rows=asked)
+    options = with_prefill_sizes(options, "gpu", longest)
     assert options.prefill_rows == rows
 
 

@@ -34,6 +34,9 @@ def test_known_sums_of_squares_change_neither_value_nor_gradient():
     x, scale = jax.random.normal(jax.random.key(0), (2, 37, 24)), jnp.linspace(0.5, 2, 24)
     known = lambda x, s: rms_norm(x, s, EPSILON, square_sums(x))  # noqa: E731
     _same(lambda x, s: rms_norm(x, s, EPSILON), known, (x, scale), tolerance=1e-6)
+    of_gradient = lambda norm: jax.grad(lambda x: jnp.sum(jax.grad(lambda y: jnp.sum(norm(y, scale) ** 3))(x) ** 2))  # noqa: E731
+    plain, second = (of_gradient(norm)(x) for norm in (lambda x, s: rms_norm(x, s, EPSILON), known))
+    np.testing.assert_allclose(second, plain, rtol=1e-4, atol=1e-3)
     sums = jnp.full(x.shape[:2], 24.0)  # they are taken as they are given
     np.testing.assert_allclose(rms_norm(x, scale, 0.0, sums), x * scale[None, None], rtol=1e-6)
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.config import PLAIN, ModelConfig, RecursionConfig, RematPolicy, ResolvedPerf, RoutingConfig
+from mor_jax.config import PLAIN, Execution, ModelConfig, RecursionConfig, RematPolicy, ResolvedPerf, RoutingConfig
+from mor_jax.kernels import norm
 from mor_jax.model import attention, layer_context
 from mor_jax.model.parameters import Weights
 from mor_jax.model.rows import Rows
@@ -54,11 +55,20 @@ def test_no_policy_changes_value_or_gradient(remat: RematPolicy):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), _made(remat)[0], _made("none")[0])
 
 
-def test_sums_of_squares_beside_the_stream_change_neither(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("execution", ["gather", "scan"])
+def test_sums_of_squares_beside_the_stream_change_neither(monkeypatch: pytest.MonkeyPatch, execution: Execution):
     """On a TPU every layer of a loop hands them to the next."""
     want, params = _made("none")[0], init_params(_MODEL, jax.random.key(0))
     monkeypatch.setattr(layer_context, "target_platform", lambda: "tpu")
-    got = jax.jit(_gradient(dataclasses.replace(PLAIN, remat="full")))(params)
+    known, given = norm._known_sums, []
+
+    def noted(x_BCD: jax.Array, squares_BC: jax.Array) -> jax.Array:
+        given.append(squares_BC.shape)
+        return known(x_BCD, squares_BC)
+
+    monkeypatch.setattr(norm, "_known_sums", noted)
+    got = jax.jit(_gradient(dataclasses.replace(PLAIN, remat="full", execution=execution)))(params)
+    assert given
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), got, want)
 
 

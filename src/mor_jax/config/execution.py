@@ -91,7 +91,8 @@ class PerfConfig:
     and keep them whole in the compute dtype, rather than gather them at every use; None is yes if they take at most
     a tenth of the memory."""
     compiler_options: tuple[str, ...] | None = None
-    """XLA options of the train step as `name=value`; None takes the device's (``mor_jax.perf`` gives the reasons)."""
+    """XLA options of the train step as `name=value`, instead of the device's, which None takes (``mor_jax.perf`` gives
+    the reasons)."""
 
     def __post_init__(self) -> None:
         require_choice("perf.execution", self.execution, Execution)

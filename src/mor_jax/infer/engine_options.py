@@ -30,7 +30,7 @@ class EngineOptions:
     page_size: int = 16
     """Cache entries per page."""
     prefill_rows: int | None = None
-    """Prompts that are read at a time; None is an eighth of max_running, at least 4."""
+    """Prompts that are read at a time; None is an eighth of max_running, at least 4, else 4,096 tokens at most."""
     prefill_chunk: int | None = None
     """Prompt tokens that are read at a time; None is 128, and 1,024 on a GPU where max_length exceeds 4,096."""
     block_pages: int | None = None

@@ -6,6 +6,8 @@ from mor_jax.infer.engine_options import EngineOptions
 
 _USUAL, _LONG = 128, 1024
 _ROWS, _SEQUENCES_PER_ROW = 4, 8
+_MOST_TOKENS = _ROWS * _LONG
+"""Of a chunk, beyond four rows: all rows are computed, whether they hold a prompt or not."""
 _LONG_TEXTS = 4096
 """Tokens of a sequence beyond which prompts of thousands are expected, that only large chunks read fast."""
 
@@ -27,11 +29,9 @@ def with_prefill_sizes(options: EngineOptions, platform: str, context_length: in
         Options where both are numbers.
     """
     large = platform == "gpu" and (options.max_length or context_length) > _LONG_TEXTS
-    return dataclasses.replace(
-        options,
-        prefill_chunk=options.prefill_chunk or (_LONG if large else _USUAL),
-        prefill_rows=options.prefill_rows or max(_ROWS, options.max_running // _SEQUENCES_PER_ROW),
-    )
+    chunk = options.prefill_chunk or (_LONG if large else _USUAL)
+    rows = max(_ROWS, min(options.max_running // _SEQUENCES_PER_ROW, _MOST_TOKENS // chunk))
+    return dataclasses.replace(options, prefill_chunk=chunk, prefill_rows=options.prefill_rows or rows)
 
 
 def reads_alone(options: EngineOptions, context_length: int) -> bool:

@@ -9,7 +9,7 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Return the tokens' rows of a table; its gradient's sums over tokens are float32, rounded once at the end.
 
     In bfloat16 a sum over the thousands of places of a frequent word stops growing, and GPUs add it by
-    compare-and-swap, one place after the other.
+    compare-and-swap, one place after the other. There is no forward-mode derivative.
 
     Args:
         table_VD: of any float dtype.

@@ -64,7 +64,7 @@ def _known_sums(x32_BCD: jax.Array, squares_BC: jax.Array) -> jax.Array:
 @_known_sums.defjvp
 def _known_sums_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (x32_BCD, squares_BC), (dx_BCD, _) = primals, tangents
-    return squares_BC, jnp.sum(2.0 * x32_BCD * dx_BCD, axis=-1)
+    return _known_sums(x32_BCD, squares_BC), jnp.sum(2.0 * x32_BCD * dx_BCD, axis=-1)
 
 
 def residual_norm(
@@ -90,6 +90,7 @@ def residual_norm(
     """
     if fuses("norm", fusion):
         return skip_norm(x_BCD, scale, epsilon) if delta_BCD is None else add_norm(x_BCD, delta_BCD, scale, epsilon)
+    assert delta_BCD is None or squares_BC is None
     x_BCD = x_BCD if delta_BCD is None else x_BCD + delta_BCD
     return x_BCD, rms_norm(x_BCD, scale, epsilon, squares_BC)
 

@@ -169,6 +169,8 @@ def common_fields(values: dict[str, Any], max_completions: int, prompts: int = 1
 def _load(body: bytes) -> dict[str, Any]:
     try:
         values = json.loads(body, parse_constant=_no_number, parse_int=_short_integer, object_pairs_hook=_once)
+    except _RefusedError as error:
+        raise invalid(None, f"the body is refused: {error}") from error
     except (ValueError, RecursionError) as error:
         raise invalid(None, f"the body is not JSON: {str(error)[:200] or 'nested too deeply'}") from error
     if not isinstance(values, dict):
@@ -176,13 +178,17 @@ def _load(body: bytes) -> dict[str, Any]:
     return values
 
 
+class _RefusedError(ValueError):
+    """The body is JSON, but nobody can mean it."""
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
 def _short_integer(digits: str) -> int:
-    if len(digits) > _DIGITS:
-        raise ValueError(f"an integer has {len(digits)} digits")
+    if len(digits.lstrip("-")) > _DIGITS:
+        raise _RefusedError(f"an integer of more than {_DIGITS} digits")
     return int(digits)
 
 
@@ -191,7 +197,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{show(twice)} stands there more than once")
+        raise _RefusedError(f"{show(twice)} stands there more than once")
     return values
 
 
