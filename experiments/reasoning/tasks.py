@@ -170,7 +170,7 @@ class Addition:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row: whole 32, so that the longest sum fits with a mark before it."""
+        """Tokens of a row: a multiple of 32 that holds the longest sum and the mark before it."""
         return -(-2 * (self.largest + 1) // 32) * 32
 
     def rows(self, generator: Generator, count: int, held_out: bool) -> Rows:
