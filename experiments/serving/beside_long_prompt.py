@@ -138,7 +138,6 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     device, results = jax.local_devices()[0], []
     record = {
-        "command": sys.argv,
         "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
         "device": device.device_kind,
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},

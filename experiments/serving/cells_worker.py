@@ -119,7 +119,7 @@ def measure(engine: Engine, seconds: float) -> dict[str, Any]:
         if start is None and (full or now >= begin + _RAMP_AT_MOST):
             start, used = now, (engine.statistics.block_used, engine.statistics.block_steps)
     spent = time.perf_counter() - start
-    blocks = engine.statistics.block_steps - used[1]
+    used = engine.statistics.block_used - used[0], engine.statistics.block_steps - used[1]
     for number in load.sent:
         engine.cancel(number)
     for _ in engine.run():
@@ -129,7 +129,7 @@ def measure(engine: Engine, seconds: float) -> dict[str, Any]:
         "seconds": spent,
         "ramp_seconds": start - begin,
         **waits(tokens, load.sent, start),
-        "block_use": (engine.statistics.block_used - used[0]) / max(1, blocks * running) if blocks else None,
+        "block_use": used[0] / (used[1] * running) if used[1] else None,
         "prompts_at_a_time": engine.options.prefill_rows,
         "compilations_after_warm_up": compilations() - compiled,
     }
