@@ -7,6 +7,7 @@ percentile is that of dispatches. Weights are random, and boundaries such that h
 """
 
 import dataclasses
+import gc
 import json
 import sys
 import time
@@ -83,7 +84,12 @@ def make_engine(model: DecodeModel, settings: Settings, chunk: int | None, token
         kept=0,
     )
     engine = Engine(model, options)
-    engine.warm_up()
+    engine.warm_up(prompts=False)  # one prompt alone is read, and none is scored: other programs are not compiled
+    for _ in range(2):  # the second time around, all arrays are what compiled programs returned
+        engine.submit(Request((1,) * 8, 2))
+        for _ in engine.run():
+            pass
+    gc.freeze()  # as the server does
     return engine
 
 

@@ -13,7 +13,7 @@ has, so it keeps names of its own, one for one: a count of those names is the co
 import hashlib
 import itertools
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -72,8 +72,8 @@ class PageBook:
         """The one that was used longest ago comes first."""
         self._unused = list(range(places, places + kept))
         self._holders: dict[bytes, dict[int, None]] = {}
-        self._all = [Counter[int]() for _ in pages]
-        self._seated = [Counter[int]() for _ in pages]
+        self._all: list[dict[int, int]] = [{} for _ in pages]
+        self._seated: list[dict[int, int]] = [{} for _ in pages]
         self._names = itertools.count()
         self._drops: set[int] = set()
         self._sources: dict[int, tuple[int, list[list[int]]]] = {}
@@ -145,7 +145,7 @@ class PageBook:
                     self._hold(place, nth, fresh := list(itertools.islice(self._names, missing)))
                     pages += fresh
         known = len(row.keys)
-        if known < len(row.depths) // self.size:
+        if self.keeps and known < len(row.depths) // self.size:
             row.keys = chain(row.tokens[: len(row.depths)], row.budget, self.size, row.keys)
             for key in row.keys[known:]:
                 self._holders.setdefault(key, {})[place] = None
