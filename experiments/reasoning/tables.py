@@ -1,5 +1,6 @@
 """Write the tables from the results: python experiments/reasoning/tables.py RESULTS.json [--out TABLES.md]."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,13 +88,13 @@ def correlation_table(results: Results, tasks: Sequence[str], recursions: int) -
 def passes_table(results: Results, tasks: Sequence[str], recursions: int) -> list[str]:
     """Mean accuracy by the passes that are allowed, or given beyond training."""
     lines = [f"| model | {' | '.join(map(str, range(1, 2 * recursions + 1)))} |", "|---" * (1 + 2 * recursions) + "|"]
-    for task in tasks:
-        for family in FAMILIES[2:]:
-            runs = list(done(results, group_name(task, family, recursions)).values())
+    for task, equal_flops in itertools.product(tasks, (False, True)):
+        for family in (family for family in FAMILIES[2:] if not equal_flops or family in CHEAPER):
+            runs = list(done(results, group_name(task, family, recursions, equal_flops=equal_flops)).values())
             if runs:
                 curve = mean_curve(runs)
                 cells = [_percent(curve.get(passes)) for passes in range(1, 2 * recursions + 1)]
-                lines.append(f"| {task}, {family} | {' | '.join(cells)} |")
+                lines.append(f"| {task}, {family}{', equal FLOPs' * equal_flops} | {' | '.join(cells)} |")
     return lines
 
 
@@ -115,17 +116,30 @@ def statements(results: Results, tasks: Sequence[str], recursions: int) -> list[
             if found:
                 says = "; ".join(_interval(value) for value in found.values())
                 lines.append(f"| harder answers take more passes ({family}) | {task} | {says} | {_follows(found)} |")
-        mean = {family: _means(results, task, family, recursions) for family in FAMILIES}
-        same = paired_difference(mean["recursive"], mean["deep"])
-        lines += _line(f"{recursions} passes of a block do what {recursions} blocks do", task, same, _not_worse(same))
-        useful = paired_difference(mean["recursive"], mean["shallow"])
-        lines += _line("passes do what parameters do not (recursive - shallow)", task, useful, _better(useful))
-        for family in ("recursive", "drawn"):
-            runs = done(results, group_name(task, family, recursions))
-            beyond = {seed: _gain_beyond(run, recursions) for seed, run in runs.items()}
-            more = paired_difference(beyond, dict.fromkeys(beyond, 0.0))
-            lines += _line(f"twice the trained passes help ({family})", task, more, _better(more))
+        lines += _comparisons(results, task, recursions)
     return lines
+
+
+def _comparisons(results: Results, task: str, recursions: int) -> Iterator[str]:
+    """Compare families by their mean accuracy, seed by seed."""
+    mean = {family: _means(results, task, family, recursions) for family in FAMILIES}
+    equal = {family: _means(results, task, family, recursions, equal_flops=True) for family in CHEAPER}
+    beyond = {family: _means(results, task, family, recursions, 2 * recursions) for family in ("recursive", "drawn")}
+    equal_beyond = _means(results, task, "drawn", recursions, 2 * recursions, equal_flops=True)
+    blocks = f"{recursions} blocks"
+    for says, ours, base, verdict in (
+        (f"{recursions} passes of a block do what {blocks} do", mean["recursive"], mean["deep"], _not_worse),
+        ("passes do what parameters do not (recursive - shallow)", mean["recursive"], mean["shallow"], _better),
+        ("twice the trained passes help (recursive)", beyond["recursive"], mean["recursive"], _better),
+        ("twice the trained passes help (drawn)", beyond["drawn"], mean["drawn"], _better),
+        (f"drawn passes do what {blocks} do, equal training FLOPs", equal["drawn"], mean["deep"], _not_worse),
+        (f"twice the drawn passes beat {blocks}, equal training FLOPs", equal_beyond, mean["deep"], _better),
+        ("a router costs nothing, equal steps (expert - recursive)", mean["expert"], mean["recursive"], _not_worse),
+        ("likewise, equal training FLOPs", equal["expert"], mean["recursive"], _not_worse),
+    ):
+        difference = paired_difference(ours, base)
+        if difference is not None:
+            yield f"| {says} | {task} | {difference} | {verdict(difference)} |"
 
 
 def _routed(tasks: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
@@ -134,17 +148,12 @@ def _routed(tasks: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
             yield from ((task, family, equal_flops) for family in ("expert", "grown", "token"))
 
 
-def _means(results: Results, task: str, family: str, recursions: int) -> dict[int, float]:
-    return {seed: run["mean_accuracy"] for seed, run in done(results, group_name(task, family, recursions)).items()}
-
-
-def _gain_beyond(run: Result, recursions: int) -> float:
-    curve = mean_curve([run])
-    return curve[2 * recursions] - curve[recursions]
-
-
-def _line(says: str, task: str, difference: PairedDifference | None, verdict: str) -> list[str]:
-    return [] if difference is None else [f"| {says} | {task} | {difference} | {verdict} |"]
+def _means(
+    results: Results, task: str, family: str, recursions: int, passes: int | None = None, *, equal_flops: bool = False
+) -> dict[int, float]:
+    """Mean accuracy by seed, each difficulty of the same weight; under ``passes``, or as trained."""
+    runs = done(results, group_name(task, family, recursions, equal_flops=equal_flops))
+    return {seed: run["mean_accuracy"] if passes is None else mean_curve([run])[passes] for seed, run in runs.items()}
 
 
 def _follows(found: Mapping[int, Sequence[float] | None]) -> str:
