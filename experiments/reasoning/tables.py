@@ -18,8 +18,10 @@ from mor_jax.sweep.paired import PairedDifference, paired_difference
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]
 _BINS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
-_HOLDS = 0.01
-"""Accuracy by which two models must differ for a statement to hold."""
+_ROUTED = ("expert", "grown", "token")
+_MARGIN = 0.01
+"""Accuracy that a model must gain on average to be better, and may be behind to do the same."""
+_OPEN = "open: the interval holds both"
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,17 @@ def accuracy_table(results: Results, task: str, recursions: int) -> list[str]:
     return lines
 
 
-def correlation_table(results: Results, tasks: Sequence[str], recursions: int) -> list[str]:
+def correlation_table(results: Results, tasks: Sequence[str], recursions: Sequence[int]) -> list[str]:
     """Rank correlation of passes with difficulty, and who takes more passes in a row of both."""
     lines = [
         "| run | router | same passes at random | same passes, difficulty known | hard more / equal / fewer |",
         "|---" * 5 + "|",
     ]
-    for task, family, equal_flops in _routed(tasks):
-        for seed, run in done(results, group_name(task, family, recursions, equal_flops=equal_flops)).items():
+    for passes, equal_flops, task, family in itertools.product(recursions, (False, True), tasks, _ROUTED):
+        for run in done(results, group_name(task, family, passes, equal_flops=equal_flops)).values():
             correlation, rows = run["correlation"], run["easy_and_hard"]["rows"]
             cells = [run["name"], *(_interval(correlation[name]) for name in ("router", "random", "knowing"))]
             cells.append(" / ".join(_percent(rows[order]) for order in ("more", "equal", "fewer")))
-            assert run["seed"] == seed
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -110,7 +111,7 @@ def statements(results: Results, tasks: Sequence[str], recursions: int) -> list[
     """Say of every statement and task whether it holds, does not, or is open."""
     lines = ["| statement | task | measured | |", "|---|---|---|---|"]
     for task in tasks:
-        for family in ("expert", "grown", "token"):
+        for family in _ROUTED:
             runs = done(results, group_name(task, family, recursions))
             found = {seed: run["correlation"]["router"] for seed, run in runs.items()}
             if found:
@@ -126,26 +127,28 @@ def _comparisons(results: Results, task: str, recursions: int) -> Iterator[str]:
     equal = {family: _means(results, task, family, recursions, equal_flops=True) for family in CHEAPER}
     beyond = {family: _means(results, task, family, recursions, 2 * recursions) for family in ("recursive", "drawn")}
     equal_beyond = _means(results, task, "drawn", recursions, 2 * recursions, equal_flops=True)
-    blocks = f"{recursions} blocks"
+    once, blocks = equal["shallow"], f"{recursions} blocks"
     for says, ours, base, verdict in (
-        (f"{recursions} passes of a block do what {blocks} do", mean["recursive"], mean["deep"], _not_worse),
-        ("passes do what parameters do not (recursive - shallow)", mean["recursive"], mean["shallow"], _better),
+        (f"{recursions} passes of a block do what {blocks} do", mean["recursive"], mean["deep"], _same),
+        (f"{recursions} passes of a block beat one (recursive - shallow)", mean["recursive"], mean["shallow"], _better),
+        (f"{recursions} passes of a block beat one, equal training FLOPs", mean["recursive"], once, _better),
         ("twice the trained passes help (recursive)", beyond["recursive"], mean["recursive"], _better),
         ("twice the trained passes help (drawn)", beyond["drawn"], mean["drawn"], _better),
-        (f"drawn passes do what {blocks} do, equal training FLOPs", equal["drawn"], mean["deep"], _not_worse),
+        (f"drawn passes do what {blocks} do, equal training FLOPs", equal["drawn"], mean["deep"], _same),
         (f"twice the drawn passes beat {blocks}, equal training FLOPs", equal_beyond, mean["deep"], _better),
-        ("a router costs nothing, equal steps (expert - recursive)", mean["expert"], mean["recursive"], _not_worse),
-        ("likewise, equal training FLOPs", equal["expert"], mean["recursive"], _not_worse),
+        (
+            "a router does what all passes do (expert - recursive)",
+            mean["expert"],
+            mean["recursive"],
+            _same,
+        ),
+        ("a router does what all passes do, equal training FLOPs", equal["expert"], mean["recursive"], _same),
+        ("a router does what drawn passes do (expert - drawn)", mean["expert"], mean["drawn"], _same),
+        ("a router does what drawn passes do, equal training FLOPs", equal["expert"], equal["drawn"], _same),
     ):
         difference = paired_difference(ours, base)
         if difference is not None:
             yield f"| {says} | {task} | {difference} | {verdict(difference)} |"
-
-
-def _routed(tasks: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
-    for equal_flops in (False, True):
-        for task in tasks:
-            yield from ((task, family, equal_flops) for family in ("expert", "grown", "token"))
 
 
 def _means(
@@ -163,18 +166,20 @@ def _follows(found: Mapping[int, Sequence[float] | None]) -> str:
     return "holds" if signs == {1} else "does not hold"
 
 
-def _better(difference: PairedDifference | None) -> str:
-    if difference is None or difference.seeds < len(SEEDS):
-        return f"open: {difference.seeds if difference else 0} of {len(SEEDS)} seeds"
-    return "holds" if difference.excludes_zero and difference.mean >= _HOLDS else "does not hold"
-
-
-def _not_worse(difference: PairedDifference | None) -> str:
-    if difference is None or difference.half_width is None or difference.seeds < len(SEEDS):
-        return f"open: {difference.seeds if difference else 0} of {len(SEEDS)} seeds"
-    if difference.mean - difference.half_width >= -_HOLDS:
+def _better(difference: PairedDifference) -> str:
+    if difference.half_width is None or difference.seeds < len(SEEDS):
+        return f"open: {difference.seeds} of {len(SEEDS)} seeds"
+    if difference.excludes_zero and difference.mean >= _MARGIN:
         return "holds"
-    return "does not hold" if difference.mean + difference.half_width < -_HOLDS else "open: the interval holds both"
+    return "does not hold" if difference.mean + difference.half_width < _MARGIN else _OPEN
+
+
+def _same(difference: PairedDifference) -> str:
+    if difference.half_width is None or difference.seeds < len(SEEDS):
+        return f"open: {difference.seeds} of {len(SEEDS)} seeds"
+    if difference.mean - difference.half_width >= -_MARGIN:
+        return "holds"
+    return "does not hold" if difference.mean + difference.half_width < -_MARGIN else _OPEN
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -195,7 +200,7 @@ def tables(scale: str, results: Results) -> str:
     tasks, recursions = list(scale_of(scale).widths), scale_of(scale).recursions
     parts = ["Statements:", *statements(results, tasks, recursions[0])]
     parts += ["", "Passes and difficulty (Spearman, 95% bootstrap over rows):"]
-    parts += ["", *correlation_table(results, tasks, recursions[0])]
+    parts += ["", *correlation_table(results, tasks, recursions)]
     for count in recursions:
         for task in tasks:
             table = accuracy_table(results, task, count)
