@@ -1,5 +1,6 @@
 """Write the tables from the results: python experiments/reasoning/tables.py RESULTS.json [--out TABLES.md]."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,10 @@ from mor_jax.sweep.paired import PairedDifference, paired_difference
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]
 _BINS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32))
-_HOLDS = 0.01
-"""Accuracy by which two models must differ for a statement to hold."""
+_ROUTED = ("expert", "grown", "token")
+_MARGIN = 0.01
+"""Accuracy that a model must gain on average to be better, and may be behind to do the same."""
+_OPEN = "open: the interval holds both"
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,17 @@ def accuracy_table(results: Results, task: str, recursions: int) -> list[str]:
     return lines
 
 
-def correlation_table(results: Results, tasks: Sequence[str], recursions: int) -> list[str]:
+def correlation_table(results: Results, tasks: Sequence[str], recursions: Sequence[int]) -> list[str]:
     """Rank correlation of passes with difficulty, and who takes more passes in a row of both."""
     lines = [
         "| run | router | same passes at random | same passes, difficulty known | hard more / equal / fewer |",
         "|---" * 5 + "|",
     ]
-    for task, family, equal_flops in _routed(tasks):
-        for seed, run in done(results, group_name(task, family, recursions, equal_flops=equal_flops)).items():
+    for passes, equal_flops, task, family in itertools.product(recursions, (False, True), tasks, _ROUTED):
+        for run in done(results, group_name(task, family, passes, equal_flops=equal_flops)).values():
             correlation, rows = run["correlation"], run["easy_and_hard"]["rows"]
             cells = [run["name"], *(_interval(correlation[name]) for name in ("router", "random", "knowing"))]
             cells.append(" / ".join(_percent(rows[order]) for order in ("more", "equal", "fewer")))
-            assert run["seed"] == seed
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -87,13 +89,13 @@ def correlation_table(results: Results, tasks: Sequence[str], recursions: int) -
 def passes_table(results: Results, tasks: Sequence[str], recursions: int) -> list[str]:
     """Mean accuracy by the passes that are allowed, or given beyond training."""
     lines = [f"| model | {' | '.join(map(str, range(1, 2 * recursions + 1)))} |", "|---" * (1 + 2 * recursions) + "|"]
-    for task in tasks:
-        for family in FAMILIES[2:]:
-            runs = list(done(results, group_name(task, family, recursions)).values())
+    for task, equal_flops in itertools.product(tasks, (False, True)):
+        for family in (family for family in FAMILIES[2:] if not equal_flops or family in CHEAPER):
+            runs = list(done(results, group_name(task, family, recursions, equal_flops=equal_flops)).values())
             if runs:
                 curve = mean_curve(runs)
                 cells = [_percent(curve.get(passes)) for passes in range(1, 2 * recursions + 1)]
-                lines.append(f"| {task}, {family} | {' | '.join(cells)} |")
+                lines.append(f"| {task}, {family}{', equal FLOPs' * equal_flops} | {' | '.join(cells)} |")
     return lines
 
 
@@ -109,42 +111,52 @@ def statements(results: Results, tasks: Sequence[str], recursions: int) -> list[
     """Say of every statement and task whether it holds, does not, or is open."""
     lines = ["| statement | task | measured | |", "|---|---|---|---|"]
     for task in tasks:
-        for family in ("expert", "grown", "token"):
+        for family in _ROUTED:
             runs = done(results, group_name(task, family, recursions))
             found = {seed: run["correlation"]["router"] for seed, run in runs.items()}
             if found:
                 says = "; ".join(_interval(value) for value in found.values())
                 lines.append(f"| harder answers take more passes ({family}) | {task} | {says} | {_follows(found)} |")
-        mean = {family: _means(results, task, family, recursions) for family in FAMILIES}
-        same = paired_difference(mean["recursive"], mean["deep"])
-        lines += _line(f"{recursions} passes of a block do what {recursions} blocks do", task, same, _not_worse(same))
-        useful = paired_difference(mean["recursive"], mean["shallow"])
-        lines += _line("passes do what parameters do not (recursive - shallow)", task, useful, _better(useful))
-        for family in ("recursive", "drawn"):
-            runs = done(results, group_name(task, family, recursions))
-            beyond = {seed: _gain_beyond(run, recursions) for seed, run in runs.items()}
-            more = paired_difference(beyond, dict.fromkeys(beyond, 0.0))
-            lines += _line(f"twice the trained passes help ({family})", task, more, _better(more))
+        lines += _comparisons(results, task, recursions)
     return lines
 
 
-def _routed(tasks: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
-    for equal_flops in (False, True):
-        for task in tasks:
-            yield from ((task, family, equal_flops) for family in ("expert", "grown", "token"))
+def _comparisons(results: Results, task: str, recursions: int) -> Iterator[str]:
+    """Compare families by their mean accuracy, seed by seed."""
+    mean = {family: _means(results, task, family, recursions) for family in FAMILIES}
+    equal = {family: _means(results, task, family, recursions, equal_flops=True) for family in CHEAPER}
+    beyond = {family: _means(results, task, family, recursions, 2 * recursions) for family in ("recursive", "drawn")}
+    equal_beyond = _means(results, task, "drawn", recursions, 2 * recursions, equal_flops=True)
+    once, blocks = equal["shallow"], f"{recursions} blocks"
+    for says, ours, base, verdict in (
+        (f"{recursions} passes of a block do what {blocks} do", mean["recursive"], mean["deep"], _same),
+        (f"{recursions} passes of a block beat one (recursive - shallow)", mean["recursive"], mean["shallow"], _better),
+        (f"{recursions} passes of a block beat one, equal training FLOPs", mean["recursive"], once, _better),
+        ("twice the trained passes help (recursive)", beyond["recursive"], mean["recursive"], _better),
+        ("twice the trained passes help (drawn)", beyond["drawn"], mean["drawn"], _better),
+        (f"drawn passes do what {blocks} do, equal training FLOPs", equal["drawn"], mean["deep"], _same),
+        (f"twice the drawn passes beat {blocks}, equal training FLOPs", equal_beyond, mean["deep"], _better),
+        (
+            "a router does what all passes do (expert - recursive)",
+            mean["expert"],
+            mean["recursive"],
+            _same,
+        ),
+        ("a router does what all passes do, equal training FLOPs", equal["expert"], mean["recursive"], _same),
+        ("a router does what drawn passes do (expert - drawn)", mean["expert"], mean["drawn"], _same),
+        ("a router does what drawn passes do, equal training FLOPs", equal["expert"], equal["drawn"], _same),
+    ):
+        difference = paired_difference(ours, base)
+        if difference is not None:
+            yield f"| {says} | {task} | {difference} | {verdict(difference)} |"
 
 
-def _means(results: Results, task: str, family: str, recursions: int) -> dict[int, float]:
-    return {seed: run["mean_accuracy"] for seed, run in done(results, group_name(task, family, recursions)).items()}
-
-
-def _gain_beyond(run: Result, recursions: int) -> float:
-    curve = mean_curve([run])
-    return curve[2 * recursions] - curve[recursions]
-
-
-def _line(says: str, task: str, difference: PairedDifference | None, verdict: str) -> list[str]:
-    return [] if difference is None else [f"| {says} | {task} | {difference} | {verdict} |"]
+def _means(
+    results: Results, task: str, family: str, recursions: int, passes: int | None = None, *, equal_flops: bool = False
+) -> dict[int, float]:
+    """Mean accuracy by seed, each difficulty of the same weight; under ``passes``, or as trained."""
+    runs = done(results, group_name(task, family, recursions, equal_flops=equal_flops))
+    return {seed: run["mean_accuracy"] if passes is None else mean_curve([run])[passes] for seed, run in runs.items()}
 
 
 def _follows(found: Mapping[int, Sequence[float] | None]) -> str:
@@ -154,18 +166,20 @@ def _follows(found: Mapping[int, Sequence[float] | None]) -> str:
     return "holds" if signs == {1} else "does not hold"
 
 
-def _better(difference: PairedDifference | None) -> str:
-    if difference is None or difference.seeds < len(SEEDS):
-        return f"open: {difference.seeds if difference else 0} of {len(SEEDS)} seeds"
-    return "holds" if difference.excludes_zero and difference.mean >= _HOLDS else "does not hold"
-
-
-def _not_worse(difference: PairedDifference | None) -> str:
-    if difference is None or difference.half_width is None or difference.seeds < len(SEEDS):
-        return f"open: {difference.seeds if difference else 0} of {len(SEEDS)} seeds"
-    if difference.mean - difference.half_width >= -_HOLDS:
+def _better(difference: PairedDifference) -> str:
+    if difference.half_width is None or difference.seeds < len(SEEDS):
+        return f"open: {difference.seeds} of {len(SEEDS)} seeds"
+    if difference.excludes_zero and difference.mean >= _MARGIN:
         return "holds"
-    return "does not hold" if difference.mean + difference.half_width < -_HOLDS else "open: the interval holds both"
+    return "does not hold" if difference.mean + difference.half_width < _MARGIN else _OPEN
+
+
+def _same(difference: PairedDifference) -> str:
+    if difference.half_width is None or difference.seeds < len(SEEDS):
+        return f"open: {difference.seeds} of {len(SEEDS)} seeds"
+    if difference.mean - difference.half_width >= -_MARGIN:
+        return "holds"
+    return "does not hold" if difference.mean + difference.half_width < -_MARGIN else _OPEN
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -186,7 +200,7 @@ def tables(scale: str, results: Results) -> str:
     tasks, recursions = list(scale_of(scale).widths), scale_of(scale).recursions
     parts = ["Statements:", *statements(results, tasks, recursions[0])]
     parts += ["", "Passes and difficulty (Spearman, 95% bootstrap over rows):"]
-    parts += ["", *correlation_table(results, tasks, recursions[0])]
+    parts += ["", *correlation_table(results, tasks, recursions)]
     for count in recursions:
         for task in tasks:
             table = accuracy_table(results, task, count)
