@@ -112,9 +112,9 @@ class Device:
     def prefill(self, model: Any, cache: Any, place_B: Any, tokens_BT: Any, *_: Any) -> tuple[Any, PrefillOutput]:
         """Stand in for ``prefill.prefill``."""
         began = time.thread_time()
-        output = PrefillOutput(None, self._depths(tokens_BT.shape).astype(np.int32))
+        depth_BT: Any = self._depths(tokens_BT.shape).astype(np.int32)
         self.seconds += time.thread_time() - began
-        return cache, output
+        return cache, PrefillOutput(None, depth_BT)
 
     def exchange(self, state: Any, orders: Orders) -> Any:
         """Stand in for ``exchange.exchange``."""
