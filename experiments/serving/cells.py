@@ -31,7 +31,8 @@ _MARGIN = 6.0
 """Seconds that a cell may take beyond those measured: ramp and cancelling."""
 _COMPILING = 0.5
 """Share of the time left after which a group compiles nothing more, and what is ready is timed."""
-_KEYS = ("first_token_ms", "per_token_ms", "between_tokens_ms")
+_SHOWN = {"first_token_ms": ("p50", "p99"), "per_token_ms": ("p50", "p99"), "between_tokens_ms": ("p99",)}
+"""Columns of the table; the median between two tokens is 0, as a dispatch hands out several of a sequence at once."""
 
 
 class Worker:
@@ -118,7 +119,8 @@ def run(arguments: argparse.Namespace) -> None:
     say = lambda text: print(f"[{time.monotonic() - began:6.1f}] {text}", flush=True)  # noqa: E731
     trees = dict(tree.split("=", 1) for tree in arguments.trees)
     workers = [Worker(tree, Path(trees[tree]), model) for model in arguments.models for tree in trees]
-    record: dict[str, Any] = {"command": " ".join(sys.argv[1:]), "results": []}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("trees", "out")}
+    record: dict[str, Any] = {"trees": list(trees), "settings": settings, "results": []}
 
     def stop() -> None:
         for worker in workers:
@@ -177,7 +179,8 @@ def table(record: dict[str, Any]) -> str:
         key=lambda cell: (cell[0].startswith("mor"), cell[0], parse_size(cell[1])[1] == "int8", parse_size(cell[1])),
     )
     heads = [f"tokens/s, {tree}" for tree in trees] + [f"{trees[-1]} over {trees[0]}"] * (len(trees) > 1)
-    heads += [f"{key.removesuffix('_ms').replace('_', ' ')}, ms, p50 / p99, {tree}" for key in _KEYS for tree in trees]
+    title = lambda key: f"{key.removesuffix('_ms').replace('_', ' ')}, ms, {' / '.join(_SHOWN[key])}"  # noqa: E731
+    heads += [f"{title(key)}, {tree}" for key in _SHOWN for tree in trees]
     lines = ["| model | sequences | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
     for model, sequences in cells:
         found = {
@@ -193,14 +196,15 @@ def table(record: dict[str, Any]) -> str:
         if len(trees) > 1:
             old, new = rates[trees[0]], rates[trees[-1]]
             row.append(f"{statistics.median(new) / statistics.median(old):.2f}" if old and new else "")
-        row += [_percentiles(found[tree], key) for key in _KEYS for tree in trees]
+        row += [_percentiles(found[tree], key) for key in _SHOWN for tree in trees]
         lines.append(f"| {model} | {sequences} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
 def _percentiles(results: list[dict[str, Any]], key: str) -> str:
     known = [result[key] for result in results if key in result]
-    return " / ".join(f"{statistics.median(times[p] for times in known):.3g}" for p in ("p50", "p99")) if known else ""
+    medians = [statistics.median(times[p] for times in known) for p in _SHOWN[key]] if known else []
+    return " / ".join(f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in medians)
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ that dtype of keys and values, `{"time": [32, "model"], "seconds": 3}` puts load
 of the tree that PYTHONPATH names; nothing else of it is used, so that old trees can be asked.
 """
 
+import gc
 import json
 import sys
 import time
@@ -78,6 +79,8 @@ def warm_engine(model: DecodeModel, running: int, kv_dtype: Any) -> Engine:
             load.submit(tokens=24)
         for _ in engine.run():
             pass
+    gc.collect()
+    gc.freeze()  # as the server does; of an old tree too, whose tokens this process keeps until it has counted them
     return engine
 
 
@@ -107,9 +110,13 @@ def measure(engine: Engine, seconds: float) -> dict[str, Any]:
     for _ in range(running + max(1, running // 8)):
         load.submit()
     begin, ended = time.perf_counter(), 0
-    start, tokens, used = None, [], (0, 0)
+    start, tokens, used, steps = None, [], (0, 0), []
     while start is None or time.perf_counter() < start + seconds:
-        for token in engine.step():
+        before = time.perf_counter(), time.thread_time()
+        made = engine.step()
+        if start is not None:
+            steps.append((time.perf_counter() - before[0], time.thread_time() - before[1]))
+        for token in made:
             tokens.append(token)
             if token.finished:
                 ended += 1
@@ -119,7 +126,7 @@ def measure(engine: Engine, seconds: float) -> dict[str, Any]:
         if start is None and (full or now >= begin + _RAMP_AT_MOST):
             start, used = now, (engine.statistics.block_used, engine.statistics.block_steps)
     spent = time.perf_counter() - start
-    blocks = engine.statistics.block_steps - used[1]
+    used = engine.statistics.block_used - used[0], engine.statistics.block_steps - used[1]
     for number in load.sent:
         engine.cancel(number)
     for _ in engine.run():
@@ -129,10 +136,18 @@ def measure(engine: Engine, seconds: float) -> dict[str, Any]:
         "seconds": spent,
         "ramp_seconds": start - begin,
         **waits(tokens, load.sent, start),
-        "block_use": (engine.statistics.block_used - used[0]) / max(1, blocks * running) if blocks else None,
+        **step_times(steps),
+        "block_use": used[0] / (used[1] * running) if used[1] else None,
         "prompts_at_a_time": engine.options.prefill_rows,
         "compilations_after_warm_up": compilations() - compiled,
     }
+
+
+def step_times(steps: list[tuple[float, float]]) -> dict[str, Any]:
+    """Milliseconds of ``Engine.step``: by the clock, and of the thread, which do not count what it waits for."""
+    percentiles = lambda times: {f"p{q}": float(1e3 * np.percentile(times, q)) for q in (50, 99)}  # noqa: E731
+    clock, thread = zip(*steps, strict=True)
+    return {"steps": len(steps), "step_ms": percentiles(clock), "step_thread_ms": percentiles(thread)}
 
 
 def waits(tokens: list[Token], sent: dict[int, float], start: float) -> dict[str, Any]:

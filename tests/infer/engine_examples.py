@@ -50,6 +50,7 @@ def check_empty(engine: Engine) -> None:
     engine.forget_prefixes()
     usage, book = kv_usage(engine._state.cache), engine._places.book
     assert usage.used == usage.allocated == 0 and not any(book.used) and not book._holders
+    assert not any(engine._places._most)
     for pool in engine._state.cache.pools:
         np.testing.assert_array_equal(np.sort(pool.free_P), np.arange(pool.free_P.shape[0]))
         assert not pool.extra_P.any()

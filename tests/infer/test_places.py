@@ -36,19 +36,24 @@ def test_the_youngest_loses_its_place_a_few_times_and_then_keeps_it():
         places.preempt_youngest()
 
 
-def test_what_others_need_is_counted_once_for_all_who_come(monkeypatch):
+@pytest.mark.parametrize(("pages", "times"), [(200, 1), (240, 0)])  # 240 are what all may take at most
+def test_what_others_need_is_counted_once_for_all_who_come_and_not_where_it_cannot_matter(pages, times, monkeypatch):
     count, asked, expects = 40, [], Places._expects
-    places = Places(count, PageBook(count, 2, [1000, 1000], 4, LAYOUT), LAYOUT, chunk=4, steps=4)
+    places = Places(count, PageBook(count, 2, [pages, 80], 4, LAYOUT), LAYOUT, chunk=4, steps=4)
+    places.needs.note([[8, 2, 1], [8]], tokens=8, generated=1)  # 3 and 1 pages are expected of each
     monkeypatch.setattr(Places, "_expects", lambda self, *entry: (asked.append(entry), expects(self, *entry))[1])
+    monkeypatch.setattr(Places, "_takes", lambda self, *entry, **_: asked.append(entry) or [3, 1])
     for number in range(count + 5):
         places.wait(number, Request((number, 1, 2), 6))
     places.seat()
-    assert _numbers(places) == list(range(count)) and len(asked) == count
+    assert _numbers(places) == list(range(count)) and len({index for index, _ in asked}) == count * times
+    assert len(asked) == 2 * count * times
     places.empty(7)
     places.seat()
-    assert places.numbers[7] == count and len(asked) == 2 * count
+    assert places.numbers[7] == count and len(asked) == 4 * count * times
+    assert places.have_room([]) and len(asked) == 5 * count * times
     places.seat()
-    assert len(asked) == 2 * count and len(places.queue) == 4
+    assert len(asked) == 5 * count * times and len(places.queue) == 4
 
 
 def test_a_sequence_goes_on_behind_what_it_has_generated():

@@ -7,6 +7,7 @@ the same engine, in one process.
 """
 
 import dataclasses
+import gc
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -67,7 +68,9 @@ def bench_model(
     engine.warm_up(prompts=settings.prompt_length > 1)
     compile_seconds, compiled = time.perf_counter() - begin, compilations()
     requests = make_requests(model.config, settings)
+    gc.freeze()  # as the server does
     measured = run_requests(engine, requests)
+    gc.unfreeze()
     taken = parameter_bytes(model) + options.max_running * settings.reserve * bytes_per_position(
         model.config, settings.kv_dtype
     )

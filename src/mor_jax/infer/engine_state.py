@@ -132,6 +132,10 @@ class Emitted:
         ranked = unpack_alternatives(np.moveaxis(packed_FXE[5:], 0, -1))
         return cls(place, token, depth, bits, finished.astype(bool), ranked)  # type: ignore[arg-type]
 
+    def where(self, chosen: np.ndarray) -> Any:
+        """Those of some places, on the host, in one row."""
+        return jax.tree.map(lambda field: field[chosen], self)
+
 
 def pack_alternatives(found: Alternatives) -> jax.Array:
     """Both fields as int32 [..., 2 K]."""

@@ -1,21 +1,21 @@
 """What the engine has launched and not looked at yet, and what the host learns from it: tokens, and who needs how much.
 
-Letters: B rows of prompts, T tokens of a chunk.
+Letters: S places, N tokens of a dispatch, Q sequences that generated some; B rows of prompts, T tokens of a chunk.
 """
 
+import itertools
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
+import numpy as np
 
 from mor_jax.infer.engine_state import COUNTERS, Emitted
 from mor_jax.infer.engine_statistics import EngineStatistics
 from mor_jax.infer.logprobs import prompt_scores, ranked_tokens
 from mor_jax.infer.places import Places, Progress
 from mor_jax.infer.request import Token
-from mor_jax.infer.sampling import Alternatives
 
 
 @dataclass(frozen=True)
@@ -33,39 +33,50 @@ class Dispatch:
         emitted, now = Emitted.unpack(packed), time.perf_counter()
         for name, number in zip(COUNTERS, counters.tolist(), strict=True):
             setattr(statistics, name, getattr(statistics, name) + number)
-        for progress in self.who:
-            if progress is not None:
-                places.landed(progress, None)
-        filled = emitted.place >= 0
-        fields = (emitted.place, emitted.token, emitted.depth, emitted.log_probability, emitted.finished)
-        ranked = Alternatives(*(ranks[filled] for ranks in emitted.alternatives))
-        # plain numbers at once: converting them one by one would take longer than the device's work
-        return list(self._tokens(places, cancelled, now, ranked, *(field[filled].tolist() for field in fields)))
+        for progress in filter(None, self.who):
+            places.landed(progress, None)
+        still = lambda index, progress: progress is places[index] and progress.number not in cancelled  # noqa: E731
+        who = [progress if progress and still(index, progress) else None for index, progress in enumerate(self.who)]
+        wants_S = np.asarray([progress is not None for progress in who])
+        return _take_in(places, who, emitted.where((emitted.place >= 0) & wants_S[emitted.place]), now)
 
-    def _tokens(
-        self, places: Places, cancelled: Collection[int], now: float, ranked: Alternatives, *fields: list[Any]
-    ) -> Iterator[Token]:
-        """Name the requests of emitted tokens; those cancelled after the dispatch had been launched give none."""
-        depths: dict[int, list[int]] = {}
-        for nth, (index, token, depth, log_probability, finished) in enumerate(zip(*fields, strict=True)):
-            progress = places[index]
-            if progress is None or progress is not self.who[index] or progress.number in cancelled:
-                continue
-            progress.text.append(token)
-            depths.setdefault(index, []).append(depth)
-            if finished:
-                places.book.learn(index, depths.pop(index))
-                places.finish(index)
-            made = Token(progress.number, token, depth, log_probability, finished, now)
-            if count := progress.request.alternatives:
-                made = made._replace(alternatives=ranked_tokens(ranked.token[nth], ranked.log_probability[nth], count))
-            if not progress.answered:
-                scores = prompt_scores(progress) if progress.request.score_prompt else None
-                made = made._replace(prompt=scores, found=progress.found)
+
+def _take_in(places: Places, who: Sequence[Progress | None], emitted: Emitted, now: float) -> list[Token]:
+    """Note what sequences generated, take places of finished ones back, and name the requests of tokens.
+
+    A sequence at a time, and plain numbers at once: a few microseconds a token would take longer than the device does.
+
+    Args:
+        places: changed.
+        who: whose tokens each place's are.
+        emitted: [N] of all steps, in order.
+        now: when the host saw them.
+    """
+    numbers = [-1 if progress is None else progress.number for progress in who]
+    fields = (emitted.token, emitted.depth, emitted.log_probability, emitted.finished)
+    number_N = map(numbers.__getitem__, emitted.place.tolist())
+    tokens = list(map(Token, number_N, *(field.tolist() for field in fields), itertools.repeat(now)))
+    order_N = np.argsort(emitted.place, kind="stable")
+    place_Q, begin_Q = np.unique(emitted.place[order_N], return_index=True)
+    bounds, text, depths = [*begin_Q.tolist(), len(tokens)], emitted.token[order_N].tolist(), emitted.depth[order_N]
+    depths, order = depths.astype(np.uint8).tobytes(), order_N.tolist()
+    for index, (begin, end) in zip(place_Q.tolist(), itertools.pairwise(bounds), strict=True):
+        progress = who[index]
+        assert progress is not None
+        progress.text += text[begin:end]
+        places.book.learn(index, depths[begin:end])
+        first, last = order[begin], order[end - 1]
+        if count := progress.request.alternatives:
+            for nth in order[begin:end]:
+                ranked = (emitted.alternatives.token[nth], emitted.alternatives.log_probability[nth])
+                tokens[nth] = tokens[nth]._replace(alternatives=ranked_tokens(*ranked, count))
+        if not progress.answered:
+            scores = prompt_scores(progress) if progress.request.score_prompt else None
+            tokens[first] = tokens[first]._replace(prompt=scores, found=progress.found)
             progress.answered = True
-            yield made
-        for index, more in depths.items():
-            places.book.learn(index, more)
+        if tokens[last].finished:
+            places.finish(index)
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -82,4 +93,4 @@ class Chunk:
         for row, (index, progress, count) in enumerate(self.reading):
             places.landed(progress, count)
             if places[index] is progress:
-                places.book.learn(index, depth_BT[row, :count].tolist())
+                places.book.learn(index, depth_BT[row, :count].astype(np.uint8).tobytes())

@@ -13,7 +13,7 @@ has, so it keeps names of its own, one for one: a count of those names is the co
 import hashlib
 import itertools
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -72,8 +72,8 @@ class PageBook:
         """The one that was used longest ago comes first."""
         self._unused = list(range(places, places + kept))
         self._holders: dict[bytes, dict[int, None]] = {}
-        self._all = [Counter[int]() for _ in pages]
-        self._seated = [Counter[int]() for _ in pages]
+        self._all: list[dict[int, int]] = [{} for _ in pages]
+        self._seated: list[dict[int, int]] = [{} for _ in pages]
         self._names = itertools.count()
         self._drops: set[int] = set()
         self._sources: dict[int, tuple[int, list[list[int]]]] = {}
@@ -134,18 +134,21 @@ class PageBook:
 
     def learn(self, place: int, depths: Sequence[int]) -> None:
         """Note the depths of a place's next tokens, whose entries are all there."""
-        row = self._rows[place]
-        row.depths += bytes(depths)
-        more = self._entries(bytes(depths))
-        row.lengths = [[a + b for a, b in zip(*both, strict=True)] for both in zip(row.lengths, more, strict=True)]
-        for nth, groups in enumerate(row.pages):
-            for entries, pages in zip(row.lengths[nth], groups, strict=True):
-                self._hold(place, nth, fresh := [next(self._names) for _ in range(self._of(entries) - len(pages))])
-                pages += fresh
+        row, depths = self._rows[place], bytes(depths)
+        row.depths += depths
+        for nth, more in enumerate(self._entries(depths)):
+            for group, entries in enumerate(more):
+                row.lengths[nth][group] += entries
+                pages = row.pages[nth][group]
+                missing = self._of(row.lengths[nth][group]) - len(pages)
+                if missing > 0:
+                    self._hold(place, nth, fresh := list(itertools.islice(self._names, missing)))
+                    pages += fresh
         known = len(row.keys)
-        row.keys = chain(row.tokens[: len(row.depths)], row.budget, self.size, row.keys)
-        for key in row.keys[known:]:
-            self._holders.setdefault(key, {})[place] = None
+        if self.keeps and known < len(row.depths) // self.size:
+            row.keys = chain(row.tokens[: len(row.depths)], row.budget, self.size, row.keys)
+            for key in row.keys[known:]:
+                self._holders.setdefault(key, {})[place] = None
 
     def close(self, place: int, *, keep: bool = True) -> None:
         """Empty a place; what it alone knows is kept, if wanted, in the row that was used longest ago."""
@@ -198,7 +201,7 @@ class PageBook:
         self._rows[index] = row
         # the device takes rows as they are before all orders: what is about to move is still where it comes from
         first, _ = self._sources.get(source, (source, None))
-        self._sources[index] = (first, row.lengths)
+        self._sources[index] = (first, [list(groups) for groups in row.lengths])
 
     def _drop(self, index: int) -> None:
         row = self._rows.pop(index)
@@ -216,15 +219,17 @@ class PageBook:
         self._drops.add(index)
 
     def _hold(self, index: int, pool: int, pages: Sequence[int]) -> None:
-        self._all[pool].update(pages)
-        if index < self._places:
-            self._seated[pool].update(pages)
+        for counts in (self._all[pool], self._seated[pool])[: 1 + (index < self._places)]:
+            for page in pages:
+                counts[page] = counts.get(page, 0) + 1
 
     def _of(self, entries: int) -> int:
         return -(-entries // self.size)
 
     def _entries(self, depths: bytes) -> list[list[int]]:
         """Entries that tokens of some depths have, per pool and group."""
-        count, depth_T = len(depths), np.frombuffer(depths, np.uint8)
-        deep = [count] if self._layout.holds_all else [int((depth_T > g).sum()) for g in range(self._layout.groups)]
-        return [deep, [count]][: len(self.pages)]
+        count = len(depths)
+        if self._layout.holds_all:
+            return [[count], [count]][: len(self.pages)]
+        shallower = itertools.accumulate(depths.count(depth) for depth in range(self._layout.groups))
+        return [[count - ends for ends in shallower], [count]][: len(self.pages)]

@@ -71,6 +71,8 @@ class Places:
         self.needs = PageNeeds(layout, len(book.pages), book.size, steps)
         self._passes, self._chunk = layout.passes, chunk
         self._places: list[Progress | None] = [None] * count
+        self._most = [0] * len(book.pages)
+        """Pages that those who hold places may take at most, per pool."""
 
     def __getitem__(self, index: int) -> Progress | None:
         return self._places[index]
@@ -108,20 +110,38 @@ class Places:
         free = [index for index, place in enumerate(self._places) if place is None]
         if not (free and self.queue):
             return
-        expected = [self._expects(*entry) for entry in self.taken]  # once: who comes changes nothing of the others'
+        expected: list[list[int]] = []  # of all, counted once: who comes changes nothing of the others'
         for index in free[: len(self.queue)]:
-            self._places[index] = progress = self.queue[0]
+            progress = self.queue[0]
+            self._hold(index, progress)
             self._open(index, progress)
-            expected.append(self._expects(index, progress))
-            if not self._fit(expected):
-                self.empty(index, keep=False)
-                return
+            if expected or not self._has_plenty():
+                expected += [self._expects(*entry) for entry in ([(index, progress)] if expected else self.taken)]
+                if not self._fit(expected):
+                    self.empty(index, keep=False)
+                    return
             self.queue.popleft()
 
     def empty(self, index: int, *, keep: bool = True) -> None:
         """Take a place back; what it alone knows of prefixes is kept if there is a row for it."""
         self.book.close(index, keep=keep)
-        self._places[index] = None
+        self._hold(index, None)
+
+    def _hold(self, index: int, progress: Progress | None) -> None:
+        """Give a place to a request, or to nobody."""
+        for holder, sign in ((self._places[index], -1), (progress, 1)):
+            if holder is not None:
+                pages = self.needs.at_most(holder.request)
+                self._most = [most + sign * n for most, n in zip(self._most, pages, strict=True)]
+        self._places[index] = progress
+
+    def _has_plenty(self) -> bool:
+        """Whether all find pages even at their longest and deepest, beside what is kept: then nothing need be counted.
+
+        A sequence never takes more than that, and pages that several share are counted for each.
+        """
+        book = zip(self._most, self.book.used, self.book.seated, self.book.pages, strict=True)
+        return all(most + used - seated <= pages for most, used, seated, pages in book)
 
     def finish(self, index: int) -> None:
         """Take a place back, and learn from what its request took."""
@@ -132,14 +152,18 @@ class Places:
 
     def launched(self, progress: Progress, tokens: int | None) -> None:
         """Something has been launched for a request: reading so many tokens, or (None) a dispatch."""
-        progress.flying = [a + b for a, b in zip(progress.flying, self.needs.of_launch(tokens), strict=True)]
+        for pool, pages in enumerate(self.needs.of_launch(tokens)):
+            progress.flying[pool] += pages
 
     def landed(self, progress: Progress, tokens: int | None) -> None:
         """The host has looked at it, and will learn what it took."""
-        progress.flying = [a - b for a, b in zip(progress.flying, self.needs.of_launch(tokens), strict=True)]
+        for pool, pages in enumerate(self.needs.of_launch(tokens)):
+            progress.flying[pool] -= pages
 
     def have_room(self, reading: Sequence[tuple[int, Progress]]) -> bool:
         """Whether there are pages for a dispatch and for reading some texts; drops kept prefixes if that helps."""
+        if self._has_plenty():
+            return True
         reads = {index for index, _ in reading}
         idle = lambda index, progress: progress.unread and index not in reads  # noqa: E731
         return self._fit([self._takes(*entry, idle=bool(idle(*entry))) for entry in self.taken])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -129,6 +130,7 @@ def serve(load: Callable[[], tuple[LanguageModel, str, EngineOptions]], options:
     with bind(options) as listener:
         model, name, engine_options = load()
         server = Server(model, name, engine_options, options)
+        gc.freeze()  # or the collector looks through all of jax now and then: 0.1 s in which nothing is decoded
         server.run(sockets=[listener])
     if server.service.stuck:  # what else runs at an interpreter's end waits for the device too
         logging.shutdown()
