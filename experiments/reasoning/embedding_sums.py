@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     found = {name: [errors(way, PLACES, mean) for mean in MEANS] for name, way in WAYS.items()}
-    command = f"python experiments/reasoning/embedding_sums.py --out experiments/reasoning/results/{options.out.name}"
+    command = f"python experiments/reasoning/embedding_sums.py --out {options.out.name}"
     write_json(options.out, {"summed_in": found, "machine": machine() | {"command": command}})
     for name, rows in found.items():
         for row in rows:

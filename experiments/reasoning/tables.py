@@ -78,10 +78,11 @@ def correlation_table(results: Results, tasks: Sequence[str], recursions: Sequen
         "|---" * 5 + "|",
     ]
     for passes, equal_flops, task, family in itertools.product(recursions, (False, True), tasks, _ROUTED):
-        for run in done(results, group_name(task, family, passes, equal_flops=equal_flops)).values():
+        for seed, run in done(results, group_name(task, family, passes, equal_flops=equal_flops)).items():
             correlation, rows = run["correlation"], run["easy_and_hard"]["rows"]
             cells = [run["name"], *(_interval(correlation[name]) for name in ("router", "random", "knowing"))]
             cells.append(" / ".join(_percent(rows[order]) for order in ("more", "equal", "fewer")))
+            assert run["seed"] == seed
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -127,22 +128,22 @@ def _comparisons(results: Results, task: str, recursions: int) -> Iterator[str]:
     equal = {family: _means(results, task, family, recursions, equal_flops=True) for family in CHEAPER}
     beyond = {family: _means(results, task, family, recursions, 2 * recursions) for family in ("recursive", "drawn")}
     equal_beyond = _means(results, task, "drawn", recursions, 2 * recursions, equal_flops=True)
-    once, blocks = equal["shallow"], f"{recursions} blocks"
+    recursive, blocks = mean["recursive"], f"{recursions} blocks"
     for says, ours, base, verdict in (
-        (f"{recursions} passes of a block do what {blocks} do", mean["recursive"], mean["deep"], _same),
-        (f"{recursions} passes of a block beat one (recursive - shallow)", mean["recursive"], mean["shallow"], _better),
-        (f"{recursions} passes of a block beat one, equal training FLOPs", mean["recursive"], once, _better),
-        ("twice the trained passes help (recursive)", beyond["recursive"], mean["recursive"], _better),
+        (f"{recursions} passes of a block do what {blocks} do", recursive, mean["deep"], _same),
+        (f"{recursions} passes of a block beat one (recursive - shallow)", recursive, mean["shallow"], _better),
+        (
+            f"{recursions} passes of a block beat one, equal training FLOPs",
+            recursive,
+            equal["shallow"],
+            _better,
+        ),
+        ("twice the trained passes help (recursive)", beyond["recursive"], recursive, _better),
         ("twice the trained passes help (drawn)", beyond["drawn"], mean["drawn"], _better),
         (f"drawn passes do what {blocks} do, equal training FLOPs", equal["drawn"], mean["deep"], _same),
         (f"twice the drawn passes beat {blocks}, equal training FLOPs", equal_beyond, mean["deep"], _better),
-        (
-            "a router does what all passes do (expert - recursive)",
-            mean["expert"],
-            mean["recursive"],
-            _same,
-        ),
-        ("a router does what all passes do, equal training FLOPs", equal["expert"], mean["recursive"], _same),
+        ("a router does what all passes do (expert - recursive)", mean["expert"], recursive, _same),
+        ("a router does what all passes do, equal training FLOPs", equal["expert"], recursive, _same),
         ("a router does what drawn passes do (expert - drawn)", mean["expert"], mean["drawn"], _same),
         ("a router does what drawn passes do, equal training FLOPs", equal["expert"], equal["drawn"], _same),
     ):

@@ -132,7 +132,7 @@ class Emitted:
         ranked = unpack_alternatives(np.moveaxis(packed_FXE[5:], 0, -1))
         return cls(place, token, depth, bits, finished.astype(bool), ranked)  # type: ignore[arg-type]
 
-    def where(self, chosen: np.ndarray) -> Any:
+    def where(self, chosen: np.ndarray) -> "Emitted":
         """Those of some places, on the host, in one row."""
         return jax.tree.map(lambda field: field[chosen], self)
 

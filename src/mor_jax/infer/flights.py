@@ -35,8 +35,10 @@ class Dispatch:
             setattr(statistics, name, getattr(statistics, name) + number)
         for progress in filter(None, self.who):
             places.landed(progress, None)
-        still = lambda index, progress: progress is places[index] and progress.number not in cancelled  # noqa: E731
-        who = [progress if progress and still(index, progress) else None for index, progress in enumerate(self.who)]
+        who = [
+            progress if progress and progress is places[index] and progress.number not in cancelled else None
+            for index, progress in enumerate(self.who)
+        ]
         wants_S = np.asarray([progress is not None for progress in who])
         return _take_in(places, who, emitted.where((emitted.place >= 0) & wants_S[emitted.place]), now)
 
