@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parent.parent / "experiments" / "isoflop"
 sys.path.insert(0, str(FOLDER))
 CHOICES, FAMILIES, MODELS = (importlib.import_module(name) for name in ("choices", "families", "models"))
 COMPARISON, ESTIMATE, COMPARE = (importlib.import_module(name) for name in ("comparison", "estimate", "compare"))
+AGAIN = importlib.import_module("again")
 OUTCOME, TABLES = (importlib.import_module(name) for name in ("outcome", "outcome_tables"))
 
 
@@ -180,7 +181,7 @@ def test_the_outcome_finds_what_the_losses_were_made_of(unfolded, tmp_path):
     leader = comparison.leader(measured.results)
     lead = comparison.lead(measured.results, "report")
     assert lead.seeds == 6 and f"| {leader} less vanilla | {lead} (6 seeds) |" in text
-    assert "| 10 | confirmation | 15 of 15 |  |" in text and "None: MoR beats vanilla." in text
+    assert "| 9 | confirmation | 15 of 15 |  |" in text and "None: MoR beats vanilla." in text
     assert "phi = 0.5" in text and "beside 0.46 for plain looping" in text and "| report: books |" in text
     for family in ("vanilla", leader):
         fit, refused = measured.isoflop(family)
@@ -203,7 +204,7 @@ def test_what_was_not_run_says_so(unfolded, tmp_path):
     part[rest[0].name] = failed_result(rest[0], "unfinished", "at step 100")
     half = OUTCOME.Measured(comparison, part)
     text = TABLES.tables(half)
-    assert "| 10 | confirmation | 0 of " in text or "| 10 | confirmation | 0 of 0 | not decided on yet |" in text
+    assert "| 9 | confirmation | 0 of " in text or "| 9 | confirmation | 0 of 0 | not decided on yet |" in text
     assert "1 unfinished" in text and f"Not finished, by rank: {rest[0].name}" in text
     assert "| grown less vanilla | not run | not run |" in text
     empty = OUTCOME.Measured(comparison, {})
@@ -223,14 +224,25 @@ def test_what_was_not_run_says_so(unfolded, tmp_path):
 def test_a_run_starts_only_if_it_can_end_in_time_from_where_it_stands(unfolded, tmp_path):
     _, ended, _ = unfolded
     run = ended[-1][2]
-    seconds = ESTIMATE.seconds_of(run.config, run.name)
-    plan = {"end": 10_000.0, "more_calls": False}
+    seconds = ESTIMATE.seconds_of(run.config, run.name, processes=7)
+    assert seconds > ESTIMATE.seconds_of(run.config, run.name)  # fewer share the card
+    plan = {"end": 10_000.0, "more_calls": False, "processes": 7}
     assert COMPARE._last_start(tmp_path, plan, run) == pytest.approx(10_000 - seconds)
     (tmp_path / run.name).mkdir()
     line = {"step": run.config.train.steps // 2, "loss": 3.0}
     (tmp_path / run.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert COMPARE._last_start(tmp_path, plan, run) == pytest.approx(10_000 - seconds / 2, abs=1)
     assert COMPARE._last_start(tmp_path, {**plan, "more_calls": True}, run) == 10_000 - COMPARE._LEAST_SECONDS
+
+
+def test_what_is_run_again_is_the_best_of_every_family(unfolded):
+    comparison, _, measured = unfolded
+    runs = AGAIN.best_runs(comparison, measured.results)
+    assert [run.name.split("-")[0] for run in runs] == list(FAMILIES.FAMILIES)
+    for run in runs:
+        alike = [r for n, r in measured.results.items() if n.startswith(run.name.split("-d")[0]) and "1e15" in n]
+        assert measured.results[run.name]["nll"] == min(row["nll"] for row in alike)
+    assert AGAIN.best_runs(comparison, {}) == []
 
 
 def test_results_of_another_corpus_are_not_gone_on_from(tmp_path, monkeypatch):

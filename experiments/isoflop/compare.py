@@ -55,7 +55,7 @@ def main() -> int:
     started = time.monotonic()
     launch.prepare(options)
     end = time.time() + options.seconds - STOP_SECONDS
-    write_json(options.plan_path, {"end": end, "more_calls": options.more_calls})
+    write_json(options.plan_path, {"end": end, "more_calls": options.more_calls, "processes": options.processes})
     command = launch.worker_command(options, __file__)
     return conduct(options, command, functools.partial(_collect, options, comparison), started)
 
@@ -66,7 +66,7 @@ def _last_start(out: Path, plan: dict[str, Any], run: SweepRun) -> float:
         return plan["end"] - _LEAST_SECONDS
     begun = read_metrics(out / run.name / "metrics.jsonl")
     done = begun[-1]["step"] / run.config.train.steps if begun else 0.0
-    return plan["end"] - (1 - done) * seconds_of(run.config, run.name)
+    return plan["end"] - (1 - done) * seconds_of(run.config, run.name, plan["processes"])
 
 
 def _collect(options: Arguments, comparison: Comparison) -> tuple[int, int]:

@@ -3,11 +3,12 @@
 1. rates: at the smallest budget every family's peak rate, by factors of two until the best one is not at an edge;
 2. variants: three sizes of every variant (depth of vanilla, N_r of MoR, share of growth); the best one goes on;
 3. sizes, smallest budget: the other two sizes;
-4. sizes, middle budget: the transferred rate, half and twice at the middle size, then five sizes at the best of them;
+4. middle budget: the transferred rate, half and twice at the middle size, then sizes around the best of them;
 5. largest budget, vanilla and the better MoR: sizes around the best; 6. their seeds, six each;
-7. largest budget, the others: sizes around the best, three seeds; 8. the sizes that are left;
-9. tries: where MoR does not beat vanilla, four changes of each at the middle budget, the best of them at the largest;
-10. confirmation: five models of one width at the paper's tokens for each parameter, three seeds.
+7. largest budget, the others: sizes around the best, three seeds;
+8. tries: where MoR does not beat vanilla, four changes of each at the middle budget, the best of them at the largest;
+9. confirmation: five models of one width at the paper's tokens for each parameter, three seeds;
+10. the sizes that are left: the outer ones at the middle and the largest budget.
 
 Rates are transferred by ``TRANSFER``. All choices are made on the held-out half `choose` (`nll` of a result). What
 cannot be decided yet gives no runs: the plan unfolds.
@@ -21,17 +22,18 @@ from families import CONFIRMATION, CONFIRMED, FAMILIES, Name
 
 from mor_jax.sweep.runs import SweepRun
 
+TRIES, CONFIRMING = "tries", "confirmation"
 STAGES = (
     "rates",
     "variants",
     "sizes, smallest budget",
-    "sizes, middle budget",
+    "rate check, sizes, middle budget",
     "largest budget, vanilla and MoR",
     "seeds of vanilla and MoR",
     "largest budget, the others",
+    TRIES,
+    CONFIRMING,
     "sizes that are left",
-    "tries",
-    "confirmation",
 )
 
 
@@ -57,9 +59,9 @@ class Comparison(Choices):
             self._leaders,
             self._leaders_seeds,
             self._others,
-            self._left,
             self._tries,
             self._confirmation,
+            self._left,
         )
         named = ({run.name: run for run in part(results)} for part in parts)
         return {stage: list(runs.values()) for stage, runs in zip(STAGES, named, strict=True)}
@@ -80,7 +82,6 @@ class Comparison(Choices):
         yield from in_turn([self.checked(results, family)[0] for family in FAMILIES])
         for family in FAMILIES:
             yield from self.around_best(results, family, 1)
-        yield from self.all_sizes(results, 1, FAMILIES)
 
     def _leaders(self, results: Results) -> Iterator[SweepRun]:
         yield from in_turn([self.around_best(results, family, 2) for family in self.leaders(results)])
@@ -93,10 +94,6 @@ class Comparison(Choices):
         others: list[Name] = [family for family in FAMILIES if leader and family not in ("vanilla", leader)]
         yield from in_turn([self.around_best(results, family, 2) for family in others])
         yield from in_turn([self.at_best(results, family, FEWER_SEEDS) for family in others])
-
-    def _left(self, results: Results) -> Iterator[SweepRun]:
-        if self.leader(results) is not None:
-            yield from self.all_sizes(results, 2, FAMILIES)
 
     def _tries(self, results: Results) -> Iterator[SweepRun]:
         leaders = self.leaders(results)
@@ -114,3 +111,8 @@ class Comparison(Choices):
                 rate = self.rate(results, variant.family, 1)
                 if rate is not None:
                     yield self.run(variant, width, budget, transferred(rate, self.budgets[1], budget), seed)
+
+    def _left(self, results: Results) -> Iterator[SweepRun]:
+        if self.leader(results) is not None:
+            for budget in (1, 2):
+                yield from self.all_sizes(results, budget, FAMILIES)

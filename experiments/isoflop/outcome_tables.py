@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from choices import INNER, paired
-from comparison import STAGES
+from comparison import CONFIRMING, TRIES
 from families import FAMILIES, VARIANTS, Name
 from measured import Measured, Result, family_of, mean_passes, reported
 
@@ -38,7 +38,7 @@ def _run_table(measured: Measured) -> str:
         states = [measured.results.get(run.name, {"state": _NOT_RUN})["state"] for run in runs]
         others = {state: states.count(state) for state in dict.fromkeys(states) if state != "done"}
         missing = ", ".join(f"{count} {state}" for state, count in others.items())
-        wins = stage == STAGES[-2] and measured.comparison.mor_wins(measured.results)
+        wins = stage == TRIES and measured.comparison.mor_wins(measured.results)
         none = "none: MoR beats vanilla" if wins else "not decided on yet"
         rows.append([str(rank), stage, f"{states.count('done')} of {len(runs)}", missing if runs else none])
     names = [
@@ -237,7 +237,7 @@ def _tried(measured: Measured, family: Name) -> bool:
 
 
 def _confirmation(measured: Measured) -> str:
-    runs = measured.comparison.stages(measured.results)[STAGES[-1]]
+    runs = measured.comparison.stages(measured.results)[CONFIRMING]
     groups: dict[str, list[Any]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
