@@ -95,3 +95,17 @@ def test_a_prompt_waits_while_an_older_one_reads_the_same():
     places.book.learn(0, [1] * 8)
     assert [(p.number, p.read) for _, p in places.to_read(4)] == [(0, 8), (1, 8), (2, 0)]
     assert places.book.seated[1] == 2  # shared
+
+
+def test_who_waits_for_pages_at_the_head_of_the_queue_gives_the_device_nothing_to_do():
+    places = _places(24, 8)
+    for number in range(3):
+        places.wait(number, Request((number, *[1] * 7), 9))
+    places.seat()
+    for _, progress in places.taken:
+        progress.preempted = MOST_PREEMPTIONS  # and will have all that they may need
+    places.seat()
+    assert _numbers(places) == [0, 1] and len(places.queue) == 1 and places.book.take_orders() is None
+    places.empty(0, keep=False)
+    places.seat()
+    assert _numbers(places) == [2, 1] and (orders := places.book.take_orders()) is not None and orders.drop_S[0]

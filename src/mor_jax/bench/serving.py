@@ -68,6 +68,7 @@ def bench_model(
     engine.warm_up(prompts=settings.prompt_length > 1)
     compile_seconds, compiled = time.perf_counter() - begin, compilations()
     requests = make_requests(model.config, settings)
+    gc.collect()
     gc.freeze()  # as the server does
     measured = run_requests(engine, requests)
     gc.unfreeze()

@@ -133,7 +133,7 @@ class Emitted:
         return cls(place, token, depth, bits, finished.astype(bool), ranked)  # type: ignore[arg-type]
 
     def where(self, chosen: np.ndarray) -> "Emitted":
-        """Those of some places, on the host, in one row."""
+        """Those that a bool [steps, E] chooses, on the host, [N] in order of the steps."""
         return jax.tree.map(lambda field: field[chosen], self)
 
 

@@ -7,7 +7,7 @@ from mor_jax.infer.cache import KvUsage
 
 @dataclass
 class EngineStatistics:
-    """Sums over an engine's life, but for the slots used: those since ``reset_statistics``."""
+    """Sums since ``Engine.reset_statistics``."""
 
     tokens: int = 0
     dispatches: int = 0
@@ -17,7 +17,7 @@ class EngineStatistics:
     found_tokens: int = 0
     """Taken over from other sequences instead."""
     found_prefixes: int = 0
-    """Requests that took over some."""
+    """Times that a request took over some; one that lost its place may do so again."""
     preemptions: int = 0
     """Times that a sequence lost its place, to be read again."""
     block_steps: int = 0

@@ -62,6 +62,7 @@ def _take_in(places: Places, who: Sequence[Progress | None], emitted: Emitted, n
     place_Q, begin_Q = np.unique(emitted.place[order_N], return_index=True)
     bounds, text, depths = [*begin_Q.tolist(), len(tokens)], emitted.token[order_N].tolist(), emitted.depth[order_N]
     depths, order = depths.astype(np.uint8).tobytes(), order_N.tolist()
+    ended: list[tuple[int, int]] = []
     for index, (begin, end) in zip(place_Q.tolist(), itertools.pairwise(bounds), strict=True):
         progress = who[index]
         assert progress is not None
@@ -77,7 +78,9 @@ def _take_in(places: Places, who: Sequence[Progress | None], emitted: Emitted, n
             tokens[first] = tokens[first]._replace(prompt=scores, found=progress.found)
             progress.answered = True
         if tokens[last].finished:
-            places.finish(index)
+            ended.append((last, index))
+    for _, index in sorted(ended):  # whose prefix is kept longest ended last
+        places.finish(index)
     return tokens
 
 

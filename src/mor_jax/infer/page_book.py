@@ -162,6 +162,10 @@ class PageBook:
             self._kept[index] = None
         self._drop(place)
 
+    def leave(self, place: int) -> None:
+        """Empty a place for which nothing has been launched since ``open``: the device has nothing of it to drop."""
+        self._drop(place, ordered=False)
+
     def evict(self) -> bool:
         """Drop the kept row that was used longest ago, if there is one."""
         if not self._kept:
@@ -203,7 +207,7 @@ class PageBook:
         first, _ = self._sources.get(source, (source, None))
         self._sources[index] = (first, [list(groups) for groups in row.lengths])
 
-    def _drop(self, index: int) -> None:
+    def _drop(self, index: int, *, ordered: bool = True) -> None:
         row = self._rows.pop(index)
         for key in row.keys:
             del self._holders[key][index]
@@ -216,7 +220,8 @@ class PageBook:
                     if not counts[page]:
                         del counts[page]
         self._sources.pop(index, None)
-        self._drops.add(index)
+        if ordered:
+            self._drops.add(index)
 
     def _hold(self, index: int, pool: int, pages: Sequence[int]) -> None:
         for counts in (self._all[pool], self._seated[pool])[: 1 + (index < self._places)]:

@@ -118,7 +118,8 @@ class Places:
             if expected or not self._has_plenty():
                 expected += [self._expects(*entry) for entry in ([(index, progress)] if expected else self.taken)]
                 if not self._fit(expected):
-                    self.empty(index, keep=False)
+                    self.book.leave(index)
+                    self._hold(index, None)
                     return
             self.queue.popleft()
 

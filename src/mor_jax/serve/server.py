@@ -130,6 +130,7 @@ def serve(load: Callable[[], tuple[LanguageModel, str, EngineOptions]], options:
     with bind(options) as listener:
         model, name, engine_options = load()
         server = Server(model, name, engine_options, options)
+        gc.collect()
         gc.freeze()  # or the collector looks through all of jax now and then: 0.1 s in which nothing is decoded
         server.run(sockets=[listener])
     if server.service.stuck:  # what else runs at an interpreter's end waits for the device too
