@@ -213,11 +213,18 @@ def test_what_was_not_run_says_so(unfolded, tmp_path):
     assert OUTCOME.first_screen(tmp_path) == OUTCOME._NOT_MEASURED
     path = tmp_path / "comparison.json"
     path.write_text(json.dumps({"scale": "full", "results": list(part.values())}))
-    _, behind = TABLES.at_smallest(half)
+    _, behind = TABLES.at_budget(half, 0)
     best = min(less for group, less in behind.items() if group.startswith(("mor", "grown")))
     says = f"the better MoR is {abs(best):.3f} nats {'behind' if best > 0 else 'ahead of'} vanilla"
     screen = OUTCOME.first_screen(tmp_path)
-    assert says in screen and "are not run" in screen
+    assert says in screen and "is not run" in screen and "moved by" not in screen
+    name = "vanilla-l8-d160-1e15-lr0.008-s0"
+    moved = {half: {"before": 3.8, "now": 3.79} for half in ("choose", "report")}
+    unknown = {half: {"before": 3.8, "now": None} for half in ("choose", "report")}
+    (tmp_path / "again.json").write_text(json.dumps({"moved": {name: moved, "mor-r2": unknown}}))
+    assert "vanilla's best there moved by -0.0100." in OUTCOME.first_screen(tmp_path)
+    text = TABLES.tables(half, OUTCOME.load_moved(tmp_path))
+    assert f"| {name} | 3.8000 | 3.7900 | 3.8000 | 3.7900 |" in text and "| mor-r2 | 3.8000 | not run |" in text
     assert {group.split("-")[0] for group in behind} == {"vanilla", "mor", "grown", "recursive"}
 
 

@@ -95,16 +95,20 @@ class Comparison(Choices):
         yield from in_turn([self.around_best(results, family, 2) for family in others])
         yield from in_turn([self.at_best(results, family, FEWER_SEEDS) for family in others])
 
+    def _seeds_ended(self, results: Results) -> bool:
+        seeds = [run for family in self.leaders(results) for run in self.at_best(results, family, SEEDS)]
+        return len(seeds) == 2 * len(SEEDS) and all(run.name in finished(results) for run in seeds)
+
     def _tries(self, results: Results) -> Iterator[SweepRun]:
         leaders = self.leaders(results)
-        seeds = [run for family in leaders for run in self.at_best(results, family, SEEDS)]
-        ended = len(seeds) == 2 * len(SEEDS) and all(run.name in finished(results) for run in seeds)
-        if not ended or self.mor_wins(results):
+        if not self._seeds_ended(results) or self.mor_wins(results):
             return
         yield from in_turn([list(self.tries(results, family).values()) for family in leaders])
         yield from in_turn([self.best_try(results, family)[1] for family in leaders])
 
     def _confirmation(self, results: Results) -> Iterator[SweepRun]:
+        if not self._seeds_ended(results):  # who waits for a choice would begin these and slow those that decide it
+            return
         width, budget = CONFIRMATION[self.scale]
         for seed in FEWER_SEEDS:
             for variant in CONFIRMED:

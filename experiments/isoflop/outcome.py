@@ -19,7 +19,7 @@ from ablation import FIRST, FRESH, PARTS, Ablation
 from choices import paired
 from comparison import Comparison
 from measured import COSTS, Measured
-from outcome_tables import at_smallest, markdown, mean_of, tables, with_seeds
+from outcome_tables import Moved, at_budget, markdown, mean_of, tables, with_seeds
 
 from mor_jax.sweep.isoflop_plots import plot_frontiers, plot_isoflop, plot_losses
 from mor_jax.sweep.runs import SweepRun
@@ -65,7 +65,7 @@ def first_screen(folder: Path = RESULTS.parent) -> str:
     leader = measured.comparison.leader(measured.results)
     ours = measured.at_best(leader) if leader else []
     if leader is None or not ours:
-        return _at_smallest(measured) + _so_far(folder / "ablation.json")
+        return _at_smaller(measured, load_moved(folder)) + _so_far(folder / "ablation.json")
     lead = measured.comparison.lead(measured.results, "report")
     budget = measured.comparison.budgets[-1]
     rows = [
@@ -86,22 +86,48 @@ def first_screen(folder: Path = RESULTS.parent) -> str:
     return text
 
 
-def _at_smallest(measured: Measured) -> str:
-    """Say what there is while the largest budget is not finished."""
-    table, behind = at_smallest(measured)
-    routed = [less for group, less in behind.items() if group.startswith(("mor", "grown"))]
-    if not routed:
+def _at_smaller(measured: Measured, moved: Moved) -> str:
+    """Say what there is while the largest budget is not finished, the largest that is finished first."""
+    budgets, parts = measured.comparison.budgets, []
+    for index in reversed(range(len(budgets) - 1)):
+        table, behind = at_budget(measured, index)
+        routed = [less for group, less in behind.items() if group.startswith(("mor", "grown"))]
+        if routed:
+            verdict = f"{abs(min(routed)):.3f} nats {'behind' if min(routed) > 0 else 'ahead of'} vanilla"
+            parts.append(f"At {budgets[index]:.2g} training FLOPs the better MoR is {verdict}:\n\n{table}")
+    if not parts:
         return "Not measured yet: no budget is finished.\n"
-    done, budgets, ours = len(measured.all_done()), measured.comparison.budgets, min(routed)
-    verdict = f"{abs(ours):.3f} nats {'behind' if ours > 0 else 'ahead of'} vanilla"
-    return f"""A first part of the answer ([isoflop](../experiments/isoflop/OUTCOME.md), {done} runs):
-at the smallest of three budgets, {budgets[0]:.2g} training FLOPs each, every family at its best depth and width of
-those run (rates swept at one size of each), one seed, causal loss in nats on held-out works that nothing was chosen on.
-**Here the better MoR is {verdict}.** The larger budgets, and with them seeds and intervals, are not run.
+    tables, done = "\n".join(parts), len(measured.all_done())
+    return f"""A first part of the answer ([isoflop](../experiments/isoflop/OUTCOME.md), {done} runs): every family
+at its best depth and width of those run (depth chosen and rates swept at the smallest budget), one seed, causal loss
+in nats on held-out works that nothing was chosen on. The largest budget, {budgets[-1]:.2g}, and with it seeds and
+intervals, is not run.
 
-{table}
+{tables}{_moved_sentence(moved)}
 Names: `l8` layers, `r2` recursions (N_r), `d192` width, `lr` peak rate; *grown* trains one pass of the block first, for
 the share of its steps that stands behind N_r. `vanilla-l4` has as many layers as MoR with N_r = 3 has unique ones.
+"""
+
+
+def load_moved(folder: Path) -> Moved:
+    """Read what `again.py` wrote, if it is there."""
+    path = folder / "again.json"
+    return json.loads(path.read_text(encoding="utf-8"))["moved"] if path.exists() else {}
+
+
+def _moved_sentence(moved: Moved) -> str:
+    """Say how far runs moved that were made again."""
+    by = {name: halves["report"] for name, halves in moved.items()}
+    says = [
+        f"{name.split('-')[0]}'s best there moved by {loss['now'] - loss['before']:+.4f}"
+        for name, loss in by.items()
+        if loss["now"] is not None and loss["before"] is not None
+    ]
+    if not says:
+        return ""
+    return f"""
+The smallest budget was trained with the embedding's gradient summed in bfloat16. Made again with today's float32,
+{" and ".join(says)}.
 """
 
 
@@ -175,7 +201,8 @@ def main() -> int:
     measured = load(options.results)
     for path in figures(measured, options.images):
         print(path)
-    text = f"# What the comparison came to\n\nWritten by `outcome.py`; do not edit.\n\n{tables(measured)}"
+    body = tables(measured, load_moved(options.results.parent))
+    text = f"# What the comparison came to\n\nWritten by `outcome.py`; do not edit.\n\n{body}"
     if options.out is None:
         print(text, end="")
     else:

@@ -1,7 +1,7 @@
 """Tables of what the comparison came to, as Markdown; what was not run says so."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,17 @@ from measured import Measured, Result, family_of, mean_passes, reported
 PLAIN_LOOPING = 0.46
 """Value of a pass in plain looping, arXiv 2604.21106."""
 _NOT_RUN = "not run"
+Moved = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+"""Loss by run, held-out half, and `before` or `now`."""
 
 
-def tables(measured: Measured) -> str:
-    """Return all tables as Markdown."""
+def tables(measured: Measured, moved: Moved | None = None) -> str:
+    """Return all tables as Markdown.
+
+    Args:
+        measured: the results.
+        moved: losses of runs that were made again, from `again.py`.
+    """
     parts = {
         "What was run": _run_table(measured),
         "Rates": _rates(measured),
@@ -29,6 +36,8 @@ def tables(measured: Measured) -> str:
         "Tries": _tries(measured),
         "Confirmation": _confirmation(measured),
     }
+    if moved:
+        parts["Made again"] = _made_again(moved)
     return "\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
 
 
@@ -108,6 +117,14 @@ def _tokens_at(measured: Measured, family: Name, budget: int, size: float) -> fl
     return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(tokens))))
 
 
+def _made_again(moved: Moved) -> str:
+    rows = [["run", "`choose`, before", "now", "`report`, before", "now"]]
+    for name, halves in moved.items():
+        losses = [halves[half][when] for half in ("choose", "report") for when in ("before", "now")]
+        rows.append([name, *(_NOT_RUN if loss is None else f"{loss:.4f}" for loss in losses)])
+    return "With the embedding's gradient summed in bfloat16, and today in float32:\n\n" + markdown(rows)
+
+
 def _best(measured: Measured) -> str:
     rows = [
         [
@@ -126,16 +143,20 @@ def _best(measured: Measured) -> str:
     return f"At {measured.comparison.budgets[-1]:.2g} training FLOPs:\n\n{markdown(rows)}"
 
 
-def at_smallest(measured: Measured) -> tuple[str, dict[str, float]]:
-    """Tell every family's best size at the smallest budget, and the best plain model of MoR's unique layers (N_r = 3).
+def at_budget(measured: Measured, budget: int) -> tuple[str, dict[str, float]]:
+    """Tell every family's best size at a budget, and the best plain model of MoR's unique layers (N_r = 3) if there is.
+
+    Args:
+        measured: the results.
+        budget: its index.
 
     Returns:
         (table, loss less vanilla's on `report` by the run's group); nothing while vanilla has no best size.
     """
     comparison, results = measured.comparison, measured.results
-    plain = comparison.some_sizes(results, VARIANTS["vanilla-l4"], 0, INNER)
+    plain = comparison.some_sizes(results, VARIANTS["vanilla-l4"], budget, INNER)
     best: list[Result] = []
-    for runs in (*(comparison.at_best(results, family, budget=0) for family in FAMILIES), plain):
+    for runs in (*(comparison.at_best(results, family, budget=budget) for family in FAMILIES), plain):
         best += sorted(measured.done(runs), key=lambda result: result["nll"])[:1]
     if not best or family_of(best[0]) != "vanilla":
         return "", {}

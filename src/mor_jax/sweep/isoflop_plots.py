@@ -7,8 +7,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mor_jax.evaluate.plots import write_figure
 from mor_jax.sweep.fit import IsoFlopFit, Points
@@ -44,10 +45,24 @@ def plot_isoflop(path: Path, points: Points, fit: IsoFlopFit, title: str) -> lis
             band = fit.size_bands[budget]
             panels[0].axvspan(band.low, band.high, color=colour, alpha=0.08)
     panels[0].set(xscale="log", xlabel="parameters", ylabel="loss (nats/token)", title="loss by size")
+    _few_ticks(panels[0].xaxis)
     panels[0].legend()
     if fit.path is not None:
         _draw_path(panels[1], fit)
     return write_figure(figure, path)
+
+
+def _few_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5, as matplotlib's own labels meet where an axis is short."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(EngFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _budget_ticks(axes: Axes, budgets: Sequence[float]) -> None:
+    """Label the budgets, and nothing else."""
+    axes.set_xticks(budgets, [f"{budget:.2g}" for budget in budgets])
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_path(axes: Axes, fit: IsoFlopFit) -> None:
@@ -61,6 +76,8 @@ def _draw_path(axes: Axes, fit: IsoFlopFit) -> None:
     axes.plot(grid, fit.path(grid), color="#0072b2", label=f"N* ~ C^{fit.path.exponent:.2f}")
     axes.plot(budgets, [p.size for p in fit.parabolas.values()], "*", color="#d55e00", markersize=12, label="optima")
     axes.set(xscale="log", yscale="log", xlabel="budget (FLOPs)", ylabel="best size (parameters)", title="path")
+    _budget_ticks(axes, budgets.tolist())
+    _few_ticks(axes.yaxis)
     axes.legend()
 
 
@@ -89,6 +106,7 @@ def plot_losses(path: Path, fits: Mapping[str, IsoFlopFit]) -> list[Path]:
             low, high = np.quantile([sample(grid) for sample in fit.loss_samples], [0.05, 0.95], axis=0)
             axes.fill_between(grid, low, high, alpha=0.15, color=colour)
     axes.set(xscale="log", xlabel="training FLOPs", ylabel="causal loss at the best size (nats/token)")
+    _budget_ticks(axes, sorted({budget for fit in fits.values() for budget in fit.parabolas}))
     axes.grid(alpha=0.3)
     axes.legend()
     return write_figure(figure, path)
@@ -111,6 +129,7 @@ def plot_frontiers(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[
             axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=3, alpha=0.5)
             axes.plot(*zip(*pareto_front(points), strict=True), color=colour, label=name)
         axes.set(xscale="log", xlabel=xlabel, ylabel="causal loss (nats/token)")
+        _few_ticks(axes.xaxis)
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     return write_figure(figure, path)
