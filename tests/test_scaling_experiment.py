@@ -78,6 +78,22 @@ def test_a_process_sees_its_cards_and_its_place(monkeypatch):
     assert one == {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
 
 
+def test_fake_devices_of_one_process_have_threads_to_wait_in_several_collectives():
+    together, alone = (
+        ONE_CASE.environment_of(Case("debug", "vanilla", "context2", 8, each), 0, "localhost:7", cpu=True)
+        for each in (False, True)
+    )
+    assert "device_count=8" in together["XLA_FLAGS"] and int(together["NPROC"]) > 2 * 8
+    assert "device_count=1" in alone["XLA_FLAGS"] and "NPROC" not in alone
+
+
+def test_a_failure_keeps_the_fatal_message_that_frames_of_cpp_follow():
+    frames = [f"    @     0x7f0{index}  xla::cpu::ThunkExecutor::Execute<>()" for index in range(9)]
+    fatal = ["F1201 rendezvous.cc:161] Termination timeout", "*** Check failure stack trace: ***"]
+    assert ONE_CASE.last_words("\n".join(["compiling", *fatal, *frames, ""])).splitlines() == ["compiling", *fatal]
+    assert ONE_CASE.last_words(" \n") == ""
+
+
 TRACE = """
 planes { name: "/device:GPU:0"
   event_metadata { key: 1 value { id: 1 name: "gemm" } }

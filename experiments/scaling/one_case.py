@@ -22,6 +22,10 @@ _WARMUP = 3
 _CACHE = Path(tempfile.gettempdir()) / "mor_jax-scaling"
 """Compiled programs of one card, which every start of the driver times again, and of CPUs, where nothing is timed."""
 
+_THREADS = 8
+"""Per fake device, asked for by NPROC. XLA takes as many as there are cores or devices: where devices start independent
+collectives in different orders, each thread then waits in one, and none is left for the one that would end it."""
+
 
 @dataclass(frozen=True)
 class _Process:
@@ -69,6 +73,8 @@ def environment_of(case: Case, index: int, address: str, *, cpu: bool) -> dict[s
     if cpu:
         flags = f"--xla_force_host_platform_device_count={each} --xla_backend_optimization_level=0"
         wanted = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        if each > 1:
+            wanted["NPROC"] = str(_THREADS * each)
     if case.processes > 1:
         place = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(case.processes), "PROCESS_ID": str(index)}
         wanted |= {f"JAX_{name}": value for name, value in place.items()}
@@ -96,13 +102,18 @@ def _wait(processes: Sequence[_Process], deadline: float) -> str:
         codes = [process.child.poll() for process in processes]
         for process, code in zip(processes, codes, strict=True):
             if code:
-                lines = process.said().strip().splitlines()[-6:]
-                return "\n".join(line[:500] for line in lines) or f"exit code {code}"
+                return last_words(process.said()) or f"exit code {code}"
         if all(code == 0 for code in codes):
             return "done"
         if time.monotonic() > deadline:
             return "late"
         time.sleep(_POLL_SECONDS)
+
+
+def last_words(said: str) -> str:
+    """The last lines that a process printed, without the frames of C++ with which XLA follows a fatal message."""
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith("    @ ")]
+    return "\n".join(line[:500] for line in lines[-6:])
 
 
 def _together(processes: Sequence[_Process]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ python experiments/scaling/scaling_table.py experiments/scaling/results/cpu-debu
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _efficiency(case: Case, by_case: Mapping[Case, Row]) -> str:
     if found is None:
         return "failed"
     below = " <" if found < SIZES[case.size].wanted else ""
-    vanilla = by_case.get(Case(**{**vars(case), "family": "vanilla"}), {}).get("efficiency")
+    vanilla = by_case.get(replace(case, family="vanilla"), {}).get("efficiency")
     return f"{found:.3f}{below}{' (v)' if vanilla is not None and found < vanilla else ''}"
 
 
