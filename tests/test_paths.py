@@ -37,7 +37,7 @@ def test_local_paths_stay_pathlib_and_other_schemes_are_refused(tmp_path):
 def test_without_gcsfs_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(fake_bucket.registered(), "gcs", raising=False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match=r"'gs://b/x' needs gcsfs: install mor-jax\[gcs\]"):
+    with pytest.raises(UserError, match=r"'gs://b/x' needs gcsfs: pip install -e '\.\[gcs\]'"):
         to_path("gs://b/x")
 
 

@@ -23,7 +23,7 @@ def to_path(name: str | Path) -> Path:
     try:
         fsspec.get_filesystem_class("gcs")
     except ImportError as error:
-        raise UserError(f"{text!r} needs gcsfs: install mor-jax[gcs]") from error
+        raise UserError(f"{text!r} needs gcsfs: pip install -e '.[gcs]'") from error
     return cast(Path, epath.Path(text))  # the same methods, but not a subclass
 
 

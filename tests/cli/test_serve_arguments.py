@@ -53,4 +53,4 @@ def test_a_missing_package_is_named(mor, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     outcome = mor("serve", "nowhere")
     assert outcome.code == 2
-    assert re.fullmatch(r"mor serve: the package \w+ is missing: pip install 'mor-jax\[serve\]'\n", outcome.err)
+    assert re.fullmatch(r"mor serve: the package \w+ is missing: pip install -e '\.\[serve\]'\n", outcome.err)

@@ -66,7 +66,7 @@ def test_an_unknown_set(tmp_path):
 
 def test_tfds_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match=r"install mor-jax\[tfds\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tfds\]'"):
         make_dataset(DataConfig(source="tfds:x"), context_length=CONTEXT, vocab_size=300, batch_size=4)
 
 

@@ -85,7 +85,13 @@ def test_bad_definitions(content, tmp_path):
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("bpe:", "after 'bpe:'"), ("bpe:12", "at least 257"), ("bpe:x", "after 'bpe:'"), ("byte", "neither 'bytes'")],
+    [
+        ("bpe:", "after 'bpe:'"),
+        ("bpe:12", "in 257..1048576"),
+        ("bpe:" + "9" * 30, "in 257..1048576"),
+        ("bpe:x", "after 'bpe:'"),
+        ("byte", "neither 'bytes'"),
+    ],
 )
 def test_bad_specs(spec, message):
     with pytest.raises(UserError, match=message):

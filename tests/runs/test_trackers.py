@@ -183,7 +183,7 @@ def test_a_tracker_that_fails_is_logged_once_and_stops_nothing(tmp_path, package
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, caplog, name):
     monkeypatch.setitem(sys.modules, name, None)
     _write(tmp_path, name)
-    assert f"{name} cannot start; training goes on without it (pip install 'mor-jax[track]')" in caplog.text
+    assert f"{name} cannot start; training goes on without it (pip install -e '.[track]')" in caplog.text
 
 
 def test_a_run_of_all_of_them_resumes_also_from_an_old_configuration(tmp_path, package):

@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client", "jinja2"):
             raise
-        raise UserError(f"the package {error.name} is missing: pip install 'mor-jax[serve]'") from error
+        raise UserError(f"the package {error.name} is missing: pip install -e '.[serve]'") from error
     enable_compilation_cache()
     return serve(lambda: _load(options), options.http)
 

@@ -9,7 +9,7 @@ import tyro
 
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
-from mor_jax.errors import UserError
+from mor_jax.errors import UserError, require
 from mor_jax.sweep.runs import SweepRun, first_of_groups, load_sweep
 
 
@@ -46,12 +46,13 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(SweepArguments, arguments, "sweep", "Run a list of configurations, skipping what is done.")
     runs = load_sweep(options.file, options.scale)
     runs = first_of_groups(runs) if options.one_seed else runs
+    share = _share(options.share)
     if options.list:
         for each in runs:
             train, model = each.config.train, each.config.model
             print(f"{each.name:32s} {train.steps:6d} steps x {train.batch_size} x {model.context_length} tokens")
         return 0
-    return _run(options, runs, _share(options.share))
+    return _run(options, runs, share)
 
 
 def _run(options: SweepArguments, runs: Sequence[SweepRun], share: tuple[int, int]) -> int:
@@ -80,4 +81,5 @@ def _share(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal()):
         raise UserError(f"--share {text!r} is not of the form I/N, such as 0/4")
+    require(int(index) < int(count), f"--share {text!r}: the index must be in 0..{int(count) - 1}")
     return int(index), int(count)

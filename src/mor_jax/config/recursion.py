@@ -1,5 +1,6 @@
 """Which layers share parameters, how recursions differ, and who is routed (paper sections 2.1 and 2.2)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -184,6 +185,12 @@ class RoutingConfig:
         )
         self._check_kind()
         self._check_capacities()
+        if self.router_expansion is not None:
+            require_positive(router_expansion=self.router_expansion)
+            rule = f"router_expansion={self.router_expansion} is the hidden width of an MLP"
+            require(self.router != "linear", f"{rule}, which router={self.router!r} has none of")
+        unknown = self.boundaries is not None and any(math.isnan(boundary) for boundary in self.boundaries)
+        require(not unknown, f"boundaries={self.boundaries} must be numbers, not NaN")
 
     @property
     def is_loss_free(self) -> bool:
@@ -229,4 +236,6 @@ class RoutingConfig:
     @property
     def hidden_expansion(self) -> int:
         """Hidden width of the router network in units of d_model; 0 without a hidden layer."""
-        return self.router_expansion or {"mlp": 2, "wide_mlp": 4}.get(self.router, 0)
+        if self.router_expansion is not None:
+            return self.router_expansion
+        return {"mlp": 2, "wide_mlp": 4}.get(self.router, 0)

@@ -144,6 +144,8 @@ class TrainConfig:
         require_not_negative(eval_every=self.eval_every, save_every=self.save_every, logit_z_loss=self.logit_z_loss)
         require_not_negative(watchdog_seconds=self.watchdog_seconds)
         require_seed("train.seed", self.seed)
+        plain = not {"/", "\\"} & set(self.name) and self.name not in (".", "..")
+        require(plain, f"train.name={self.name!r} is the name of a folder in train.runs, not a path")
         for tracker in self.trackers:
             require_choice("train.trackers", tracker, Tracker)
         require(len(set(self.trackers)) == len(self.trackers), f"train.trackers={self.trackers} names one twice")

@@ -22,7 +22,7 @@ def _zstd() -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise UserError("it needs the package zstandard: install mor-jax[prepare]") from error
+        raise UserError("it needs the package zstandard: pip install -e '.[prepare]'") from error
     return zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
 
 

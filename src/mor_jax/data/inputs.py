@@ -81,7 +81,7 @@ class TfdsSource:
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise UserError(f"data.source={self.name!r} needs tensorflow-datasets: install mor-jax[tfds]") from error
+            raise UserError(f"data.source={self.name!r} needs tensorflow-datasets: pip install -e '.[tfds]'") from error
         try:
             builder: Any = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name)
             self._rows: Any = builder.as_data_source(split="train")
@@ -175,7 +175,7 @@ def open_sources(inputs: Sequence[str]) -> list[Source]:
     Raises:
         UserError: nothing is given, or an input does not exist, holds nothing that can be read, or may be two things.
     """
-    require(len(inputs) > 0, "prepare: no input given (a file, a folder, 'embedded', 'docs' or 'tfds:NAME')")
+    require(len(inputs) > 0, "no input given (a file, a folder, 'embedded', 'docs' or 'tfds:NAME')")
     sources: list[Source] = []
     for name in inputs:
         refuse_ambiguous(name, "input")

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mor_jax.config import Packing
 from mor_jax.config import io as config_io
+from mor_jax.config.checks import require_seed
 from mor_jax.data import manifest as manifests
 from mor_jax.data import shards, spill
 from mor_jax.data.files import replacing
@@ -77,6 +78,7 @@ def prepare(
         f"validation_share={validation_share} and validation={list(validation)} both say what is held out: give one",
     )
     require(workers >= 0, f"workers={workers} must not be negative")
+    require_seed("seed", seed)
     sources, held_out = open_sources(inputs), open_sources(validation) if validation else []
     settings = Settings(
         inputs=tuple(sorted(source.name for source in sources)),
@@ -94,7 +96,7 @@ def prepare(
     try:
         return _prepare(sources, held_out, out, settings, tokenizer, workers)
     except OSError as error:  # of the output: those of inputs are UserErrors already
-        raise UserError(f"prepare: {out}: {error}; what is finished is kept for the same command") from error
+        raise UserError(f"{out}: {error}; what is finished is kept for the same command") from error
 
 
 def _shard_count(sources: Sequence[Source], shard_bytes: int) -> int:

@@ -230,7 +230,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(f"input {path} needs the package pyarrow: install mor-jax[prepare]") from error
+        raise UserError(f"input {path} needs the package pyarrow: pip install -e '.[prepare]'") from error
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

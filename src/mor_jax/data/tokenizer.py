@@ -27,6 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 _BYTES = {"kind": "bytes"}
 _BYTE_END = 256
 _SMALLEST_BPE = 257
+_LARGEST_BPE = 2**20
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -271,8 +272,9 @@ def parse_spec(spec: str) -> tuple[str, int | Path | None]:
         return "bytes", None
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
-        valid = size.isdecimal() and int(size) >= _SMALLEST_BPE
-        require(valid, f"tokenizer={spec!r}: the size after 'bpe:' must be a number of at least {_SMALLEST_BPE}")
+        valid = size.isdecimal() and _SMALLEST_BPE <= int(size) <= _LARGEST_BPE
+        rule = f"the size after 'bpe:' must be a number in {_SMALLEST_BPE}..{_LARGEST_BPE}"
+        require(valid, f"tokenizer={spec!r}: {rule}")
         return "bpe", int(size)
     path = Path(spec)
     require(path.is_file(), f"tokenizer={spec!r} is neither 'bytes', 'bpe:SIZE' nor an existing tokenizer.json")

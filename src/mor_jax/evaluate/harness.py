@@ -25,7 +25,7 @@ try:  # an optional package: without it nothing of it is known to type checkers
     TemplateLM: Any = importlib.import_module("lm_eval.api.model").TemplateLM
     TaskManager: Any = importlib.import_module("lm_eval.tasks").TaskManager
 except ImportError as error:
-    raise UserError("--tasks needs the package lm-eval: install mor-jax[eval]") from error
+    raise UserError("--tasks needs the package lm-eval: pip install -e '.[eval]'") from error
 
 _SHORTEST = 32
 _DEFAULT_NEW_TOKENS = 128

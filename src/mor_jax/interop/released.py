@@ -66,7 +66,7 @@ def read_yaml(folder: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise UserError(f"{paths[0]}: reading YAML needs the extra: pip install 'mor-jax[hf]'") from error
+        raise UserError(f"{paths[0]}: reading YAML needs the extra: pip install -e '.[hf]'") from error
     try:
         values = yaml.safe_load(paths[0].read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

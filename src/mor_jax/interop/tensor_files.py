@@ -203,6 +203,6 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
             if name != "__metadata__"
         }
     except ImportError as error:
-        raise UserError(f"{path}: reading safetensors needs the extra: pip install 'mor-jax[hf]'") from error
+        raise UserError(f"{path}: reading safetensors needs the extra: pip install -e '.[hf]'") from error
     except Exception as error:  # safetensors raises a bare error for damaged files
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error

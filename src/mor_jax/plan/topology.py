@@ -181,7 +181,7 @@ def _devices(name: str, slices: int, generation: Generation) -> Sequence[Device]
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         offered = ", ".join(f"{generation.name}:{size}" for size in generation.sizes)
-        hint = "the TPU compiler is missing: pip install 'mor-jax[tpu]'" if _is_missing() else f"on offer: {offered}"
+        hint = "the TPU compiler is missing: pip install -e '.[tpu]'" if _is_missing() else f"on offer: {offered}"
         raise UserError(f"topology={name!r}: {reason} ({hint})") from error
 
 

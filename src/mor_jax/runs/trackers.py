@@ -190,7 +190,7 @@ class SafeWriter:
         except Exception as error:  # of a package that is not ours, or of its network
             self._writer = None
             missing = isinstance(error, ModuleNotFoundError) and error.name == self._name
-            reason = "pip install 'mor-jax[track]'" if missing else f"{type(error).__name__}: {_first_line(error)}"
+            reason = "pip install -e '.[track]'" if missing else f"{type(error).__name__}: {_first_line(error)}"
             _log.warning("train.trackers: %s %s; training goes on without it (%s)", self._name, what, reason)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class SweepOptions:
     def __post_init__(self) -> None:
         index, count = self.share
         require(0 <= index < count, f"share={index}/{count}: the index must be in 0..{count - 1}")
+        require(self.limit_seconds is None or not math.isnan(self.limit_seconds), "limit_seconds=nan is no time")
 
 
 def run_sweep(
