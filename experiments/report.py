@@ -28,8 +28,8 @@ as training does and as the paper evaluates; it stands beside it. Effects are di
 An effect [low, high] has the 95% t-interval of the differences seed by seed: runs of one seed see the same batches.
 Where the interval holds zero, or there is one seed only, nothing is decided. A mean ± is the standard deviation over
 the seeds of its row. Runs in bfloat16 (all on GPUs) summed the gradient of the embedding in bfloat16, too, until
-2026-11-30. It is float32 since: in the comparison at 4e15 training FLOPs (but two runs of vanilla, width 224), and in
-nothing else below.
+2026-11-30. It is float32 since: in the comparison at 4e15 training FLOPs (but two runs of vanilla, width 224) and four
+runs at 1e15 (outer widths of MoR and grown MoR), and in nothing else below.
 
 ## Where MoR pays, and where it does not
 """

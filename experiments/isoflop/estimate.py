@@ -27,7 +27,8 @@ _BESIDE = {"vanilla": 50.0, "recursive": 65.0, "mor": 90.0, "grown": 105.0}
 _SECOND_TEXT = 15.0
 _TOKEN_SECONDS, _FLOPS_PER_SECOND = 0.24e-6, 4.3e14
 """A token's seconds on an H200 that nobody shares: the first, and its training FLOPs over the second. Steps of 12.0 and
-14.6 ms (vanilla, widths 224 and 320), 9.1 and 12.9 (MoR N_r = 2, 256 and 384) were measured, by one process alone."""
+14.6 ms (vanilla, widths 224 and 320), 9.1 and 12.9 (MoR N_r = 2, 256 and 384) were measured by one process alone, with
+a probe that was not kept."""
 LARGEST = {scale: (BUDGETS[scale][-1], CONFIRMATION[scale][1]) for scale in BUDGETS}
 
 

@@ -126,7 +126,7 @@ def _moved_sentence(moved: Moved) -> str:
     if not says:
         return ""
     return f"""
-The smallest budget was trained with the embedding's gradient summed in bfloat16. Made again with today's float32,
+The runs of the smallest budget above summed the embedding's gradient in bfloat16. Made again in float32,
 {" and ".join(says)}.
 """
 

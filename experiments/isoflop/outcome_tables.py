@@ -122,7 +122,7 @@ def _made_again(moved: Moved) -> str:
     for name, halves in moved.items():
         losses = [halves[half][when] for half in ("choose", "report") for when in ("before", "now")]
         rows.append([name, *(_NOT_RUN if loss is None else f"{loss:.4f}" for loss in losses)])
-    return "With the embedding's gradient summed in bfloat16, and today in float32:\n\n" + markdown(rows)
+    return "The embedding's gradient summed in bfloat16 (before) and in float32 (now):\n\n" + markdown(rows)
 
 
 def _best(measured: Measured) -> str:

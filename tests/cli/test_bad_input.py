@@ -238,6 +238,9 @@ def test_a_folder_that_cannot_be_written(mor: Mor, corpus, tmp_path, monkeypatch
         (("--results", "file/x.json", "--out", "sweep"), ("file", "cannot be used")),
         (("--text", "file", "absent.txt"), ("--text absent.txt: no such file",)),
         (("--calibrate", "-1"), ("calibration rows -1 must not be negative",)),
+        (("--calibrate", "-1", "--list"), ("calibration rows -1 must not be negative",)),
+        (("--share", "3/2", "--list"), ("share=3/2: the index must be in 0..1",)),
+        (("--limit-seconds", "nan"), ("limit_seconds=nan is no time",)),
     ],
 )
 def test_a_sweep_is_refused_before_its_first_run(mor: Mor, flags, words, tmp_path, monkeypatch):

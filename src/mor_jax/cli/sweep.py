@@ -9,7 +9,7 @@ import tyro
 
 from mor_jax.cli.options import parse
 from mor_jax.compilation_cache import enable_compilation_cache
-from mor_jax.errors import UserError, require
+from mor_jax.errors import UserError
 from mor_jax.sweep.runs import SweepRun, first_of_groups, load_sweep
 
 
@@ -46,25 +46,24 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(SweepArguments, arguments, "sweep", "Run a list of configurations, skipping what is done.")
     runs = load_sweep(options.file, options.scale)
     runs = first_of_groups(runs) if options.one_seed else runs
-    share = _share(options.share)
-    if options.list:
-        for each in runs:
-            train, model = each.config.train, each.config.model
-            print(f"{each.name:32s} {train.steps:6d} steps x {train.batch_size} x {model.context_length} tokens")
-        return 0
-    return _run(options, runs, share)
+    return _run(options, runs)
 
 
-def _run(options: SweepArguments, runs: Sequence[SweepRun], share: tuple[int, int]) -> int:
+def _run(options: SweepArguments, runs: Sequence[SweepRun]) -> int:
     from mor_jax.sweep.execute import SweepOptions, run_sweep
     from mor_jax.sweep.measurement import measurer
     from mor_jax.sweep.results import write_json
     from mor_jax.sweep.table import group_table, markdown_table
 
-    enable_compilation_cache()
-    measure = measurer(options.text, depth_curve=options.depth_curve, calibration_rows=options.calibrate)
     out = options.out or Path("runs") / options.file.resolve().parent.name
-    sweep = SweepOptions(out, share, options.limit_seconds)
+    sweep = SweepOptions(out, _share(options.share), options.limit_seconds)
+    measure = measurer(options.text, depth_curve=options.depth_curve, calibration_rows=options.calibrate)
+    if options.list:
+        for each in runs:
+            train, model = each.config.train, each.config.model
+            print(f"{each.name:32s} {train.steps:6d} steps x {train.batch_size} x {model.context_length} tokens")
+        return 0
+    enable_compilation_cache()
     report = options.results or out / "results.json"
     report.parent.mkdir(parents=True, exist_ok=True)  # better refused before the runs than after them
     results = run_sweep(runs, sweep, measure=measure)
@@ -81,5 +80,4 @@ def _share(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal()):
         raise UserError(f"--share {text!r} is not of the form I/N, such as 0/4")
-    require(int(index) < int(count), f"--share {text!r}: the index must be in 0..{int(count) - 1}")
     return int(index), int(count)

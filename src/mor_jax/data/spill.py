@@ -90,7 +90,7 @@ def deal(
         counts, _ = write(smallest + 1)
     if held_out is not None:
         require(counts[False] > 0, "validation has every document of the inputs: nothing is left to train on")
-    rule = "a single document (however often it comes) cannot be split; add documents or set validation_share=0"
+    rule = "a single document cannot be split, however often it comes; add documents or set validation_share=0"
     require(counts[False] > 0, f"validation_share={validation_share} of {sum(counts.values())} documents: {rule}")
     folder.with_name(folder.name + ".tmp").rename(folder)
 
