@@ -84,11 +84,12 @@ def test_the_command_says_one_line_and_prints_no_completion(model, flags, monkey
     assert re.sub("^x", "", capsys.readouterr().out) == ""
 
 
-def test_tokens_before_the_failure_are_sent_and_later_prompts_are_served(monkeypatch):
-    """Only one request's third token is not finite: it alone ends, after what had been sent."""
+@pytest.mark.parametrize("together", [False, True], ids=["as they come", "all in the step of the failure"])
+def test_tokens_before_the_failure_are_sent_and_later_prompts_are_served(together, monkeypatch):
+    """Only one request's sixth token is not finite: it alone ends, after the five before it."""
     from mor_jax.infer.engine import Engine
 
-    step, seen = Engine.step, []
+    step, seen, held = Engine.step, [], []
 
     def spoil(engine):
         tokens = step(engine)
@@ -96,13 +97,17 @@ def test_tokens_before_the_failure_are_sent_and_later_prompts_are_served(monkeyp
             seen.append(token.request)
             if seen.count(seen[0]) == 6 and token.request == seen[0]:
                 tokens[i] = token._replace(log_probability=math.nan)
+        held.extend(tokens)
+        if together and len(seen) < 6:
+            return []
+        tokens, held[:] = held[:], []
         return tokens
 
     with running(tiny_model()) as client, monkeypatch.context() as patched:
         patched.setattr(Engine, "step", spoil)
         events = client.complete(prompt="abc", max_tokens=40, temperature=0, stream=True, show_depth=True).events
         assert events[-1]["error"]["code"] == "logits_not_finite"
-        assert 1 <= sum(len(event["choices"][0]["tokens"]) for event in events[:-1]) <= 5
+        assert sum(len(event["choices"][0]["tokens"]) for event in events[:-1]) == 5
         assert client.complete(prompt="abc", max_tokens=8, temperature=0).status == 200
         service = client.server.service
         assert isinstance(service, Service) and service._open == 0

@@ -106,15 +106,15 @@ class Job:
         """Yield everything that is new, by sequence, until all have ended.
 
         Raises:
-            ApiError: the request failed.
+            ApiError: the request failed; what was there before has been yielded.
         """
         unfinished = len(self.sequences)
         while unfinished:
             await self._changed.wait()
             self._changed.clear()
-            if self.error is not None:
-                raise self.error
             taken, self._pending = self._pending, {}
             unfinished -= sum(bool(update.finish) for update in taken.values())
             if taken:
                 yield taken
+            if unfinished and self.error is not None:
+                raise self.error

@@ -193,7 +193,9 @@ class Service:
                 self._end(sequence)
                 self.metrics.completions.labels("error").inc()
                 sequence.job.fail(ApiError(500, NOT_FINITE, code="logits_not_finite"))
-                continue
+                if not update.pieces:
+                    continue
+                update.finish = ""  # what came before the failure is sent like any other tokens
             if update.pieces:  # there are none where only the prompt was read
                 sequence.begin = sequence.begin or update.pieces[0].time
             sequence.count += len(update.pieces)
