@@ -150,8 +150,8 @@ def _get(path: bytes, more: bytes = b"", version: bytes = b"1.1", method: bytes 
     return method + b" " + path + b" HTTP/" + version + b"\r\n" + _HOST + more + b"\r\n"
 
 
-FOLLOWED = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", _post() + b"\0\1garbage" * 50]
-"""A message, and after it what is none: each gets its own answer, if the first leaves the connection open."""
+FOLLOWED = {b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": [421, 400], _post() + b"\0\1garbage" * 50: [400, 400]}
+"""A message and after it what is none, and the statuses of the answers that the two get."""
 RAW = [
     b"\0" * 100, b"GARBAGE\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 500, b"\r\n" * 5000,
     *FOLLOWED, b"GET /\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"x" * 1_000_000,
